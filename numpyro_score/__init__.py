@@ -1,0 +1,18 @@
+"""Unnormalised models as first-class NumPyro models."""
+
+from numpyro_score.energy import Energy
+from numpyro_score.inference import NonFiniteLossError, ScoreMatching, ScoreMatchingResult, generalized_bayes
+from numpyro_score.losses import DSM, ISM, SSM
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "DSM",
+    "ISM",
+    "SSM",
+    "Energy",
+    "NonFiniteLossError",
+    "ScoreMatching",
+    "ScoreMatchingResult",
+    "generalized_bayes",
+]

@@ -1,0 +1,55 @@
+"""Splits a model's arguments into arrays, which are traced, and everything else, which is static."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+Static = tuple[Any, tuple[Any, ...]]
+
+
+class _Array:
+    """Stands for an array in the static part."""
+
+    def __repr__(self) -> str:
+        return "<array>"
+
+
+_ARRAY = _Array()
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Static]:
+    """Splits a pytree into its NumPy and JAX arrays and a hashable rest.
+
+    Python numbers stay static: a model may use them as sizes or in `if`.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    is_array = [isinstance(v, jax.Array | np.ndarray) for v in leaves]
+    rest = tuple(_ARRAY if yes else v for v, yes in zip(leaves, is_array, strict=True))
+    return [v for v, yes in zip(leaves, is_array, strict=True) if yes], (treedef, rest)
+
+
+def join_arrays(arrays: list[Any], static: Static) -> Any:
+    """The inverse of :func:`split_arrays`."""
+    treedef, rest = static
+    it = iter(arrays)
+    return jax.tree.unflatten(treedef, [next(it) if v is _ARRAY else v for v in rest])
+
+
+def named_arrays(model: Callable[..., Any], static: Static) -> tuple[dict[str, int], str | None]:
+    """The arguments `(args, kwargs)` that are one array, as name to index, and the name of the first positional one."""
+    treedef, rest = static
+    index = iter(range(len(rest)))
+    args, kwargs = jax.tree.unflatten(treedef, [next(index) if v is _ARRAY else None for v in rest])
+    positional = [
+        p.name
+        for p in inspect.signature(model).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    named = {(positional[i] if i < len(positional) else f"args[{i}]"): v for i, v in enumerate(args)}
+    first = next(iter(named), positional[0] if positional and positional[0] in kwargs else None)
+    return {k: v for k, v in {**named, **kwargs}.items() if isinstance(v, int)}, first

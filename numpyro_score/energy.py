@@ -1,0 +1,372 @@
+"""A model bound to parameter values, as pure functions of its data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from numpyro.distributions import constraints
+
+from numpyro_score import _layout, operators
+from numpyro_score._arguments import join_arrays, named_arrays, split_arrays
+from numpyro_score._layout import DataArray, Layout
+
+__all__ = ["Energy"]
+
+
+@jax.tree_util.register_pytree_node_class
+class Energy:
+    r"""A NumPyro model bound to parameter values: a density of its data, known up to a constant.
+
+    The log density is :math:`f_\theta(x)`, the sum of every `numpyro.factor` and every `log_prob` of an observed site
+    that depends on the data :math:`x`; the normaliser :math:`Z(\theta)` is never needed. The energy of physics is
+    :math:`E = -f`. Rows are independent: row n of the data adds its own :math:`f_n(x_n)`.
+
+    Data are the observed continuous sample sites, concatenated into one row of `dim` numbers. A model without any
+    takes its first positional argument as the data. All other observed sites and arguments are conditioned on.
+
+    Instances are pytrees whose leaves are the parameters and the array arguments, so they pass through `jax.jit`,
+    `jax.vmap` and `jax.lax.scan`.
+
+    Args:
+        model: a NumPyro model.
+        params: constrained values of all latent sample sites and `numpyro.param` sites, by name.
+        *args: the model's arguments; NumPy and JAX arrays are traced, anything else is static.
+        data: the name of the site or argument that is the data, where several could be. A value of `data` that is
+            not a string is passed to the model.
+        **kwargs: the model's keyword arguments.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: if the model's density is not a sum over rows of continuous,
+            unbounded data. The message names the site and what to write instead.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_score import Energy
+        >>> def model(x):
+        ...     tau = numpyro.sample("tau", dist.Exponential(1.0))
+        ...     with numpyro.plate("rows", len(x)):
+        ...         x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (2,)), obs=x)
+        ...         numpyro.factor("energy", -0.5 * tau * (x**2).sum(-1))
+        >>> energy = Energy(model, {"tau": 3.0}, jnp.array([[1.0, 2.0]]))
+        >>> energy.score(energy.data).tolist()
+        [[-3.0, -6.0]]
+    """
+
+    def __init__(self, model: Callable[..., Any], params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        choice = kwargs.pop("data") if isinstance(kwargs.get("data"), str) else None
+        self._set(model, params, {}, None, choice, args, kwargs)
+
+    @classmethod
+    def bound_to(
+        cls,
+        model: Callable[..., Any],
+        params: dict[str, Any],
+        plates: dict[str, Array],
+        rng_key: Array | None,
+        data: str | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Energy:
+        """The energy inside a run of the model: on the rows its plates drew, with a key for its random numbers."""
+        new = object.__new__(cls)
+        new._set(model, params, plates, rng_key, data, args, kwargs)
+        return new
+
+    def _set(
+        self, model: Any, params: Any, plates: Any, rng_key: Any, choice: str | None, args: Any, kwargs: Any
+    ) -> None:
+        self.model, self.params = model, params
+        self._arrays, self._static = split_arrays((args, kwargs))
+        self._choice = choice
+        self._plates = plates  # the rows that subsampled plates take; all of them if not given
+        self._pinned: dict[str, Any] = {}  # observed sites given another value
+        self._rng_key = rng_key  # what `numpyro.prng_key()` in the model draws from
+        self._layout = self._read_layout()
+
+    def _replace(self, **changes: Any) -> Energy:
+        new = object.__new__(Energy)
+        new.__dict__.update(self.__dict__, **changes)
+        return new
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        children = (self.params, self._arrays, self._plates, self._pinned, self._rng_key)
+        return children, (self.model, self._static, self._choice, self._layout)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> Energy:
+        new = object.__new__(cls)
+        new.params, new._arrays, new._plates, new._pinned, new._rng_key = children
+        new.model, new._static, new._choice, new._layout = aux
+        return new
+
+    # -- structure ------------------------------------------------------------------------------------------------
+
+    @property
+    def dim(self) -> int:
+        """D, the number of coordinates of one row."""
+        return self._layout.dim
+
+    @property
+    def num_rows(self) -> int:
+        """N, the number of rows of the model's data."""
+        return self._layout.num_rows
+
+    @property
+    def resizable(self) -> bool:
+        """Whether the density takes any number of rows: its data are arguments, and the plate follows their length."""
+        return self._layout.resizable
+
+    @property
+    def masked(self) -> bool:
+        """Whether some rows may have weight zero."""
+        return self._layout.masked
+
+    @property
+    def penalties(self) -> tuple[str, ...]:
+        """The factors that do not depend on the data, and so belong to the prior."""
+        return self._layout.penalties
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support of the data, in the sites' own shape."""
+        sites = self._run().sites
+        supports = [sites[a.name]["fn"].support if a.is_site else constraints.real for a in self._layout.arrays]
+        return supports[0] if len(supports) == 1 else constraints.real_vector
+
+    @property
+    def data(self) -> Float[Array, "n d"]:
+        """The model's own data, (N, D)."""
+        return self.data_and_weights()[0]
+
+    @property
+    def weights(self) -> Float[Array, "n"]:
+        """What each row counts, (N,): plate size over subsample size, `handlers.scale`, and 0 where masked."""
+        return self.data_and_weights()[1]
+
+    def data_and_weights(self) -> tuple[Float[Array, "n d"], Float[Array, "n"]]:
+        """:attr:`data` and :attr:`weights` from one run of the model."""
+        layout, sites = self._layout, self._run().sites
+        values = {a.name: sites[a.name]["value"] if a.is_site else self._arrays[a.leaf] for a in layout.arrays}
+        weights = [_layout.row_weights(sites[k], layout) for k in layout.terms]
+        if not any(isinstance(w, jax.core.Tracer) for w in weights):
+            for name, w in zip(layout.terms[1:], weights[1:], strict=True):
+                if bool(np.any(np.asarray(w) != np.asarray(weights[0]))):
+                    raise ValueError(
+                        f"Sites '{layout.terms[0]}' and '{name}' have different scales or masks: these weigh whole rows, "
+                        "so put them around all sites of a row, or multiply inside the factor."
+                    )
+        return self.flatten(values), jnp.broadcast_to(jnp.asarray(weights[0], self._dtype), (layout.num_rows,))
+
+    def flatten(self, values: Any) -> Float[Array, "n d"]:
+        """Data in the sites' own shapes, {name: array} or one array, to rows (N, D)."""
+        arrays = self._layout.arrays
+        if not isinstance(values, dict):
+            if len(arrays) > 1:
+                raise TypeError(f"The data are several sites: pass a dict with {[a.name for a in arrays]}.")
+            values = {arrays[0].name: values}
+        columns = []
+        for a in arrays:
+            value = jnp.asarray(values[a.name], self._dtype)
+            value = jnp.moveaxis(value, a.row_axes, tuple(range(len(a.row_axes))))
+            columns.append(value.reshape(math.prod(value.shape[: len(a.row_axes)]), -1))
+        return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
+
+    def unflatten(self, x: Float[Array, "n d"]) -> dict[str, Array]:
+        """Rows (N, D) to data in the sites' own shapes, {name: array}. The inverse of :meth:`flatten`."""
+        layout = self._layout.with_rows(x.shape[0])
+        values, start = {}, 0
+        for a in layout.arrays:
+            rest = tuple(s for i, s in enumerate(a.shape) if i not in a.row_axes)
+            stop = start + math.prod(rest)
+            value = x[:, start:stop].reshape(layout.row_shape + rest)
+            values[a.name] = jnp.moveaxis(value, tuple(range(len(a.row_axes))), a.row_axes)
+            start = stop
+        return values
+
+    def bind(self, **kwargs: Any) -> Energy:
+        """The same density with other keyword arguments of the model, e.g. a noise level or covariates."""
+        args, old = join_arrays(self._arrays, self._static)
+        arrays, static = split_arrays((args, {**old, **kwargs}))
+        new = self._replace(_arrays=arrays, _static=static)
+        new._layout = new._read_layout()
+        return new
+
+    def with_params(self, params: dict[str, Any]) -> Energy:
+        """The same density at other values of the given sites, of the same shapes."""
+        return self._replace(params={**self.params, **params})
+
+    def at(self, x: Float[Array, "n d"]) -> Energy:
+        """The same density with `x` as its data; another number of rows needs :attr:`resizable`."""
+        n = x.shape[0]
+        if n != self.num_rows and not self.resizable:
+            raise ValueError(
+                f"The model has {self.num_rows} rows and cannot take {n}: pass the data as an argument and let the "
+                "plate follow its length, e.g. numpyro.plate('data', len(x))."
+            )
+        values = self.unflatten(x)
+        layout = self._layout.with_rows(n)
+        arrays, pinned, plates = list(self._arrays), dict(self._pinned), dict(self._plates)
+        for a in layout.arrays:
+            if a.leaf is not None:
+                arrays[a.leaf] = values[a.name]
+                plates = {k: v for k, v in plates.items() if k not in layout.row_plates}
+            else:
+                pinned[a.name] = values[a.name]
+        return self._replace(_arrays=arrays, _pinned=pinned, _plates=plates, _layout=layout)
+
+    # -- the density and its derivatives --------------------------------------------------------------------------
+
+    def log_density(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
+        """The unnormalised log density f(x) of each row: (..., D) to (...)."""
+        return self._over_rows(self._log_density, x)
+
+    def score(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """The score ∇f(x) of each row: (..., D) to (..., D). Scale, mask and subsampling do not enter."""
+        return self._over_rows(lambda y: operators.value_score(self._log_density, y)[1], x)
+
+    def laplacian(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
+        """The Laplacian tr ∇²f(x) of each row: (..., D) to (...). Exact; costs D + 2 densities."""
+        return self.value_score_laplacian(x)[2]
+
+    def value_score_laplacian(
+        self, x: Float[Array, "*batch d"]
+    ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch d"], Float[Array, "*batch"]]:
+        """The log density, its score and its Laplacian in one pass: (..., D) to ((...), (..., D), (...))."""
+        return self._over_rows(lambda y: operators.value_score_laplacian(self._log_density, y), x)
+
+    def _over_rows(self, f: Callable[..., Any], x: Any) -> Any:
+        """Applies a function of (M, D) rows to x of any leading shape."""
+        x = jnp.asarray(x, self._dtype)
+        if x.ndim == 0 or x.shape[-1] != self.dim:
+            raise ValueError(f"x has shape {x.shape}, but a row of this density has {self.dim} numbers: pass (..., {self.dim}).")
+        if self.resizable:
+            rows = f(x.reshape(-1, self.dim))
+            return jax.tree.map(lambda r: r.reshape(x.shape[:-1] + r.shape[1:]), rows)
+        n = self.num_rows
+        if n == 1:  # one big point: every leading axis is a batch
+            x = x[..., None, :]
+        elif x.ndim < 2 or x.shape[-2] != n:
+            raise ValueError(
+                f"x has shape {x.shape}, but the model has {n} rows: pass (..., {n}, {self.dim}), or pass the data as an "
+                "argument and let the plate follow its length, e.g. numpyro.plate('data', len(x))."
+            )
+        rows = jax.vmap(f)(x.reshape(-1, n, self.dim))
+        lead = x.shape[:-2] if n == 1 else x.shape[:-1]
+        return jax.tree.map(lambda r: r.reshape(lead + r.shape[2:]), rows)
+
+    def _log_density(self, x: Float[Array, "n d"]) -> Float[Array, "n"]:
+        at = self.at(x)
+        sites = at._run().sites
+        return sum(_layout.sum_rows(_layout.term_log_prob(sites[k]), at._layout) for k in at._layout.terms)
+
+    # -- checks on values -----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Looks at the data and the density there; needs concrete values.
+
+        Raises:
+            ValueError: NaN or infinity in the data, a log density that is not finite there, rows that interact.
+        """
+        x, weights = self.data_and_weights()
+        used = np.asarray(weights) != 0
+        names = ", ".join(f"'{a.name}'" for a in self._layout.arrays)
+        if bad := _rows_text(used & ~np.isfinite(np.asarray(x)).all(-1)):
+            raise ValueError(f"Data {names} have NaN or infinity in {bad}: drop these rows, or mask them with handlers.mask.")
+        f, moved = _row_check(self, jnp.where(jnp.asarray(used)[:, None], x, 0.0))
+        if bad := _rows_text(used & ~np.isfinite(np.asarray(f))):
+            raise ValueError(
+                f"The log density of {names} is not finite in {bad}: drop these rows, or start from other parameters "
+                "(init_params, or the guide's init_loc_fn)."
+            )
+        tolerance = 1e-4 * np.abs(np.asarray(f)[used]).max(initial=0.0)
+        if bad := _rows_text(used & (np.abs(np.asarray(moved)) > tolerance)):
+            raise ValueError(
+                f"Rows of {names} interact: {bad} change when other rows do, e.g. through a mean over the plate or batch "
+                "normalisation; make each row's factor depend on that row alone, or drop the plate if the data are one point."
+            )
+
+    # -- reading the model ----------------------------------------------------------------------------------------
+
+    @property
+    def _dtype(self) -> Any:
+        return jnp.result_type(float)
+
+    def _run(self) -> _layout.Recorder:
+        args, kwargs = join_arrays(self._arrays, self._static)
+        values = {**self.params, **self._pinned}
+        return _layout.run_model(self.model, args, kwargs, values, self._plates, self._rng_key)
+
+    def _read_layout(self) -> Layout:
+        dynamic = dict(params=self.params, _arrays=self._arrays, _plates=self._plates, _pinned=self._pinned)
+        found: dict[str, Any] = {}
+
+        def read_arrays(dynamic: dict[str, Any]) -> None:
+            energy = self._replace(**dynamic)
+            named, first = named_arrays(self.model, self._static)
+            found["arrays"] = _layout.find_arrays(energy._run(), energy._arrays, named, first, self._choice)
+
+        jax.eval_shape(read_arrays, dynamic)
+        arrays: list[DataArray] = found["arrays"]
+
+        def terms(data: list[Any], dynamic: dict[str, Any]) -> list[Any]:
+            leaves, pinned = list(dynamic["_arrays"]), dict(dynamic["_pinned"])
+            for a, value in zip(arrays, data, strict=True):
+                if a.leaf is not None and leaves[a.leaf].shape == a.shape:
+                    leaves[a.leaf] = value
+                if a.is_site:
+                    pinned[a.name] = value
+            found["sites"] = sites = self._replace(**dynamic | {"_arrays": leaves, "_pinned": pinned})._run().sites
+            log_probs = {k: _layout.term_log_prob(s) for k, s in sites.items() if _layout.is_observed_sample(s)}
+            found["shapes"] = {k: v.shape for k, v in log_probs.items()}
+            return list(log_probs.values())
+
+        data = [jax.ShapeDtypeStruct(a.shape, self._dtype) for a in arrays]
+        jaxpr = jax.make_jaxpr(terms)(data, dynamic).jaxpr
+        is_data = [i < len(data) for i in range(len(jaxpr.invars))]
+        depends = dict(zip(found["shapes"], _layout.depends_on_inputs(jaxpr, is_data), strict=True))
+        layout = _layout.assemble(arrays, found["sites"], found["shapes"], depends)
+        return self._settle_rows(layout)
+
+    def _settle_rows(self, layout: Layout) -> Layout:
+        """Decides whether subsampled data can enter through the arguments, and whether another number of rows can."""
+
+        def accepts(layout: Layout, n: int) -> bool:
+            energy = self._replace(_layout=layout._replace(resizable=True))
+            x = jax.ShapeDtypeStruct((n, layout.dim), self._dtype)
+            try:
+                return jax.eval_shape(Energy._log_density, energy, x).shape == (n,)
+            # Only the model can say which shapes it takes; JAX and NumPyro refuse a wrong one with these.
+            except (TypeError, ValueError, IndexError, AssertionError):
+                return False
+
+        is_subsampled = any(a.leaf is not None and self._arrays[a.leaf].shape != a.shape for a in layout.arrays)
+        if is_subsampled and not accepts(layout, layout.num_rows):
+            # The plate's size does not follow the argument: set the value of the site instead.
+            layout = layout._replace(arrays=tuple(a._replace(leaf=None) for a in layout.arrays))
+        one_axis = all(len(a.row_axes) == 1 for a in layout.arrays)
+        return layout._replace(resizable=one_axis and accepts(layout, layout.num_rows + 1))
+
+
+@jax.jit
+def _row_check(energy: Energy, x: Array) -> tuple[Array, Array]:
+    """The log density of each row, and by how much that of some rows changes when the data of the others do."""
+    f = energy._log_density(x)
+    n = x.shape[0]
+    keep = jax.random.bernoulli(jax.random.key(0), shape=(n,)).at[: min(n, 2)].set(jnp.arange(min(n, 2)) == 0)
+    changed = jnp.where(keep[:, None], x, jnp.roll(x, 1, axis=0) + 1.0)
+    return f, jnp.where(keep, energy._log_density(changed) - f, 0.0)
+
+
+def _rows_text(bad: Any) -> str:
+    rows = np.flatnonzero(bad)
+    if not rows.size:
+        return ""
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if rows.size > 8 else "")
+    return f"row{'' if rows.size == 1 else 's'} {shown} ({rows.size} of {len(bad)})"

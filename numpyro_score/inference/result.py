@@ -1,0 +1,143 @@
+"""What a fit returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from numpyro import handlers
+from numpyro.infer.autoguide import AutoDelta
+
+from numpyro_score.energy import Energy
+from numpyro_score.inference.generalized import prior_model
+from numpyro_score.inference.sandwich import Parametrisation, sandwich
+
+if TYPE_CHECKING:
+    from numpyro_score.inference.score_matching import ScoreMatching
+
+__all__ = ["ScoreMatchingResult"]
+
+
+@dataclass(frozen=True)
+class ScoreMatchingResult:
+    """A fitted model.
+
+    Attributes:
+        params: constrained values of the param sites of model and guide, as SVI's.
+        state: the last `SVIState`; pass it as `init_state` to go on.
+        losses: the loss of every step, (S,).
+        svi: the :class:`~numpyro_score.ScoreMatching` that made the fit.
+        args, kwargs: the model's arguments.
+    """
+
+    params: dict[str, Any]
+    state: Any
+    losses: np.ndarray
+    svi: ScoreMatching
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __repr__(self) -> str:
+        shapes = {k: jax.tree.map(jnp.shape, v) for k, v in self.params.items()}
+        return f"ScoreMatchingResult({len(self.losses)} steps, last loss {self.losses[-1]:.6g}, params {shapes})"
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the guide is a point estimate."""
+        return isinstance(self.svi.guide, AutoDelta)
+
+    @cached_property
+    def estimates(self) -> dict[str, Any]:
+        """Constrained point values by site, latents and model params alike; the guide's median where it is no point."""
+        return {**self._latents, **{k: s["value"] for k, s in self._sites.items() if s["type"] == "param"}}
+
+    @cached_property
+    def energy(self) -> Energy:
+        """The model bound to :attr:`estimates`, on all rows of its data."""
+        choice = {} if self.svi.data is None else {"data": self.svi.data}
+        mutable = {k: s["value"] for k, s in self._sites.items() if s["type"] == "mutable"}
+        return Energy(self.svi.score_model, {**self.estimates, **mutable}, *self.args, **self.kwargs, **choice)
+
+    def covariance(self) -> Float[Array, "p p"]:
+        """The sandwich covariance H⁻¹SH⁻¹ of the estimates, (P, P), in unconstrained space.
+
+        The order of the P coordinates is that of `jax.flatten_util.ravel_pytree` of the sites' unconstrained values:
+        sites in alphabetical order. See :func:`numpyro_score.inference.sandwich.sandwich` for the formula.
+
+        Raises:
+            ValueError: for more than 2,000 parameters, or if the objective is not curved upwards at the estimates.
+        """
+        return self._sandwich[1]
+
+    def stderr(self) -> dict[str, Array]:
+        """Sandwich standard errors of :attr:`estimates`, by site, in constrained space (delta method)."""
+        return self._sandwich[2]
+
+    def sample_posterior(self, rng_key: Array, n: int) -> dict[str, Array]:
+        """Draws of the parameters, {site: (n, ...)}.
+
+        A point fit is drawn from N(estimate, sandwich) in unconstrained space; other guides from the guide itself,
+        with the model's params at their estimates.
+        """
+        if self.is_point:
+            coordinates, covariance, _ = self._sandwich
+            return coordinates.draw(rng_key, covariance, n)
+        draws = self.svi.guide.sample_posterior(rng_key, self.params, *self.args, sample_shape=(n,), **self.kwargs)
+        names = {k: v for k, v in self.estimates.items() if k not in draws}
+        return {k: draws[k] for k in self._latents} | {
+            k: jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *jnp.shape(v))), v) for k, v in names.items()
+        }
+
+    def to_arviz(self, rng_key: Array | None = None, num_samples: int = 1000) -> Any:
+        """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
+        from numpyro_score.diagnostics import to_arviz  # the diagnostics stand on top of the fits
+
+        return to_arviz(self, rng_key=rng_key, num_samples=num_samples)
+
+    @cached_property
+    def _latents(self) -> dict[str, Any]:
+        guide = self.svi.guide
+        if hasattr(guide, "median"):
+            names = [k for k, s in guide.prototype_trace.items() if s["type"] == "sample" and not s["is_observed"]]
+            if not names:
+                return {}
+            median = guide.median(self.params)
+            return {k: median[k] for k in names}
+        seeded = handlers.seed(handlers.substitute(guide, data=self.params), jax.random.key(0))
+        sites = handlers.trace(seeded).get_trace(*self.args, **self.kwargs)
+        names = [k for k, s in sites.items() if s["type"] == "sample"]
+
+        def draw(key: Array) -> dict[str, Array]:
+            run = handlers.seed(handlers.substitute(guide, data=self.params), key)
+            sites = handlers.trace(run).get_trace(*self.args, **self.kwargs)
+            return {k: sites[k]["value"] for k in names}
+
+        draws = jax.vmap(draw)(jax.random.split(jax.random.key(0), 1000))
+        return {k: jnp.median(v, axis=0) for k, v in draws.items()}
+
+    @cached_property
+    def _sites(self) -> dict[str, Any]:
+        """The parameter sites of the model at the estimates."""
+        mutable = self.state.mutable_state or {}
+        values = {**self.params, **mutable, **self._latents}
+        prior = handlers.substitute(prior_model(self.svi.score_model, self.svi.data), data=values)
+        return handlers.trace(handlers.seed(prior, jax.random.key(0))).get_trace(*self.args, **self.kwargs)
+
+    @cached_property
+    def _sandwich(self) -> tuple[Parametrisation, Array, dict[str, Array]]:
+        coordinates = Parametrisation.of_sites(self._sites)
+        covariance = sandwich(
+            self.energy,
+            coordinates,
+            self.svi.score_loss,
+            self.svi.learning_rate,
+            prior_model(self.svi.score_model, self.svi.data),
+            self.args,
+            self.kwargs,
+        )
+        return coordinates, covariance, coordinates.stderr(covariance)

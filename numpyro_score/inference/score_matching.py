@@ -1,0 +1,303 @@
+"""Fitting by score matching: NumPyro's SVI over a generalised model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import (
+    AutoDAIS,
+    AutoDelta,
+    AutoGuide,
+    AutoLaplaceApproximation,
+    AutoSemiDAIS,
+    AutoSurrogateLikelihoodDAIS,
+)
+from numpyro.infer.util import transform_fn
+from tqdm.auto import tqdm
+
+from numpyro_score._arguments import join_arrays, split_arrays
+from numpyro_score.energy import Energy
+from numpyro_score.inference.generalized import generalized_bayes, prior_model
+from numpyro_score.inference.optim import default_optimizer, optax_optimizer
+from numpyro_score.inference.result import ScoreMatchingResult
+from numpyro_score.losses import ISM, SSM, Loss
+
+__all__ = ["DefaultLoss", "NonFiniteLossError", "ScoreMatching"]
+
+_BUFFER = 1024  # losses kept on the device between two looks at them
+_SECONDS = 0.1  # between two updates of the progress bar
+
+
+@dataclass(frozen=True)
+class DefaultLoss:
+    """:class:`~numpyro_score.ISM` up to 64 dimensions, and :class:`~numpyro_score.SSM` above."""
+
+    def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
+        return self._choose(energy)(energy, rng_key)
+
+    def rows_per_chunk(self, energy: Energy) -> int | None:
+        loss = self._choose(energy)
+        return loss.rows_per_chunk(energy) if isinstance(loss, ISM) else None
+
+    @staticmethod
+    def _choose(energy: Energy) -> ISM | SSM:
+        return ISM() if energy.dim <= 64 else SSM()
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss became NaN or infinite during a fit.
+
+    Attributes:
+        step: the step, from 0, whose loss is not finite.
+        state: the last `SVIState` with a finite loss; pass it as `init_state` to go on from there.
+        params: the parameters of `state`.
+        losses: the finite losses up to then.
+    """
+
+    def __init__(self, message: str, step: int, state: Any, params: dict[str, Any], losses: Any) -> None:
+        super().__init__(message)
+        self.step, self.state, self.params, self.losses = step, state, params, losses
+
+
+class ScoreMatching(SVI):
+    """Fits an unnormalised model by score matching.
+
+    This is :class:`numpyro.infer.SVI` over `generalized_bayes(model, loss)`: `init`, `update`, `evaluate` and
+    `get_params` are SVI's, and the reported loss is the sum over rows of the score-matching loss times β, minus the
+    log prior (plus, for a guide that is no point, its usual ELBO terms).
+
+    Args:
+        model: a NumPyro model with an unnormalised density; see :class:`~numpyro_score.Energy` for the forms.
+        guide: a NumPyro guide, or an autoguide class, which is then built on the generalised model
+            (`guide=AutoNormal`). Default: a point estimate (`AutoDelta`).
+        optim: anything that SVI takes; Optax optimisers with a line search, such as `optax.lbfgs()`, too. Default:
+            Adam with a rate that falls to zero over the run.
+        loss: a pointwise objective. Default: ISM up to 64 dimensions, SSM above.
+        num_steps: steps of `run`.
+        learning_rate: β of :func:`~numpyro_score.generalized_bayes`. It is not the optimiser's step size.
+        data: the name of the site or argument that is the data, where several could be.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_score import ScoreMatching
+        >>> def model(x):
+        ...     tau = numpyro.param("tau", 1.0, constraint=constraints.positive)
+        ...     with numpyro.plate("rows", len(x)):
+        ...         x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+        ...         numpyro.factor("energy", -0.5 * tau * x**2)
+        >>> x = 2.0 * jax.random.normal(jax.random.key(0), (500,))
+        >>> fit = ScoreMatching(model, optim=optax.lbfgs(), num_steps=20).run(jax.random.key(1), x, progress_bar=False)
+        >>> bool(jnp.isclose(fit.estimates["tau"], 1 / jnp.mean(x**2), rtol=1e-4))  # the maximum likelihood estimate
+        True
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Any = None,
+        optim: Any = None,
+        loss: Loss | None = None,
+        *,
+        num_steps: int = 2000,
+        learning_rate: Any = 1.0,
+        data: str | None = None,
+    ) -> None:
+        _check_num_steps(num_steps)
+        self.score_model, self.score_loss = model, DefaultLoss() if loss is None else loss
+        self.num_steps, self.learning_rate, self.data = num_steps, learning_rate, data
+        generalized = generalized_bayes(model, self.score_loss, learning_rate, data=data)
+        if guide is None:
+            guide = AutoDelta(prior_model(model, data))
+        elif inspect.isclass(guide) and issubclass(guide, AutoGuide):
+            guide = guide(generalized)
+        elif isinstance(guide, _GUIDES_WITH_DENSITY) and guide.model is model:
+            name = type(guide).__name__
+            raise ValueError(
+                f"{name} evaluates the density of its model, which is unnormalised: pass the class, guide={name}, or "
+                f"build it on generalized_bayes(model, loss)."
+            )
+        self._default_optim = optim is None
+        if optim is None:
+            optim = default_optimizer(num_steps)
+        elif isinstance(optim, optax.GradientTransformation):
+            optim = optax_optimizer(optim)
+        super().__init__(generalized, guide, optim, Trace_ELBO())
+        self._advance = jax.jit(self._advance_impl, static_argnames=("static", "stable_update"))
+
+    def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        """The initial `SVIState`, as SVI's; checks the data and the density at the initial parameters.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: for data or a model that score matching cannot take; the
+                message names the site and the remedy.
+        """
+        # The loss does not change which parameters there are, and evaluating it here would compile it once more.
+        structure = SVI(prior_model(self.score_model, self.data, check=True), self.guide, self.optim, self.loss)
+        state = structure.init(rng_key, *args, init_params=init_params, **kwargs)
+        self.constrain_fn = structure.constrain_fn
+        return state
+
+    def run(
+        self,
+        rng_key: Array | None = None,
+        *args: Any,
+        num_steps: int | None = None,
+        progress_bar: bool = True,
+        stable_update: bool = False,
+        init_state: Any = None,
+        init_params: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> ScoreMatchingResult:
+        """Fits the model; as in `MCMC.run`, the model's arguments follow the key.
+
+        A second run on arguments of the same shapes compiles nothing. Ctrl-C returns what was fitted so far, with a
+        warning.
+
+        Args:
+            rng_key: a key for the starting point and the loss's random numbers; `jax.random.key(0)` if not given.
+            *args: the model's arguments.
+            num_steps: steps of this run, instead of the object's `num_steps`.
+            progress_bar: whether to show one.
+            stable_update: skip steps whose loss or parameters are not finite, instead of stopping; their losses are
+                NaN in the result.
+            init_state: go on from this `SVIState`, e.g. `fit.state`. The default optimiser starts its rate anew.
+            init_params: initial values of param sites, of the model or the guide.
+            **kwargs: the model's keyword arguments.
+
+        Returns:
+            The fit.
+
+        Raises:
+            NonFiniteLossError: the loss became NaN or infinite; the exception holds the last finite state.
+        """
+        num_steps = self.num_steps if num_steps is None else num_steps
+        _check_num_steps(num_steps)
+        rng_key = jax.random.key(0) if rng_key is None else rng_key
+        _check_key(rng_key)
+        if init_state is None or self.constrain_fn is None:
+            state = self.init(rng_key, *args, init_params=init_params, **kwargs)
+        state = init_state if init_state is not None else state
+        start = int(state.optim_state[0])
+        arrays, static = split_arrays((args, kwargs))
+        transforms = self.constrain_fn.args[0]
+        advance = partial(self._advance, transforms, arrays, start, num_steps, static=static, stable_update=stable_update)
+
+        losses: list[np.ndarray] = []
+        done, size, previous = 0, 1, None
+        try:
+            with tqdm(total=num_steps, disable=not progress_bar) as bar:
+                while done < num_steps:
+                    begin, n = time.perf_counter(), min(size, num_steps - done)
+                    new, values, taken = advance(state, n)
+                    taken = int(taken)
+                    values = np.asarray(values[:n] if n == _BUFFER else jax.device_get(values)[:n])
+                    if taken < n:
+                        self._raise_non_finite(advance, previous, state, taken, done, losses, values, args, kwargs)
+                    losses.append(values)
+                    previous, state, done = (state, n), new, done + n
+                    bar.set_postfix_str(f"init loss: {losses[0][0]:.4f}, loss: {np.nanmean(values):.4f}", refresh=False)
+                    bar.update(n)
+                    if len(losses) > 1:  # the first call compiles
+                        size = _next_size(n, time.perf_counter() - begin)
+                    else:
+                        size = min(8, num_steps)
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            warnings.warn(f"Interrupted after {done} of {num_steps} steps; this is the fit so far.", stacklevel=2)
+        return ScoreMatchingResult(self.get_params(state), state, np.concatenate(losses), self, args, kwargs)
+
+    def _advance_impl(
+        self, transforms: Any, arrays: Any, start: Any, total: Any, state: Any, n: Any, *, static: Any, stable_update: bool
+    ) -> tuple[Any, Array, Array]:
+        """Takes n steps, fewer if a loss is not finite: the state, the losses (in a buffer) and the steps taken."""
+        # What would otherwise be baked into the compiled loop comes in as arguments.
+        svi = copy.copy(self)
+        svi.constrain_fn = partial(transform_fn, transforms)
+        if self._default_optim:
+            svi.optim = default_optimizer(total, start)
+        args, kwargs = join_arrays(arrays, static)
+        step = svi.stable_update if stable_update else svi.update
+
+        def go_on(carry: Any) -> Array:
+            i, _, _, finite = carry
+            return (i < n) & finite
+
+        def body(carry: Any) -> Any:
+            i, state, losses, _ = carry
+            state, loss = step(state, *args, **kwargs)
+            finite = jnp.isfinite(loss) | stable_update
+            return i + finite, state, losses.at[i].set(loss), finite
+
+        losses = jnp.zeros(_BUFFER, jnp.result_type(float))
+        taken, state, losses, _ = jax.lax.while_loop(go_on, body, (jnp.array(0), state, losses, jnp.array(True)))
+        return state, losses, taken
+
+    def _raise_non_finite(
+        self, advance: Any, previous: Any, state: Any, taken: int, done: int, losses: Any, values: Any, args: Any, kwargs: Any
+    ) -> None:
+        """Steps are deterministic, so the states around the failing step are had by taking the chunk again."""
+        failing = advance(state, taken)[0]
+        if taken:
+            last = advance(state, taken - 1)[0]
+        else:
+            last = state if previous is None else advance(previous[0], previous[1] - 1)[0]
+        finite = np.concatenate([*losses, values[:taken]])
+        step = done + taken
+        cause = self._explain(failing, args, kwargs)
+        raise NonFiniteLossError(
+            f"The loss is {values[taken]} at step {step}: {cause}. The last finite state is in this exception's `state`; "
+            "a smaller step size, other init_params or stable_update=True may help.",
+            step, last, self.get_params(last), finite,
+        )  # fmt: skip
+
+    def _explain(self, state: Any, args: Any, kwargs: Any) -> str:
+        result = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
+        for name, value in result.estimates.items():
+            if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(value)):
+                return f"site '{name}' is no longer finite after the previous step"
+        energy = result.energy
+        x, weights = energy.data_and_weights()
+        for what, value in (("log density", energy.log_density(x)), ("score", energy.score(x))):
+            finite = np.isfinite(np.asarray(value)).reshape(len(x), -1).all(-1)
+            rows = np.flatnonzero(~finite & (np.asarray(weights) != 0))
+            if rows.size:
+                return f"the {what} is not finite in {rows.size} of {len(x)} rows, first row {rows[0]}"
+        return "the density and score are finite at the data, so the loss's second derivatives or the prior are not"
+
+
+_GUIDES_WITH_DENSITY = (AutoLaplaceApproximation, AutoDAIS, AutoSemiDAIS, AutoSurrogateLikelihoodDAIS)
+
+
+def _next_size(n: int, seconds: float) -> int:
+    """Steps until the next look: what takes about a tenth of a second, growing at most fourfold."""
+    return int(np.clip(n * _SECONDS / max(seconds, 1e-6), 1, min(4 * n, _BUFFER)))
+
+
+def _check_num_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be a positive integer, got {num_steps}.")
+
+
+def _check_key(rng_key: Any) -> None:
+    is_key = isinstance(rng_key, jax.Array) and jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) and rng_key.ndim == 0
+    is_raw = jnp.shape(rng_key) == (2,) and jnp.result_type(rng_key) == jnp.uint32
+    if not (is_key or is_raw):
+        raise TypeError(
+            f"rng_key must be one random key, got {type(rng_key).__name__} of shape {np.shape(rng_key)}: write "
+            "run(jax.random.key(0), x), the model's arguments after the key."
+        )

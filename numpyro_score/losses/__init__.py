@@ -1,0 +1,13 @@
+"""Objectives that need no normaliser: one small frozen dataclass each.
+
+A loss is a callable `loss(energy, rng_key) -> (N,)`, one value per row of the energy's data. All Fisher-type losses
+estimate the Hyvärinen objective J(θ) = E[½‖s‖² + tr ∇s], which is the Fisher divergence ½ E‖∇log p − s‖² up to a
+constant of the data, so that their values can be compared with each other.
+"""
+
+from numpyro_score.losses.base import Loss, row_losses, total_loss
+from numpyro_score.losses.dsm import DSM
+from numpyro_score.losses.ism import ISM
+from numpyro_score.losses.ssm import SSM
+
+__all__ = ["DSM", "ISM", "SSM", "Loss", "row_losses", "total_loss"]

@@ -1,0 +1,151 @@
+"""Derivatives of a batch of independent rows, at the least known cost.
+
+Every function takes a callable `f` from rows (N, D) to values (N,) whose value n depends on row n alone, so that the
+gradient of the sum is the gradient of each row. None of them loops over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from folx import forward_laplacian
+from folx.api import FwdJacobian, FwdLaplArray
+from folx.wrapped_functions import is_registered
+from jax.extend.core import Jaxpr, Literal
+from jaxtyping import Array, Float
+
+__all__ = [
+    "RowFunction",
+    "score_and_directional",
+    "sliced_derivatives",
+    "value_score",
+    "value_score_laplacian",
+]
+
+RowFunction = Callable[[Array], Array]
+
+
+def value_score(f: RowFunction, x: Float[Array, "n d"]) -> tuple[Float[Array, "n"], Float[Array, "n d"]]:
+    """Value and score ∇f of each row, by one reverse pass: (N, D) to ((N,), (N, D))."""
+    value, pull = jax.vjp(f, x)
+    return value, pull(jnp.ones_like(value))[0]
+
+
+def sliced_derivatives(
+    f: RowFunction, x: Float[Array, "n d"], v: Float[Array, "m n d"]
+) -> tuple[Float[Array, "m n"], Float[Array, "m n"]]:
+    """First and second derivative of each row along each of M directions: (v·∇f, vᵀ∇²f v), in one forward pass.
+
+    Forward over forward is cheaper than a Hessian-vector product here, because only scalars along v are wanted.
+    """
+
+    def along(u: Array) -> tuple[Array, Array]:
+        return jax.jvp(lambda y: jax.jvp(f, (y,), (u,))[1], (x,), (u,))
+
+    if v.shape[0] == 1:  # a batch of one direction would make every matrix product a batched one
+        first, second = along(v[0])
+        return first[None], second[None]
+    return jax.vmap(along)(v)
+
+
+def score_and_directional(
+    f: RowFunction, x: Float[Array, "n d"], v: Float[Array, "m n d"]
+) -> tuple[Float[Array, "n d"], Float[Array, "m n d"]]:
+    """Score ∇f and its derivative along each of M directions, ∇²f v: forward over reverse, one shared score."""
+
+    def score(y: Array) -> Array:
+        return value_score(f, y)[1]
+
+    if v.shape[0] == 1:
+        value, along = jax.jvp(score, (x,), (v[0],))
+        return value, along[None]
+    value, push = jax.linearize(score, x)
+    return value, jax.vmap(push)(v)
+
+
+def value_score_laplacian(
+    f: RowFunction, x: Float[Array, "n d"]
+) -> tuple[Float[Array, "n"], Float[Array, "n d"], Float[Array, "n"]]:
+    """Value, score and Laplacian tr ∇²f of each row, exactly: (N, D) to ((N,), (N, D), (N,)).
+
+    The forward Laplacian [Li et al. 2024, "A computational framework for neural network-based variational Monte Carlo
+    with Forward Laplacian"] carries the three together through the network in one pass, at D + 2 evaluations. The
+    batch goes through whole: its Jacobian with respect to a row's own coordinates is (D, N, ...). Where `folx` has no
+    rule for an operation, the trace is taken one direction at a time, at about 3 D evaluations.
+    """
+    jaxpr = jax.make_jaxpr(f)(x)
+    if not has_forward_laplacian(jaxpr.jaxpr):
+        return _by_directions(f, x)
+    n, d = x.shape
+    unit = jnp.broadcast_to(jnp.eye(d, dtype=x.dtype)[:, None, :], (d, n, d))
+    rows = FwdLaplArray(x, FwdJacobian.from_dense(unit), jnp.zeros_like(x))
+    out = forward_laplacian(f, disable_jit=True)(rows)
+    return out.x, out.dense_jacobian.T, out.laplacian
+
+
+def _by_directions(f: RowFunction, x: Array) -> tuple[Array, Array, Array]:
+    d = x.shape[-1]
+    value, score = value_score(f, x)
+    _, push = jax.linearize(lambda y: value_score(f, y)[1], x)
+
+    def second(i: Array) -> Array:
+        return push(jnp.zeros_like(x).at[:, i].set(1.0))[:, i]
+
+    return value, score, jax.lax.map(second, jnp.arange(d), batch_size=min(d, 16)).sum(0)
+
+
+# Functions that `folx` recognises by the name of their `jit` alone. A user's function of the same name would get the
+# library function's Laplacian, so the names count only where the traced code is the library's own.
+_NAMED = {
+    "sign": jnp.sign,
+    "logaddexp": jnp.logaddexp,
+    "sigmoid": jax.nn.sigmoid,
+    "softplus": jax.nn.softplus,
+    "silu": jax.nn.silu,
+    "slogdet": jnp.linalg.slogdet,
+    "det": jnp.linalg.det,
+    "inv": jnp.linalg.inv,
+    "solve": jnp.linalg.solve,
+}
+
+
+def has_forward_laplacian(jaxpr: Jaxpr) -> bool:
+    """Whether `folx` has a rule for everything in `jaxpr` that depends on its inputs."""
+    return _supported(jaxpr, [True] * len(jaxpr.invars))
+
+
+def _supported(jaxpr: Jaxpr, depends: list[bool]) -> bool:
+    tainted = {v for v, yes in zip(jaxpr.invars, depends, strict=True) if yes}
+    for eqn in jaxpr.eqns:
+        into = [not isinstance(v, Literal) and v in tainted for v in eqn.invars]
+        if not any(into):
+            continue
+        tainted.update(eqn.outvars)
+        name = eqn.primitive.name
+        if name in ("jit", "pjit"):
+            inner = eqn.params["jaxpr"]
+            if is_registered(eqn.params["name"]):
+                if not _is_library_function(eqn.params["name"], inner.jaxpr):
+                    return False
+            elif not _supported(inner.jaxpr, into):
+                return False
+        elif name == "custom_jvp_call":
+            if not _supported(eqn.params["call_jaxpr"].jaxpr, into):
+                return False
+        elif not is_registered(eqn.primitive):
+            return False
+    return True
+
+
+def _is_library_function(name: str, jaxpr: Jaxpr) -> bool:
+    if name not in _NAMED:
+        return False
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
+    try:
+        own = jax.make_jaxpr(_NAMED[name])(*shapes).jaxpr
+    except TypeError:  # called with other arguments than its plain form
+        return False
+    (call,) = own.eqns if len(own.eqns) == 1 else (None,)
+    return call is not None and call.primitive.name in ("jit", "pjit") and str(call.params["jaxpr"].jaxpr) == str(jaxpr)
