@@ -1,10 +1,11 @@
 """Unnormalised models as first-class NumPyro models."""
 
+__version__ = "0.1.0.dev0"
+
+from numpyro_score.diagnostics import to_arviz
 from numpyro_score.energy import Energy
 from numpyro_score.inference import NonFiniteLossError, ScoreMatching, ScoreMatchingResult, generalized_bayes
 from numpyro_score.losses import DSM, ISM, SSM
-
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "DSM",
@@ -15,4 +16,5 @@ __all__ = [
     "ScoreMatching",
     "ScoreMatchingResult",
     "generalized_bayes",
+    "to_arviz",
 ]

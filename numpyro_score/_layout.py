@@ -365,27 +365,20 @@ def assemble(arrays: Sequence[DataArray], sites: Trace, shapes: dict[str, Shape]
     return layout
 
 
-def row_weights(site: Site, layout: Layout) -> Any:
-    """What plates, `handlers.scale` and masks make a row of this site count; a float if the same for all."""
-    _, masks = unwrap(site["fn"])
-    weight = 1.0 if site["scale"] is None else site["scale"]
-    for mask in masks:
-        weight = weight * jnp.asarray(mask, jnp.result_type(float))
-    if jnp.ndim(weight) == 0:
-        return weight
-    batch = tuple(site["fn"].batch_shape)
-    whole = jnp.broadcast_to(weight, batch)
-    rows = jnp.moveaxis(whole, layout.row_dims, tuple(range(len(layout.row_dims)))).reshape(layout.num_rows, -1)
-    if not isinstance(rows, jax.core.Tracer) and bool(jnp.any(rows != rows[:, :1])):
-        raise ValueError(
-            f"The scale or mask of site '{site['name']}' has shape {jnp.shape(weight)} and differs within a row: "
-            "weigh whole rows, or drop terms inside the factor with jnp.where."
-        )
-    return rows[:, 0]
+def row_weights(site: Site, layout: Layout) -> jax.Array:
+    """What plates, `handlers.scale` and masks make each row of this site count, (N, ...): constant but over rows."""
+    weight = jnp.asarray(1.0 if site["scale"] is None else site["scale"], jnp.result_type(float))
+    for mask in unwrap(site["fn"])[1]:
+        weight = weight * jnp.asarray(mask, weight.dtype)
+    batch = jnp.broadcast_shapes(tuple(site["fn"].batch_shape), weight.shape)
+    if layout.row_dims and len(batch) < -layout.row_dims[0]:  # a value with more batch dimensions than its site
+        return jnp.broadcast_to(weight.reshape(-1)[:1], (layout.num_rows, 1))
+    rows = jnp.moveaxis(jnp.broadcast_to(weight, batch), layout.row_dims, range(len(layout.row_dims)))
+    return rows.reshape(layout.num_rows, -1)
 
 
 def sum_rows(log_prob: jax.Array, layout: Layout) -> jax.Array:
     """Sums a term over everything but its rows: (batch...) to (N,)."""
     if log_prob.ndim:
-        log_prob = jnp.moveaxis(log_prob, layout.row_dims, tuple(range(len(layout.row_dims))))
+        log_prob = jnp.moveaxis(log_prob, layout.row_dims, range(len(layout.row_dims)))
     return log_prob.reshape(layout.num_rows, -1).sum(-1)

@@ -154,15 +154,7 @@ class Energy:
         """:attr:`data` and :attr:`weights` from one run of the model."""
         layout, sites = self._layout, self._run().sites
         values = {a.name: sites[a.name]["value"] if a.is_site else self._arrays[a.leaf] for a in layout.arrays}
-        weights = [_layout.row_weights(sites[k], layout) for k in layout.terms]
-        if not any(isinstance(w, jax.core.Tracer) for w in weights):
-            for name, w in zip(layout.terms[1:], weights[1:], strict=True):
-                if bool(np.any(np.asarray(w) != np.asarray(weights[0]))):
-                    raise ValueError(
-                        f"Sites '{layout.terms[0]}' and '{name}' have different scales or masks: these weigh whole rows, "
-                        "so put them around all sites of a row, or multiply inside the factor."
-                    )
-        return self.flatten(values), jnp.broadcast_to(jnp.asarray(weights[0], self._dtype), (layout.num_rows,))
+        return self.flatten(values), _layout.row_weights(sites[layout.terms[0]], layout)[:, 0]
 
     def flatten(self, values: Any) -> Float[Array, "n d"]:
         """Data in the sites' own shapes, {name: array} or one array, to rows (N, D)."""
@@ -274,19 +266,29 @@ class Energy:
         Raises:
             ValueError: NaN or infinity in the data, a log density that is not finite there, rows that interact.
         """
-        x, weights = self.data_and_weights()
-        used = np.asarray(weights) != 0
+        x, weights, f, moved = jax.device_get(_evaluate(self))
+        for name, weight in weights.items():
+            if (weight != weight[:, :1]).any():
+                raise ValueError(
+                    f"The scale or mask of site '{name}' differs within a row: weigh whole rows, or drop terms inside "
+                    "the factor with jnp.where."
+                )
+            if (weight[:, 0] != weights[self._layout.terms[0]][:, 0]).any():
+                raise ValueError(
+                    f"Sites '{self._layout.terms[0]}' and '{name}' have different scales or masks: these weigh whole "
+                    "rows, so put them around all sites of a row, or multiply inside the factor."
+                )
+        used = weights[self._layout.terms[0]][:, 0] != 0
         names = ", ".join(f"'{a.name}'" for a in self._layout.arrays)
-        if bad := _rows_text(used & ~np.isfinite(np.asarray(x)).all(-1)):
+        if bad := _rows_text(used & ~np.isfinite(x).all(-1)):
             raise ValueError(f"Data {names} have NaN or infinity in {bad}: drop these rows, or mask them with handlers.mask.")
-        f, moved = _row_check(self, jnp.where(jnp.asarray(used)[:, None], x, 0.0))
-        if bad := _rows_text(used & ~np.isfinite(np.asarray(f))):
+        if bad := _rows_text(used & ~np.isfinite(f)):
             raise ValueError(
                 f"The log density of {names} is not finite in {bad}: drop these rows, or start from other parameters "
                 "(init_params, or the guide's init_loc_fn)."
             )
-        tolerance = 1e-4 * np.abs(np.asarray(f)[used]).max(initial=0.0)
-        if bad := _rows_text(used & (np.abs(np.asarray(moved)) > tolerance)):
+        tolerance = 1e-4 * np.abs(f[used]).max(initial=0.0)
+        if bad := _rows_text(used & (np.abs(moved) > tolerance)):
             raise ValueError(
                 f"Rows of {names} interact: {bad} change when other rows do, e.g. through a mean over the plate or batch "
                 "normalisation; make each row's factor depend on that row alone, or drop the plate if the data are one point."
@@ -355,13 +357,21 @@ class Energy:
 
 
 @jax.jit
-def _row_check(energy: Energy, x: Array) -> tuple[Array, Array]:
-    """The log density of each row, and by how much that of some rows changes when the data of the others do."""
-    f = energy._log_density(x)
+def _evaluate(energy: Energy) -> tuple[Array, dict[str, Array], Array, Array]:
+    """What :meth:`Energy.check` looks at, in one compiled call.
+
+    Data, weights by site, the log density of each row, and by how much that of some rows changes when the data of the
+    other rows do.
+    """
+    layout, sites = energy._layout, energy._run().sites
+    weights = {k: _layout.row_weights(sites[k], layout) for k in layout.terms}
+    x, weight = energy.data_and_weights()
+    usable = jnp.where(weight[:, None] != 0, x, 0.0)
+    f = energy._log_density(usable)
     n = x.shape[0]
     keep = jax.random.bernoulli(jax.random.key(0), shape=(n,)).at[: min(n, 2)].set(jnp.arange(min(n, 2)) == 0)
-    changed = jnp.where(keep[:, None], x, jnp.roll(x, 1, axis=0) + 1.0)
-    return f, jnp.where(keep, energy._log_density(changed) - f, 0.0)
+    changed = jnp.where(keep[:, None], usable, jnp.roll(usable, 1, axis=0) + 1.0)
+    return x, weights, f, jnp.where(keep, energy._log_density(changed) - f, 0.0)
 
 
 def _rows_text(bad: Any) -> str:

@@ -14,7 +14,7 @@ from numpyro_score._layout import is_observed_sample
 from numpyro_score.energy import Energy
 from numpyro_score.losses import Loss, total_loss
 
-__all__ = ["LOSS_SITE", "generalized_bayes", "prior_model"]
+__all__ = ["LOSS_SITE", "GeneralizedModel", "generalized_bayes", "prior_model"]
 
 LOSS_SITE = "generalized_bayes_loss"
 """The name of the factor that holds the loss; :func:`~numpyro_score.to_arviz` drops it."""
@@ -67,17 +67,28 @@ def generalized_bayes(model: Model, loss: Loss, learning_rate: Any = 1.0, *, dat
         >>> bool(jnp.abs(mcmc.get_samples()["mu"].mean() - posterior_mean) < 0.02)
         True
     """
-    hash(loss)  # a loss is a static argument of compiled functions: fail here, not deep inside
+    return GeneralizedModel(model, loss, learning_rate, data)
 
-    @functools.wraps(model)
-    def generalized(*args: Any, **kwargs: Any) -> Any:
-        value, energy = _run_parameters(model, data, args, kwargs)
+
+class GeneralizedModel:
+    """What :func:`generalized_bayes` returns: a NumPyro model that knows what it was made of."""
+
+    def __init__(self, model: Model, loss: Loss, learning_rate: Any, data: str | None) -> None:
+        hash(loss)  # a loss is a static argument of compiled functions: fail here, not deep inside
+        self.model, self.loss, self.learning_rate, self.data = model, loss, learning_rate, data
+        functools.update_wrapper(self, model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        value, energy = _run_parameters(self.model, self.data, args, kwargs, check=True)
         rng_key = numpyro.prng_key()
-        total = _jitted_total(loss, energy, jax.random.key(0) if rng_key is None else rng_key)
-        numpyro.factor(LOSS_SITE, -learning_rate * total)
+        total = _jitted_total(self.loss, energy, jax.random.key(0) if rng_key is None else rng_key)
+        numpyro.factor(LOSS_SITE, -self.learning_rate * total)
         return value
 
-    return generalized
+    def energy(self, *args: Any, **kwargs: Any) -> Energy:
+        """The energy at parameters drawn from the prior: for what does not depend on them, such as the data."""
+        with handlers.block(), handlers.seed(rng_seed=0):
+            return _run_parameters(self.model, self.data, args, kwargs, check=False)[1]
 
 
 def prior_model(model: Model, data: str | None = None, *, check: bool = False) -> Model:
@@ -98,7 +109,7 @@ _jitted_total = jax.jit(total_loss, static_argnums=0)
 
 
 def _run_parameters(
-    model: Model, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], check: bool = True
+    model: Model, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], check: bool
 ) -> tuple[Any, Energy]:
     """Runs the model so that all its sites but the observed ones are seen outside, and binds an energy to their values."""
     observed: set[str] = set()

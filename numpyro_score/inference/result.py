@@ -70,7 +70,7 @@ class ScoreMatchingResult:
         sites in alphabetical order. See :func:`numpyro_score.inference.sandwich.sandwich` for the formula.
 
         Raises:
-            ValueError: for more than 2,000 parameters, or if the objective is not curved upwards at the estimates.
+            SandwichError: for more than 2,000 parameters, or if the objective is not curved upwards at the estimates.
         """
         return self._sandwich[1]
 

@@ -17,7 +17,12 @@ from numpyro.infer.util import log_density, transform_fn
 from numpyro_score.energy import Energy
 from numpyro_score.losses import Loss, row_losses
 
-__all__ = ["MAX_PARAMETERS", "Parametrisation", "sandwich"]
+__all__ = ["MAX_PARAMETERS", "Parametrisation", "SandwichError", "sandwich"]
+
+
+class SandwichError(ValueError):
+    """The sandwich covariance of a fit does not exist or is too large to form."""
+
 
 MAX_PARAMETERS = 2000
 """Above this many parameters the dense (P, P) matrices are not formed."""
@@ -87,20 +92,20 @@ def sandwich(
     random numbers, whose noise S then contains. Costs P gradients.
 
     Raises:
-        ValueError: for more than MAX_PARAMETERS parameters, fewer than two rows, or an H that is not positive
+        SandwichError: for more than MAX_PARAMETERS parameters, fewer than two rows, or an H that is not positive
             definite.
     """
     p = len(coordinates.position)
     if p > MAX_PARAMETERS:
-        raise ValueError(
+        raise SandwichError(
             f"The sandwich covariance is dense and the model has {p} parameters: it stops at {MAX_PARAMETERS}."
         )
     if energy.num_rows < 2:
-        raise ValueError("The sandwich covariance needs the spread over rows, and the data are one row: use NUTS instead.")
+        raise SandwichError("The sandwich covariance needs the spread over rows, and the data are one row: use NUTS instead.")
     hessian, gradients = _derivatives(energy, coordinates, loss, learning_rate, prior, args, kwargs)
     lowest = float(jnp.linalg.eigvalsh(hessian)[0])
     if not lowest > 0:
-        raise ValueError(
+        raise SandwichError(
             f"The objective is not curved upwards at the estimates (lowest eigenvalue of its Hessian {lowest:.3g} for "
             f"{p} parameters): take more steps, or drop or shrink parameters that the data do not determine."
         )

@@ -192,6 +192,8 @@ class ScoreMatching(SVI):
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state
         start = int(state.optim_state[0])
+        # A weakly typed number in the first state would make the second call compile again.
+        state = jax.tree.map(lambda v: jax.lax.convert_element_type(v, jnp.result_type(v)), state)
         arrays, static = split_arrays((args, kwargs))
         transforms = self.constrain_fn.args[0]
         advance = partial(self._advance, transforms, arrays, start, num_steps, static=static, stable_update=stable_update)
