@@ -4,7 +4,12 @@ __version__ = "0.1.0.dev0"
 
 from numpyro_score.diagnostics import to_arviz
 from numpyro_score.energy import Energy
-from numpyro_score.inference import NonFiniteLossError, ScoreMatching, ScoreMatchingResult, generalized_bayes
+from numpyro_score.inference import (
+    NonFiniteLossError,
+    ScoreMatching,
+    ScoreMatchingResult,
+    generalized_bayes,
+)
 from numpyro_score.losses import DSM, ISM, SSM
 
 __all__ = [

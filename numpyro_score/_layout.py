@@ -7,17 +7,16 @@ here computes numbers: a :class:`Layout` is static, hashable, and found without 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
 from jax.extend.core import Jaxpr, Literal
 from numpyro.distributions import constraints
-from numpyro.primitives import Messenger
 
-Site = dict[str, Any]
+from numpyro_score._trace import Recorder, Site, is_factor, is_observed_sample, unwrap
+
 Trace = dict[str, Site]
 Shape = tuple[int, ...]
 
@@ -64,127 +63,6 @@ class Layout(NamedTuple):
         return self._replace(arrays=tuple(map(resize, self.arrays)), row_shape=(n,))
 
 
-# -- running a model in isolation ---------------------------------------------------------------------------------
-
-
-class _Sealed(Messenger):
-    """Keeps a run of the model away from every handler around it.
-
-    `handlers.block` would let requests for random keys through, and an outer `seed` would then keep a key that
-    belongs to an inner JAX transformation.
-    """
-
-    def __init__(self, rng_key: Any) -> None:
-        self.rng_key, self.count = rng_key, 0
-        super().__init__()
-
-    def process_message(self, msg: Site) -> None:
-        msg["stop"] = True
-        if msg["type"] == "prng_key" and self.rng_key is not None:
-            msg["value"] = jax.random.fold_in(self.rng_key, self.count)
-            self.count += 1
-
-
-class _Pin(Messenger):
-    """Sets sites and plates to given values; a plate without a value takes all its rows."""
-
-    def __init__(self, values: dict[str, Any], plates: dict[str, Any]) -> None:
-        self.values, self.plates = values, plates
-        super().__init__()
-
-    def process_message(self, msg: Site) -> None:
-        kind, name = msg["type"], msg.get("name")
-        if kind == "plate":
-            size = msg["args"][0]
-            rows = self.plates.get(name)
-            msg["value"] = jnp.arange(size) if rows is None else rows
-            msg["args"] = (size, None)
-        elif kind == "control_flow":
-            msg["kwargs"]["substitute_stack"].append(("substitute", self.values))
-        elif kind in ("sample", "param", "mutable"):
-            if name in self.values:
-                value = self.values[name]
-                # A module updates its mutable state in place: give every run its own copy.
-                msg["value"] = dict(value) if kind == "mutable" and isinstance(value, dict) else value
-            elif kind == "sample" and not msg["is_observed"]:
-                raise ValueError(
-                    f"Energy has no value for the latent site '{name}': put one in `params`, e.g. {{'{name}': ...}}."
-                )
-            elif kind == "param":
-                raise ValueError(
-                    f"Energy has no value for the param site '{name}': put one in `params`, e.g. {{'{name}': ...}}."
-                )
-
-
-class Recorder(Messenger):
-    """Keeps every message itself, not a copy, so that what inner plates make of it can be compared by identity."""
-
-    def __init__(self) -> None:
-        self.sites: Trace = {}
-        self.subsampled: list[tuple[Any, Site]] = []
-        super().__init__()
-
-    def process_message(self, msg: Site) -> None:
-        if msg["type"] == "subsample":
-            self.subsampled.append((msg["value"], msg))
-
-    def postprocess_message(self, msg: Site) -> None:
-        if msg.get("name") is not None:
-            self.sites[msg["name"]] = msg
-
-    def origin(self, value: Any) -> Any:
-        """What `numpyro.subsample` took `value` from, or `value` itself."""
-        for whole, msg in self.subsampled:
-            if msg["value"] is value:
-                return whole
-        return value
-
-
-def run_model(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    values: dict[str, Any],
-    plates: dict[str, Any],
-    rng_key: Any = None,
-) -> Recorder:
-    """Runs `model` with sites and plates set, seen by no handler around it."""
-    recorder = Recorder()
-    with _Sealed(rng_key), recorder, _Pin(values, plates):
-        model(*args, **kwargs)
-    return recorder
-
-
-def unwrap(fn: dist.Distribution) -> tuple[dist.Distribution, list[Any]]:
-    """The distribution under its masks and expansions, and the masks."""
-    masks = []
-    while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution):
-        if isinstance(fn, dist.MaskedDistribution):
-            # NumPyro has no public way to read a mask back. tests/test_numpyro_internals.py watches this name.
-            masks.append(fn._mask)
-        fn = fn.base_dist
-    return fn, masks
-
-
-def is_factor(site: Site) -> bool:
-    return isinstance(unwrap(site["fn"])[0], dist.Unit)
-
-
-def is_observed_sample(site: Site) -> bool:
-    return site["type"] == "sample" and site["is_observed"]
-
-
-def term_log_prob(site: Site) -> jax.Array:
-    """The unmasked, unscaled log density of a site, one value per element of its batch shape."""
-    fn, _ = unwrap(site["fn"])
-    log_prob = fn.log_prob(site["value"])
-    shape = jnp.broadcast_shapes(jnp.shape(log_prob), tuple(site["fn"].batch_shape))
-    return jnp.broadcast_to(log_prob, shape)
-
-
-# -- reading the layout -------------------------------------------------------------------------------------------
-
-
 def _plural(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
 
@@ -196,7 +74,11 @@ def _is_real(support: constraints.Constraint) -> bool:
 
 
 def find_arrays(
-    recorder: Recorder, leaves: Sequence[Any], argument_leaves: dict[str, int], first: str | None, choice: str | None
+    recorder: Recorder,
+    leaves: Sequence[Any],
+    argument_leaves: dict[str, int],
+    first: str | None,
+    choice: str | None,
 ) -> list[DataArray]:
     """The arrays that hold the data, without their row axes.
 
@@ -218,9 +100,13 @@ def find_arrays(
             )
         if choice not in sites and choice not in argument_leaves:
             known = ", ".join(f"'{n}'" for n in [*sites, *argument_leaves]) or "none"
-            raise ValueError(f"data='{choice}' is neither a continuous observed site nor an array argument: use {known}.")
+            raise ValueError(
+                f"data='{choice}' is neither a continuous observed site nor an array argument: use {known}."
+            )
         sites = [choice] if choice in sites else []
 
+    arrays: list[DataArray] = []
+    values: list[Any] = []
     if not sites:
         name = choice if choice is not None else first
         if name is None or name not in argument_leaves:
@@ -231,15 +117,14 @@ def find_arrays(
                 "positional argument."
             )
         leaf = argument_leaves[name]
-        arrays = [DataArray(name, leaf, False, tuple(jnp.shape(leaves[leaf])), ())]
-        values = [leaves[leaf]]
+        arrays.append(DataArray(name, leaf, False, tuple(jnp.shape(leaves[leaf])), ()))
+        values.append(leaves[leaf])
     else:
-        arrays, values = [], []
         for name in sites:
             value = observed[name]["value"]
             whole = recorder.origin(value)
-            leaf = next((i for i, v in enumerate(leaves) if v is whole), None)
-            arrays.append(DataArray(name, leaf, True, tuple(jnp.shape(value)), ()))
+            origin = next((i for i, v in enumerate(leaves) if v is whole), None)
+            arrays.append(DataArray(name, origin, True, tuple(jnp.shape(value)), ()))
             values.append(value)
             if not _is_real(support := observed[name]["fn"].support):
                 raise NotImplementedError(
@@ -255,7 +140,9 @@ def find_arrays(
                 f"the data, so pass floats, e.g. {a.name}.astype(float)."
             )
         if 0 in a.shape:
-            raise ValueError(f"Data {kind} '{a.name}' is empty, of shape {a.shape}: pass at least one row of one number.")
+            raise ValueError(
+                f"Data {kind} '{a.name}' is empty, of shape {a.shape}: pass at least one row of one number."
+            )
     return arrays
 
 
@@ -294,7 +181,11 @@ def find_rows(
                 f"{_plural(size, 'row')}: move it into the plate and give it one value per row."
             )
         by_dim = sorted((frames[terms[0]][p], p) for p in shared)
-        return tuple(d for (d, _), _ in by_dim), tuple(s for (_, s), _ in by_dim), tuple(p for _, p in by_dim)
+        return (
+            tuple(d for (d, _), _ in by_dim),
+            tuple(s for (_, s), _ in by_dim),
+            tuple(p for _, p in by_dim),
+        )
 
     shapes = {k: shapes[k] for k in terms}
     if () in shapes.values():
@@ -359,7 +250,9 @@ def assemble(arrays: Sequence[DataArray], sites: Trace, shapes: dict[str, Shape]
         entering += tuple(a.name for a in arrays if a.is_site and a.name not in entering)
     row_dims, row_shape, row_plates = find_rows(sites, shapes, entering, arrays)
     arrays = [with_row_axes(a, sites[a.name] if a.is_site else None, row_dims, row_shape) for a in arrays]
-    masked = any(unwrap(sites[k]["fn"])[1] or jnp.ndim(0 if sites[k]["scale"] is None else sites[k]["scale"]) for k in entering)
+    masked = any(
+        unwrap(sites[k]["fn"])[1] or jnp.ndim(0 if sites[k]["scale"] is None else sites[k]["scale"]) for k in entering
+    )
     layout = Layout(tuple(arrays), entering, penalties, row_plates, row_dims, row_shape, masked, resizable=False)
     check_sites(sites, layout)
     return layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
-from numpyro_score import _layout, operators
+from numpyro_score import _layout, _trace, operators
 from numpyro_score._arguments import join_arrays, named_arrays, split_arrays
 from numpyro_score._layout import DataArray, Layout
 
@@ -80,7 +81,14 @@ class Energy:
         return new
 
     def _set(
-        self, model: Any, params: Any, plates: Any, rng_key: Any, choice: str | None, args: Any, kwargs: Any
+        self,
+        model: Any,
+        params: Any,
+        plates: Any,
+        rng_key: Any,
+        choice: str | None,
+        args: Any,
+        kwargs: Any,
     ) -> None:
         self.model, self.params = model, params
         self._arrays, self._static = split_arrays((args, kwargs))
@@ -96,11 +104,13 @@ class Energy:
         return new
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Parameters and arrays are leaves; the model, its other arguments and the layout are static."""
         children = (self.params, self._arrays, self._plates, self._pinned, self._rng_key)
         return children, (self.model, self._static, self._choice, self._layout)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> Energy:
+        """The inverse of :meth:`tree_flatten`."""
         new = object.__new__(cls)
         new.params, new._arrays, new._plates, new._pinned, new._rng_key = children
         new.model, new._static, new._choice, new._layout = aux
@@ -153,7 +163,10 @@ class Energy:
     def data_and_weights(self) -> tuple[Float[Array, "n d"], Float[Array, "n"]]:
         """:attr:`data` and :attr:`weights` from one run of the model."""
         layout, sites = self._layout, self._run().sites
-        values = {a.name: sites[a.name]["value"] if a.is_site else self._arrays[a.leaf] for a in layout.arrays}
+        values = {
+            a.name: self._arrays[a.leaf] if not a.is_site and a.leaf is not None else sites[a.name]["value"]
+            for a in layout.arrays
+        }
         return self.flatten(values), _layout.row_weights(sites[layout.terms[0]], layout)[:, 0]
 
     def flatten(self, values: Any) -> Float[Array, "n d"]:
@@ -237,7 +250,7 @@ class Energy:
         """Applies a function of (M, D) rows to x of any leading shape."""
         x = jnp.asarray(x, self._dtype)
         if x.ndim == 0 or x.shape[-1] != self.dim:
-            raise ValueError(f"x has shape {x.shape}, but a row of this density has {self.dim} numbers: pass (..., {self.dim}).")
+            raise ValueError(f"x has shape {x.shape}, but a row has {self.dim} numbers: pass (..., {self.dim}).")
         if self.resizable:
             rows = f(x.reshape(-1, self.dim))
             return jax.tree.map(lambda r: r.reshape(x.shape[:-1] + r.shape[1:]), rows)
@@ -246,8 +259,8 @@ class Energy:
             x = x[..., None, :]
         elif x.ndim < 2 or x.shape[-2] != n:
             raise ValueError(
-                f"x has shape {x.shape}, but the model has {n} rows: pass (..., {n}, {self.dim}), or pass the data as an "
-                "argument and let the plate follow its length, e.g. numpyro.plate('data', len(x))."
+                f"x has shape {x.shape}, but the model has {n} rows: pass (..., {n}, {self.dim}), or pass the data as "
+                "an argument and let the plate follow its length, e.g. numpyro.plate('data', len(x))."
             )
         rows = jax.vmap(f)(x.reshape(-1, n, self.dim))
         lead = x.shape[:-2] if n == 1 else x.shape[:-1]
@@ -256,7 +269,8 @@ class Energy:
     def _log_density(self, x: Float[Array, "n d"]) -> Float[Array, "n"]:
         at = self.at(x)
         sites = at._run().sites
-        return sum(_layout.sum_rows(_layout.term_log_prob(sites[k]), at._layout) for k in at._layout.terms)
+        terms = [_layout.sum_rows(_trace.term_log_prob(sites[k]), at._layout) for k in at._layout.terms]
+        return functools.reduce(jnp.add, terms)
 
     # -- checks on values -----------------------------------------------------------------------------------------
 
@@ -281,7 +295,9 @@ class Energy:
         used = weights[self._layout.terms[0]][:, 0] != 0
         names = ", ".join(f"'{a.name}'" for a in self._layout.arrays)
         if bad := _rows_text(used & ~np.isfinite(x).all(-1)):
-            raise ValueError(f"Data {names} have NaN or infinity in {bad}: drop these rows, or mask them with handlers.mask.")
+            raise ValueError(
+                f"Data {names} have NaN or infinity in {bad}: drop these rows, or mask them with handlers.mask."
+            )
         if bad := _rows_text(used & ~np.isfinite(f)):
             raise ValueError(
                 f"The log density of {names} is not finite in {bad}: drop these rows, or start from other parameters "
@@ -290,8 +306,9 @@ class Energy:
         tolerance = 1e-4 * np.abs(f[used]).max(initial=0.0)
         if bad := _rows_text(used & (np.abs(moved) > tolerance)):
             raise ValueError(
-                f"Rows of {names} interact: {bad} change when other rows do, e.g. through a mean over the plate or batch "
-                "normalisation; make each row's factor depend on that row alone, or drop the plate if the data are one point."
+                f"Rows of {names} interact: {bad} change when other rows do, e.g. through a mean over the plate or "
+                "batch normalisation; make each row's factor depend on that row alone, or drop the plate if the data "
+                "are one point."
             )
 
     # -- reading the model ----------------------------------------------------------------------------------------
@@ -300,10 +317,10 @@ class Energy:
     def _dtype(self) -> Any:
         return jnp.result_type(float)
 
-    def _run(self) -> _layout.Recorder:
+    def _run(self) -> _trace.Recorder:
         args, kwargs = join_arrays(self._arrays, self._static)
         values = {**self.params, **self._pinned}
-        return _layout.run_model(self.model, args, kwargs, values, self._plates, self._rng_key)
+        return _trace.run_model(self.model, args, kwargs, values, self._plates, self._rng_key)
 
     def _read_layout(self) -> Layout:
         dynamic = dict(params=self.params, _arrays=self._arrays, _plates=self._plates, _pinned=self._pinned)
@@ -325,7 +342,7 @@ class Energy:
                 if a.is_site:
                     pinned[a.name] = value
             found["sites"] = sites = self._replace(**dynamic | {"_arrays": leaves, "_pinned": pinned})._run().sites
-            log_probs = {k: _layout.term_log_prob(s) for k, s in sites.items() if _layout.is_observed_sample(s)}
+            log_probs = {k: _trace.term_log_prob(s) for k, s in sites.items() if _trace.is_observed_sample(s)}
             found["shapes"] = {k: v.shape for k, v in log_probs.items()}
             return list(log_probs.values())
 

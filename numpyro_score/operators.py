@@ -98,7 +98,7 @@ def _by_directions(f: RowFunction, x: Array) -> tuple[Array, Array, Array]:
 
 # Functions that `folx` recognises by the name of their `jit` alone. A user's function of the same name would get the
 # library function's Laplacian, so the names count only where the traced code is the library's own.
-_NAMED = {
+_NAMED: dict[str, Callable[..., object]] = {
     "sign": jnp.sign,
     "logaddexp": jnp.logaddexp,
     "sigmoid": jax.nn.sigmoid,
@@ -142,10 +142,10 @@ def _supported(jaxpr: Jaxpr, depends: list[bool]) -> bool:
 def _is_library_function(name: str, jaxpr: Jaxpr) -> bool:
     if name not in _NAMED:
         return False
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
     try:
-        own = jax.make_jaxpr(_NAMED[name])(*shapes).jaxpr
+        own = jax.make_jaxpr(_NAMED[name])(*(v.aval for v in jaxpr.invars)).jaxpr
     except TypeError:  # called with other arguments than its plain form
         return False
-    (call,) = own.eqns if len(own.eqns) == 1 else (None,)
-    return call is not None and call.primitive.name in ("jit", "pjit") and str(call.params["jaxpr"].jaxpr) == str(jaxpr)
+    if len(own.eqns) != 1 or own.eqns[0].primitive.name not in ("jit", "pjit"):
+        return False
+    return str(own.eqns[0].params["jaxpr"].jaxpr) == str(jaxpr)

@@ -29,7 +29,11 @@ _STAT_NAMES = {
 
 
 def to_arviz(
-    source: ScoreMatchingResult | MCMC, *args: Any, rng_key: Any = None, num_samples: int = 1000, **kwargs: Any
+    source: ScoreMatchingResult | MCMC,
+    *args: Any,
+    rng_key: Any = None,
+    num_samples: int = 1000,
+    **kwargs: Any,
 ) -> Any:
     """Turns a fit or an MCMC run into ArviZ data: an `InferenceData` (ArviZ 0.23) or a `DataTree` (1.x).
 
@@ -80,7 +84,10 @@ def _fit_groups(fit: ScoreMatchingResult, rng_key: Any, num_samples: int) -> dic
     losses, weights = jax.jit(row_losses, static_argnums=0)(fit.svi.score_loss, fit.energy, jax.random.key(0))
     details = _dataset({"loss": fit.losses}, ("step",))
     details = details.merge(_dataset({"pointwise_loss": losses, "weight": weights}, ("row",)))
-    details.attrs |= {"loss_function": repr(fit.svi.score_loss), "learning_rate": float(fit.svi.learning_rate)}
+    details.attrs |= {
+        "loss_function": repr(fit.svi.score_loss),
+        "learning_rate": float(fit.svi.learning_rate),
+    }
     groups = {"observed_data": _observed(fit.energy), "score_matching": details}
     try:
         draws = fit.sample_posterior(rng_key, num_samples)
@@ -88,8 +95,8 @@ def _fit_groups(fit: ScoreMatchingResult, rng_key: Any, num_samples: int) -> dic
         details.attrs["no_posterior"] = str(error)
         return groups
     chains = 4 if num_samples % 4 == 0 else 1  # the draws are independent; ArviZ's diagnostics want several chains
-    draws = {k: np.reshape(v, (chains, num_samples // chains, *np.shape(v)[1:])) for k, v in _flat(draws).items()}
-    posterior = _dataset(draws, ("chain", "draw"))
+    arrays = {k: np.reshape(v, (chains, num_samples // chains, *np.shape(v)[1:])) for k, v in _flat(draws).items()}
+    posterior = _dataset(arrays, ("chain", "draw"))
     law = "normal with sandwich covariance in unconstrained space, at a point estimate"
     posterior.attrs["draws"] = law if fit.is_point else f"from the guide {type(fit.svi.guide).__name__}"
     return {"posterior": posterior, **groups}
@@ -126,7 +133,8 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def _dataset(values: dict[str, Any], dims: tuple[str, ...]) -> xr.Dataset:
     """Arrays with the given leading dimensions; further ones are named as ArviZ does, and numbered from 0."""
-    variables, coords = {}, {}
+    variables: dict[str, Any] = {}
+    coords: dict[str, Any] = {}
     for name, value in values.items():
         value = np.asarray(value)
         rest = [f"{name}_dim_{i}" for i in range(value.ndim - len(dims))]

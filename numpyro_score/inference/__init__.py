@@ -1,6 +1,11 @@
 """Fitting: the generalised model, score matching, and its standard errors."""
 
-from numpyro_score.inference.generalized import LOSS_SITE, GeneralizedModel, generalized_bayes, prior_model
+from numpyro_score.inference.generalized import (
+    LOSS_SITE,
+    GeneralizedModel,
+    generalized_bayes,
+    prior_model,
+)
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.sandwich import Parametrisation, SandwichError, sandwich

@@ -10,7 +10,7 @@ import jax
 import numpyro
 from numpyro import handlers
 
-from numpyro_score._layout import is_observed_sample
+from numpyro_score._trace import is_observed_sample
 from numpyro_score.energy import Energy
 from numpyro_score.losses import Loss, total_loss
 
@@ -61,7 +61,12 @@ def generalized_bayes(model: Model, loss: Loss, learning_rate: Any = 1.0, *, dat
         ...         x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
         ...         numpyro.factor("energy", -0.5 * (x - mu) ** 2)
         >>> x = 1.0 + jax.random.normal(jax.random.key(0), (99,))
-        >>> mcmc = MCMC(NUTS(generalized_bayes(model, ISM())), num_warmup=200, num_samples=500, progress_bar=False)
+        >>> mcmc = MCMC(
+        ...     NUTS(generalized_bayes(model, ISM())),
+        ...     num_warmup=200,
+        ...     num_samples=500,
+        ...     progress_bar=False,
+        ... )
         >>> mcmc.run(jax.random.key(1), x)
         >>> posterior_mean = x.sum() / 100  # conjugate: prior precision 1, data precision 99
         >>> bool(jnp.abs(mcmc.get_samples()["mu"].mean() - posterior_mean) < 0.02)
@@ -79,6 +84,7 @@ class GeneralizedModel:
         functools.update_wrapper(self, model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model; the loss is a factor of its own."""
         value, energy = _run_parameters(self.model, self.data, args, kwargs, check=True)
         rng_key = numpyro.prng_key()
         total = _jitted_total(self.loss, energy, jax.random.key(0) if rng_key is None else rng_key)
@@ -111,7 +117,7 @@ _jitted_total = jax.jit(total_loss, static_argnums=0)
 def _run_parameters(
     model: Model, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], check: bool
 ) -> tuple[Any, Energy]:
-    """Runs the model so that all its sites but the observed ones are seen outside, and binds an energy to their values."""
+    """Runs the model with all its sites but the observed ones seen outside, and binds an energy to their values."""
     observed: set[str] = set()
 
     def is_data(site: dict[str, Any]) -> bool:

@@ -54,7 +54,10 @@ class ScoreMatchingResult:
     @cached_property
     def estimates(self) -> dict[str, Any]:
         """Constrained point values by site, latents and model params alike; the guide's median where it is no point."""
-        return {**self._latents, **{k: s["value"] for k, s in self._sites.items() if s["type"] == "param"}}
+        return {
+            **self._latents,
+            **{k: s["value"] for k, s in self._sites.items() if s["type"] == "param"},
+        }
 
     @cached_property
     def energy(self) -> Energy:

@@ -67,7 +67,7 @@ class Parametrisation:
         return unravel(jnp.sqrt(jnp.sum(jacobian * (covariance @ jacobian), axis=0)))
 
     def draw(self, rng_key: Array, covariance: Float[Array, "p p"], n: int) -> dict[str, Any]:
-        """n draws from N(position, covariance), constrained: {site: (n, ...)}."""
+        """N draws from N(position, covariance), constrained: {site: (n, ...)}."""
         noise = jax.random.normal(rng_key, (n, len(self.position)))
         root = jnp.linalg.cholesky(covariance)
         return jax.vmap(self.constrain)(self.position + noise @ root.T)
@@ -101,7 +101,9 @@ def sandwich(
             f"The sandwich covariance is dense and the model has {p} parameters: it stops at {MAX_PARAMETERS}."
         )
     if energy.num_rows < 2:
-        raise SandwichError("The sandwich covariance needs the spread over rows, and the data are one row: use NUTS instead.")
+        raise SandwichError(
+            "The sandwich covariance needs the spread over rows, and the data are one row: use NUTS instead."
+        )
     hessian, gradients = _derivatives(energy, coordinates, loss, learning_rate, prior, args, kwargs)
     lowest = float(jnp.linalg.eigvalsh(hessian)[0])
     if not lowest > 0:
@@ -117,7 +119,13 @@ def sandwich(
 
 
 def _derivatives(
-    energy: Energy, coordinates: Parametrisation, loss: Loss, learning_rate: Any, prior: Any, args: Any, kwargs: Any
+    energy: Energy,
+    coordinates: Parametrisation,
+    loss: Loss,
+    learning_rate: Any,
+    prior: Any,
+    args: Any,
+    kwargs: Any,
 ) -> tuple[Array, Array]:
     """Hessian of the objective (P, P), and the gradient of each row's weighted loss (N, P)."""
     rng_key = jax.random.key(0)

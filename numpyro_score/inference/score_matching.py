@@ -46,9 +46,11 @@ class DefaultLoss:
     """:class:`~numpyro_score.ISM` up to 64 dimensions, and :class:`~numpyro_score.SSM` above."""
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
+        """One value per row of the energy's data, (N,)."""
         return self._choose(energy)(energy, rng_key)
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
+        """As of the loss chosen."""
         loss = self._choose(energy)
         return loss.rows_per_chunk(energy) if isinstance(loss, ISM) else None
 
@@ -123,7 +125,7 @@ class ScoreMatching(SVI):
         if guide is None:
             guide = AutoDelta(prior_model(model, data))
         elif inspect.isclass(guide) and issubclass(guide, AutoGuide):
-            guide = guide(generalized)
+            guide = guide(generalized)  # type: ignore[call-arg]
         elif isinstance(guide, _GUIDES_WITH_DENSITY) and guide.model is model:
             name = type(guide).__name__
             raise ValueError(
@@ -196,7 +198,15 @@ class ScoreMatching(SVI):
         state = jax.tree.map(lambda v: jax.lax.convert_element_type(v, jnp.result_type(v)), state)
         arrays, static = split_arrays((args, kwargs))
         transforms = self.constrain_fn.args[0]
-        advance = partial(self._advance, transforms, arrays, start, num_steps, static=static, stable_update=stable_update)
+        advance = partial(
+            self._advance,
+            transforms,
+            arrays,
+            start,
+            num_steps,
+            static=static,
+            stable_update=stable_update,
+        )
 
         losses: list[np.ndarray] = []
         done, size, previous = 0, 1, None
@@ -211,7 +221,10 @@ class ScoreMatching(SVI):
                         self._raise_non_finite(advance, previous, state, taken, done, losses, values, args, kwargs)
                     losses.append(values)
                     previous, state, done = (state, n), new, done + n
-                    bar.set_postfix_str(f"init loss: {losses[0][0]:.4f}, loss: {np.nanmean(values):.4f}", refresh=False)
+                    bar.set_postfix_str(
+                        f"init loss: {losses[0][0]:.4f}, loss: {np.nanmean(values):.4f}",
+                        refresh=False,
+                    )
                     bar.update(n)
                     if len(losses) > 1:  # the first call compiles
                         size = _next_size(n, time.perf_counter() - begin)
@@ -220,11 +233,23 @@ class ScoreMatching(SVI):
         except KeyboardInterrupt:
             if not done:
                 raise
-            warnings.warn(f"Interrupted after {done} of {num_steps} steps; this is the fit so far.", stacklevel=2)
+            warnings.warn(
+                f"Interrupted after {done} of {num_steps} steps; this is the fit so far.",
+                stacklevel=2,
+            )
         return ScoreMatchingResult(self.get_params(state), state, np.concatenate(losses), self, args, kwargs)
 
     def _advance_impl(
-        self, transforms: Any, arrays: Any, start: Any, total: Any, state: Any, n: Any, *, static: Any, stable_update: bool
+        self,
+        transforms: Any,
+        arrays: Any,
+        start: Any,
+        total: Any,
+        state: Any,
+        n: Any,
+        *,
+        static: Any,
+        stable_update: bool,
     ) -> tuple[Any, Array, Array]:
         """Takes n steps, fewer if a loss is not finite: the state, the losses (in a buffer) and the steps taken."""
         # What would otherwise be baked into the compiled loop comes in as arguments.
@@ -250,7 +275,16 @@ class ScoreMatching(SVI):
         return state, losses, taken
 
     def _raise_non_finite(
-        self, advance: Any, previous: Any, state: Any, taken: int, done: int, losses: Any, values: Any, args: Any, kwargs: Any
+        self,
+        advance: Any,
+        previous: Any,
+        state: Any,
+        taken: int,
+        done: int,
+        losses: Any,
+        values: Any,
+        args: Any,
+        kwargs: Any,
     ) -> None:
         """Steps are deterministic, so the states around the failing step are had by taking the chunk again."""
         failing = advance(state, taken)[0]
@@ -262,8 +296,8 @@ class ScoreMatching(SVI):
         step = done + taken
         cause = self._explain(failing, args, kwargs)
         raise NonFiniteLossError(
-            f"The loss is {values[taken]} at step {step}: {cause}. The last finite state is in this exception's `state`; "
-            "a smaller step size, other init_params or stable_update=True may help.",
+            f"The loss is {values[taken]} at step {step}: {cause}. The last finite state is in the exception's "
+            "`state`; a smaller step size, other init_params or stable_update=True may help.",
             step, last, self.get_params(last), finite,
         )  # fmt: skip
 
@@ -282,7 +316,12 @@ class ScoreMatching(SVI):
         return "the density and score are finite at the data, so the loss's second derivatives or the prior are not"
 
 
-_GUIDES_WITH_DENSITY = (AutoLaplaceApproximation, AutoDAIS, AutoSemiDAIS, AutoSurrogateLikelihoodDAIS)
+_GUIDES_WITH_DENSITY = (
+    AutoLaplaceApproximation,
+    AutoDAIS,
+    AutoSemiDAIS,
+    AutoSurrogateLikelihoodDAIS,
+)
 
 
 def _next_size(n: int, seconds: float) -> int:

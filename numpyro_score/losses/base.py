@@ -23,7 +23,9 @@ class Loss(Protocol):
     for all of them.
     """
 
-    def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]: ...
+    def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
+        """One value per row of the energy's data, (N,)."""
+        ...
 
 
 def row_losses(loss: Loss, energy: Energy, rng_key: Array) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
@@ -124,4 +126,7 @@ def _chunked_total_jvp(static: Any, primals: tuple[list[Any]], tangents: tuple[l
 
     start = (jnp.zeros((), weights.dtype), [jnp.zeros_like(leaves[i]) for i in moving])
     (total, grads), _ = jax.lax.scan(body, start, (x, weights, keys), unroll=_UNROLL)
-    return total, sum((jnp.vdot(g, dots[i]) for i, g in zip(moving, grads, strict=True)), start=jnp.zeros_like(total))
+    return total, sum(
+        (jnp.vdot(g, dots[i]) for i, g in zip(moving, grads, strict=True)),
+        start=jnp.zeros_like(total),
+    )

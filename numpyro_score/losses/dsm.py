@@ -43,6 +43,7 @@ class DSM:
             raise ValueError(f"DSM needs a positive sigma, in the units of the data, got {self.sigma}.")
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
+        """One value per row of the energy's data, (N,)."""
         x = energy.data
         noise = jax.random.normal(rng_key, x.shape, x.dtype)
         score = energy.score(x + self.sigma * noise)

@@ -23,6 +23,7 @@ class ISM:
     """
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
+        """One value per row of the energy's data, (N,)."""
         _, score, laplacian = energy.value_score_laplacian(energy.data)
         return 0.5 * jnp.sum(score**2, axis=-1) + laplacian
 

@@ -50,6 +50,7 @@ class SSM:
             raise ValueError(f"SSM has no projection {self.projection!r}: use 'rademacher', 'gaussian' or 'sphere'.")
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
+        """One value per row of the energy's data, (N,)."""
         x = energy.data
         v = draw_directions(self.projection, rng_key, (self.num_projections, *x.shape), x.dtype)
         if self.variance_reduced:

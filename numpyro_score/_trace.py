@@ -1,0 +1,128 @@
+"""Runs a model in isolation, with its sites set, and reads its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.primitives import Messenger
+
+Site = dict[str, Any]
+
+
+class _Sealed(Messenger):
+    """Keeps a run of the model away from every handler around it.
+
+    `handlers.block` would let requests for random keys through, and an outer `seed` would then keep a key that
+    belongs to an inner JAX transformation.
+    """
+
+    def __init__(self, rng_key: Any) -> None:
+        self.rng_key, self.count = rng_key, 0
+        super().__init__()
+
+    def process_message(self, msg: Site) -> None:
+        msg["stop"] = True
+        if msg["type"] == "prng_key" and self.rng_key is not None:
+            msg["value"] = jax.random.fold_in(self.rng_key, self.count)
+            self.count += 1
+
+
+class _Pin(Messenger):
+    """Sets sites and plates to given values; a plate without a value takes all its rows."""
+
+    def __init__(self, values: dict[str, Any], plates: dict[str, Any]) -> None:
+        self.values, self.plates = values, plates
+        super().__init__()
+
+    def process_message(self, msg: Site) -> None:
+        kind, name = msg["type"], msg.get("name", "")
+        if kind == "plate":
+            size = msg["args"][0]
+            rows = self.plates.get(name)
+            msg["value"] = jnp.arange(size) if rows is None else rows
+            msg["args"] = (size, None)
+        elif kind == "control_flow":
+            msg["kwargs"]["substitute_stack"].append(("substitute", self.values))
+        elif kind in ("sample", "param", "mutable"):
+            if name in self.values:
+                value = self.values[name]
+                # A module updates its mutable state in place: give every run its own copy.
+                msg["value"] = dict(value) if kind == "mutable" and isinstance(value, dict) else value
+            elif kind == "sample" and not msg["is_observed"]:
+                raise ValueError(
+                    f"Energy has no value for the latent site '{name}': put one in `params`, e.g. {{'{name}': ...}}."
+                )
+            elif kind == "param":
+                raise ValueError(
+                    f"Energy has no value for the param site '{name}': put one in `params`, e.g. {{'{name}': ...}}."
+                )
+
+
+class Recorder(Messenger):
+    """Keeps every message itself, not a copy, so that what inner plates make of it can be compared by identity."""
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Site] = {}
+        self.subsampled: list[tuple[Any, Site]] = []
+        super().__init__()
+
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] == "subsample":
+            self.subsampled.append((msg["value"], msg))
+
+    def postprocess_message(self, msg: Site) -> None:
+        if msg.get("name") is not None:
+            self.sites[msg["name"]] = msg
+
+    def origin(self, value: Any) -> Any:
+        """What `numpyro.subsample` took `value` from, or `value` itself."""
+        for whole, msg in self.subsampled:
+            if msg["value"] is value:
+                return whole
+        return value
+
+
+def run_model(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: dict[str, Any],
+    plates: dict[str, Any],
+    rng_key: Any = None,
+) -> Recorder:
+    """Runs `model` with sites and plates set, seen by no handler around it."""
+    recorder = Recorder()
+    with _Sealed(rng_key), recorder, _Pin(values, plates):
+        model(*args, **kwargs)
+    return recorder
+
+
+def unwrap(fn: dist.Distribution) -> tuple[dist.Distribution, list[Any]]:
+    """The distribution under its masks and expansions, and the masks."""
+    masks = []
+    while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            # NumPyro has no public way to read a mask back. tests/test_numpyro_internals.py watches this name.
+            masks.append(fn._mask)
+        fn = fn.base_dist
+    return fn, masks
+
+
+def is_factor(site: Site) -> bool:
+    return isinstance(unwrap(site["fn"])[0], dist.Unit)
+
+
+def is_observed_sample(site: Site) -> bool:
+    return site["type"] == "sample" and site["is_observed"]
+
+
+def term_log_prob(site: Site) -> jax.Array:
+    """The unmasked, unscaled log density of a site, one value per element of its batch shape."""
+    fn, _ = unwrap(site["fn"])
+    log_prob = fn.log_prob(site["value"])
+    shape = jnp.broadcast_shapes(jnp.shape(log_prob), tuple(site["fn"].batch_shape))
+    return jnp.broadcast_to(log_prob, shape)
