@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -30,6 +30,9 @@ def split_arrays(tree: Any) -> tuple[list[Any], Static]:
     leaves, treedef = jax.tree.flatten(tree)
     is_array = [isinstance(v, jax.Array | np.ndarray) for v in leaves]
     rest = tuple(_ARRAY if yes else v for v, yes in zip(leaves, is_array, strict=True))
+    for v in rest:
+        if not isinstance(v, Hashable):
+            raise TypeError(f"A model argument is a {type(v).__name__}: pass NumPy or JAX arrays, e.g. np.asarray(...).")
     return [v for v, yes in zip(leaves, is_array, strict=True) if yes], (treedef, rest)
 
 

@@ -40,6 +40,8 @@ class _Pin(Messenger):
 
     def process_message(self, msg: Site) -> None:
         kind, name = msg["type"], msg.get("name", "")
+        if msg.get("_control_flow_done"):  # a site of numpyro's scan or cond, shown again after it ran
+            return
         if kind == "plate":
             size = msg["args"][0]
             rows = self.plates.get(name)

@@ -69,7 +69,9 @@ class Parametrisation:
     def draw(self, rng_key: Array, covariance: Float[Array, "p p"], n: int) -> dict[str, Any]:
         """N draws from N(position, covariance), constrained: {site: (n, ...)}."""
         noise = jax.random.normal(rng_key, (n, len(self.position)))
-        root = jnp.linalg.cholesky(covariance)
+        # Not Cholesky: where the data leave a direction free, the covariance is singular.
+        variances, axes = jnp.linalg.eigh(covariance)
+        root = axes * jnp.sqrt(jnp.maximum(variances, 0.0))
         return jax.vmap(self.constrain)(self.position + noise @ root.T)
 
 
