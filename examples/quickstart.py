@@ -116,7 +116,7 @@ def picture(fit, idata, names, path, top=20):
     """The graph, and the strongest couplings with the intervals of both methods."""
     estimate = np.asarray(fit.estimates["coupling"])
     error = np.asarray(fit.stderr()["coupling"])
-    draws = idata.posterior["coupling"].values.reshape(-1, len(ROWS))
+    draws = idata["posterior"]["coupling"].values.reshape(-1, len(ROWS))
     low, high = np.quantile(draws, [0.05, 0.95], axis=0)
     sure = np.abs(estimate) > 1.645 * error
 

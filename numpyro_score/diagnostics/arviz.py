@@ -73,11 +73,11 @@ def to_arviz(
     }
     for group in groups.values():
         group.attrs |= library
-    if hasattr(az, "InferenceData"):
-        return az.InferenceData(attrs=library, **groups)
-    tree = xr.DataTree.from_dict(groups)
-    tree.attrs |= library
-    return tree
+    if hasattr(az, "convert_to_datatree"):  # ArviZ 1.x
+        tree = xr.DataTree.from_dict(groups)
+        tree.attrs |= library
+        return tree
+    return az.InferenceData(attrs=library, **groups)
 
 
 def _fit_groups(fit: ScoreMatchingResult, rng_key: Any, num_samples: int) -> dict[str, xr.Dataset]:

@@ -1,0 +1,69 @@
+# Everything here needs only make and Python 3.11 or newer with its venv module.
+# `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV = .venv
+RUN = $(VENV)/bin/python -m
+
+.PHONY: help demo test bench lint types docs format clean FORCE
+.NOTPARALLEL: # two pips must not write to one environment at once
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    install what the examples need and run examples/quickstart.py"
+	@echo "make test    install what the tests need and run them (PYTEST_ARGS='-k energy' adds arguments)"
+	@echo "make bench   run the benchmarks"
+	@echo "make lint    check style with ruff"
+	@echo "make format  apply ruff's fixes and formatting"
+	@echo "make types   check types with mypy"
+	@echo "make docs    build the documentation and run the examples in it"
+	@echo "make clean   remove everything the targets above made"
+	@echo
+	@echo "Packages go into $(VENV). Another interpreter: make test PYTHON=python3.13 VENV=.venv313"
+
+demo: $(VENV)/.extra-examples
+	$(VENV)/bin/python examples/quickstart.py
+
+test: $(VENV)/.extra-test
+	$(RUN) pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.extra-examples
+	$(RUN) benchmarks.run $(BENCH_ARGS)
+
+lint: $(VENV)/.extra-dev
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+format: $(VENV)/.extra-dev
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+types: $(VENV)/.extra-dev
+	$(RUN) mypy
+
+docs: $(VENV)/.extra-docs
+	$(RUN) sphinx -W --keep-going --quiet -b html docs docs/_build/html
+	$(RUN) sphinx -W --keep-going --no-color -b doctest docs docs/_build/doctest
+
+clean:
+	rm -rf $(VENV) build dist docs/_build examples/output .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each extra; it is remade when pyproject.toml or the interpreter changes.
+$(VENV)/.extra-%: pyproject.toml $(VENV)/.interpreter
+	@echo "Installing numpyro-score and its '$*' extra into $(VENV); the first time takes a few minutes."
+	$(RUN) pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+# Rewritten, with a new environment, only when $(PYTHON) is not the interpreter that is there.
+$(VENV)/.interpreter: FORCE
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "There is no $(PYTHON) here. Please install Python 3.11 or newer, or name it: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "numpyro-score needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "$(PYTHON) has no venv module. On Debian and Ubuntu, install the package python3-venv." >&2; exit 1; }
+	@new=$$($(PYTHON) -c 'import sys; print(*sys.version_info[:2], sys.base_prefix)'); \
+	if [ "$$new" != "$$(cat $@ 2>/dev/null)" ]; then \
+	    $(PYTHON) -m venv --clear $(VENV) && echo "$$new" > $@; \
+	fi
