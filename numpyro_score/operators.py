@@ -122,7 +122,8 @@ def _supported(jaxpr: Jaxpr, depends: list[bool]) -> bool:
         into = [not isinstance(v, Literal) and v in tainted for v in eqn.invars]
         if not any(into):
             continue
-        tainted.update(eqn.outvars)
+        # Comparisons have no derivative, and what is made of their results needs no rule.
+        tainted.update(v for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact))
         name = eqn.primitive.name
         if name in ("jit", "pjit"):
             inner = eqn.params["jaxpr"]
