@@ -32,7 +32,9 @@ def split_arrays(tree: Any) -> tuple[list[Any], Static]:
     rest = tuple(_ARRAY if yes else v for v, yes in zip(leaves, is_array, strict=True))
     for v in rest:
         if not isinstance(v, Hashable):
-            raise TypeError(f"A model argument is a {type(v).__name__}: pass NumPy or JAX arrays, e.g. np.asarray(...).")
+            raise TypeError(
+                f"A model argument is a {type(v).__name__}: pass NumPy or JAX arrays, e.g. np.asarray(...)."
+            )
     return [v for v, yes in zip(leaves, is_array, strict=True) if yes], (treedef, rest)
 
 

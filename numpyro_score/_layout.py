@@ -147,11 +147,11 @@ def find_arrays(
 
 
 def depends_on_inputs(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
-    """Which outputs of `jaxpr` vary with the marked inputs; comparisons do not count, but calls mix all that goes in."""
+    """Which outputs of `jaxpr` vary with the marked inputs; comparisons do not count, calls mix all that goes in."""
     tainted = {v for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
     for eqn in jaxpr.eqns:
         if any(not isinstance(v, Literal) and v in tainted for v in eqn.invars):
-            tainted.update(v for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact))
+            tainted.update(v for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact))  # type: ignore[attr-defined]
     return [not isinstance(v, Literal) and v in tainted for v in jaxpr.outvars]
 
 

@@ -123,7 +123,7 @@ def _supported(jaxpr: Jaxpr, depends: list[bool]) -> bool:
         if not any(into):
             continue
         # Comparisons have no derivative, and what is made of their results needs no rule.
-        tainted.update(v for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact))
+        tainted.update(v for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact))  # type: ignore[attr-defined]
         name = eqn.primitive.name
         if name in ("jit", "pjit"):
             inner = eqn.params["jaxpr"]
