@@ -1,0 +1,125 @@
+"""The same losses and update steps written by hand for the network, without NumPyro.
+
+They draw the same random numbers and use the same algorithms as the package, so what the package's
+step costs beyond them is what its generality costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from folx import forward_laplacian
+from folx.api import FwdJacobian, FwdLaplArray
+from jax import Array
+
+from benchmarks.problem import OPTIMIZER, Params, init_params, mlp
+
+LossAndGrad = Callable[[Params, Array, Array], tuple[Array, Params]]
+
+
+class State(NamedTuple):
+    params: Params
+    optimizer: optax.OptState
+    rng_key: Array
+
+
+def init(rng_key: Array, dim: int) -> State:
+    init_key, rng_key = jax.random.split(rng_key)
+    return start(init_params(init_key, dim), rng_key)
+
+
+def start(params: Params, rng_key: Array) -> State:
+    return State(params, OPTIMIZER.init(params), rng_key)
+
+
+def make_step(loss_and_grad: LossAndGrad) -> Callable[[State, Array], tuple[State, Array]]:
+    def step(state: State, x: Array) -> tuple[State, Array]:
+        rng_key, loss_key = jax.random.split(state.rng_key)
+        loss, grads = loss_and_grad(state.params, x, loss_key)
+        return State(*apply(grads, state.params, state.optimizer), rng_key), loss
+
+    return step
+
+
+def apply(grads: Params, params: Params, optimizer: optax.OptState) -> tuple[Params, optax.OptState]:
+    updates, optimizer = OPTIMIZER.update(grads, optimizer, params)
+    return optax.apply_updates(params, updates), optimizer
+
+
+# Each loss is a sum over rows.
+
+
+def score(params: Params, x: Array) -> Array:
+    return jax.grad(lambda y: mlp(params, y).sum())(x)
+
+
+def dsm_plain(sigma: float) -> LossAndGrad:
+    def loss(params: Params, x: Array, rng_key: Array) -> Array:
+        noise = jax.random.normal(rng_key, x.shape)
+        residual = score(params, x + sigma * noise) + noise / sigma
+        return 0.5 * jnp.sum(residual**2) - x.size / (2 * sigma**2)
+
+    return jax.value_and_grad(loss)
+
+
+def dsm_control_variate(sigma: float) -> LossAndGrad:
+    def loss(params: Params, x: Array, rng_key: Array) -> Array:
+        noise = jax.random.normal(rng_key, x.shape)
+        noisy = score(params, x + sigma * noise)
+        return jnp.sum(0.5 * noisy**2 + noise * (noisy - score(params, x)) / sigma)
+
+    return jax.value_and_grad(loss)
+
+
+def ssm_plain() -> LossAndGrad:
+    """Forward over forward: the value and both derivatives along v in one pass."""
+
+    def loss(params: Params, x: Array, rng_key: Array) -> Array:
+        v = jax.random.rademacher(rng_key, x.shape, x.dtype)
+
+        def slope(y: Array) -> Array:
+            return jax.jvp(lambda z: mlp(params, z), (y,), (v,))[1]
+
+        first, second = jax.jvp(slope, (x,), (v,))
+        return jnp.sum(0.5 * first**2 + second)
+
+    return jax.value_and_grad(loss)
+
+
+def ssm_variance_reduced() -> LossAndGrad:
+    """Forward over reverse: the score and its derivative along v share one pass."""
+
+    def loss(params: Params, x: Array, rng_key: Array) -> Array:
+        v = jax.random.rademacher(rng_key, x.shape, x.dtype)
+        s, along = jax.jvp(lambda y: score(params, y), (x,), (v,))
+        return jnp.sum(0.5 * s**2 + v * along)
+
+    return jax.value_and_grad(loss)
+
+
+def ism(rows_per_chunk: int) -> LossAndGrad:
+    """The forward Laplacian, and the gradient chunk by chunk, two chunks in one pass of the loop."""
+
+    def loss(params: Params, x: Array) -> Array:
+        n, d = x.shape
+        unit = jnp.broadcast_to(jnp.eye(d, dtype=x.dtype)[:, None, :], (d, n, d))
+        seed = FwdLaplArray(x, FwdJacobian.from_dense(unit), jnp.zeros_like(x))
+        out = forward_laplacian(lambda y: mlp(params, y), disable_jit=True)(seed)
+        return 0.5 * jnp.sum(out.dense_jacobian**2) + jnp.sum(out.laplacian)
+
+    def loss_and_grad(params: Params, x: Array, rng_key: Array) -> tuple[Array, Params]:
+        n, d = x.shape
+        if rows_per_chunk >= n:
+            return jax.value_and_grad(loss)(params, x)
+
+        def add(total: tuple[Array, Params], chunk: Array) -> tuple[tuple[Array, Params], None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, chunk)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, zero, x.reshape(-1, rows_per_chunk, d), unroll=2)[0]
+
+    return loss_and_grad

@@ -1,0 +1,150 @@
+"""The losses that are measured, each beside its hand-written twin, and what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from benchmarks import by_hand
+from benchmarks.problem import OPTIMIZER, ROWS, SITE, Params, init_params, make_data, model
+from numpyro_score import DSM, ISM, SSM, Energy, ScoreMatching
+
+SIGMA = 0.1
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The most that a step may cost at each dimension, in gradients of the mean energy."""
+
+    flops: Callable[[int], float]
+    time: Callable[[int], float | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    key: str
+    name: str
+    loss: Any
+    by_hand: Callable[[int], by_hand.LossAndGrad]  # of the rows that are taken at once
+    bounds: Bounds
+
+
+CASES = (
+    Case(
+        "dsm",
+        "DSM, plain",
+        DSM(SIGMA, control_variate=False),
+        lambda _: by_hand.dsm_plain(SIGMA),
+        Bounds(flops=lambda d: 2.1, time=lambda d: 2.4),
+    ),
+    Case(
+        "dsm-cv",
+        "DSM, control variate",
+        DSM(SIGMA),
+        lambda _: by_hand.dsm_control_variate(SIGMA),
+        Bounds(flops=lambda d: 4.1, time=lambda d: None),
+    ),
+    Case(
+        "ssm",
+        "SSM, plain",
+        SSM(variance_reduced=False),
+        lambda _: by_hand.ssm_plain(),
+        Bounds(flops=lambda d: 3.9, time=lambda d: 3.0),
+    ),
+    Case(
+        "ssm-vr",
+        "SSM, variance-reduced",
+        SSM(),
+        lambda _: by_hand.ssm_variance_reduced(),
+        Bounds(flops=lambda d: 4.2, time=lambda d: 3.9),
+    ),
+    Case(
+        "ism",
+        "ISM",
+        ISM(),
+        by_hand.ism,
+        Bounds(flops=lambda d: d + 3, time={16: 27.0, 64: 83.0}.get),
+    ),
+)
+
+
+class Step(NamedTuple):
+    """`call(state, x)` gives the next state and the loss."""
+
+    call: Callable[[Any, Array], Any]
+    state: Any
+
+
+def rows_per_chunk(case: Case, dim: int) -> int:
+    """The rows that the loss takes at once, and so its hand-written twin, too."""
+    if not hasattr(case.loss, "rows_per_chunk"):
+        return ROWS
+    energy = Energy(model, {SITE: init_params(jax.random.key(0), dim)}, make_data(dim))
+    rows = min(case.loss.rows_per_chunk(energy) or ROWS, ROWS)
+    if ROWS % rows:
+        raise SystemExit(f"D={dim}: chunks of {rows} do not divide {ROWS} rows; try a power of two.")
+    return rows
+
+
+def package_fit(loss: Any) -> ScoreMatching:
+    return ScoreMatching(model, optim=OPTIMIZER, loss=loss)
+
+
+def package_step(case: Case, x: Array) -> Step:
+    fit = package_fit(case.loss)
+    return Step(fit.update, fit.init(jax.random.key(0), x))
+
+
+def hand_step(case: Case, x: Array) -> Step:
+    dim = x.shape[1]
+    step = by_hand.make_step(case.by_hand(rows_per_chunk(case, dim)))
+    return Step(step, by_hand.init(jax.random.key(0), dim))
+
+
+def disagreement(case: Case, x: Array) -> float:
+    """How far one step of the package is from the hand-written one on the same random numbers.
+
+    The larger of the relative differences of the loss and of the update, in Euclidean norm.
+    """
+    fit = package_fit(case.loss)
+    state = fit.init(jax.random.key(0), x)
+    params: Params = fit.get_params(state)[SITE]
+    new_state, loss = jax.jit(fit.update)(state, x)
+    hand = jax.jit(case.by_hand(rows_per_chunk(case, x.shape[1])))
+    hand_loss, grads = hand(params, x, _key_of_first_step(x))
+    hand_params, _ = by_hand.apply(grads, params, OPTIMIZER.init(params))
+
+    def update(new: Params) -> np.ndarray:
+        return np.asarray(ravel_pytree(new)[0] - ravel_pytree(params)[0])
+
+    def difference(a: Any, b: Any) -> float:
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+    of_update = difference(update(fit.get_params(new_state)[SITE]), update(hand_params))
+    return max(difference(loss, hand_loss), of_update)
+
+
+class _KeySpy:
+    """A loss that keeps the random key it is handed."""
+
+    def __call__(self, energy: Energy, rng_key: Array) -> Array:
+        jax.debug.callback(self._keep, jax.random.key_data(rng_key))
+        return jnp.zeros(energy.num_rows)
+
+    def _keep(self, bits: Array) -> None:
+        self.key = jax.random.wrap_key_data(jnp.asarray(bits))
+
+
+def _key_of_first_step(x: Array) -> Array:
+    spy = _KeySpy()
+    fit = package_fit(spy)
+    fit.update(fit.init(jax.random.key(0), x), x)
+    jax.effects_barrier()
+    return spy.key

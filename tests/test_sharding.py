@@ -1,0 +1,50 @@
+"""Rows spread over devices give the numbers of rows on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpyro.distributions import constraints
+
+from numpyro_score import DSM, ISM, SSM, Energy, ScoreMatching
+from numpyro_score.losses import total_loss
+
+
+def quartic_model(x):
+    """A sum of quartic terms, so that no derivative is constant."""
+    a = numpyro.sample("a", dist.LogNormal(-1.0, 1.0).expand([8]).to_event(1))
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (8,)), obs=x)
+        numpyro.factor("energy", -jnp.sum(a * x**4, axis=-1) - 0.1 * jnp.sum(x, axis=-1) ** 2)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """The same rows, on one device and over two."""
+    devices = jax.devices()
+    assert len(devices) == 2, "conftest.py asks for two host devices"
+    x = jax.random.normal(jax.random.key(0), (400, 8))
+    return x, jax.device_put(x, NamedSharding(Mesh(np.array(devices), ("rows",)), PartitionSpec("rows")))
+
+
+@pytest.mark.parametrize("loss", [ISM(), SSM(), DSM(0.3)], ids=repr)
+def test_sharded_loss_and_gradient(loss, rows):
+    """Loss and gradient of sharded data equal those of the same data on one device, ISM in chunks of rows too."""
+
+    @jax.jit
+    def value_and_grad(a, x):
+        energy = Energy(quartic_model, {"a": a}, x)
+        return jax.value_and_grad(lambda a: total_loss(loss, energy.with_params({"a": a}), jax.random.key(1)))(a)
+
+    (one, one_grad), (two, two_grad) = (value_and_grad(0.3 * jnp.ones(8), x) for x in rows)
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    np.testing.assert_allclose(two_grad, one_grad, rtol=1e-4)
+
+
+def test_sharded_fit(rows):
+    """A fit of sharded data finds the estimates of the same data on one device."""
+    fits = [ScoreMatching(quartic_model, num_steps=50).run(jax.random.key(2), x, progress_bar=False) for x in rows]
+    np.testing.assert_allclose(fits[1].estimates["a"], fits[0].estimates["a"], rtol=1e-4)
