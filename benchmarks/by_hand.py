@@ -17,6 +17,7 @@ from folx.api import FwdJacobian, FwdLaplArray
 from jax import Array
 
 from benchmarks.problem import OPTIMIZER, Params, init_params, mlp
+from numpyro_score.losses.ssm import draw_directions
 
 LossAndGrad = Callable[[Params, Array, Array], tuple[Array, Params]]
 
@@ -79,7 +80,7 @@ def ssm_plain() -> LossAndGrad:
     """Forward over forward: the value and both derivatives along v in one pass."""
 
     def loss(params: Params, x: Array, rng_key: Array) -> Array:
-        v = jax.random.rademacher(rng_key, x.shape, x.dtype)
+        v = draw_directions("rademacher", rng_key, x.shape, x.dtype)
 
         def slope(y: Array) -> Array:
             return jax.jvp(lambda z: mlp(params, z), (y,), (v,))[1]
@@ -94,7 +95,7 @@ def ssm_variance_reduced() -> LossAndGrad:
     """Forward over reverse: the score and its derivative along v share one pass."""
 
     def loss(params: Params, x: Array, rng_key: Array) -> Array:
-        v = jax.random.rademacher(rng_key, x.shape, x.dtype)
+        v = draw_directions("rademacher", rng_key, x.shape, x.dtype)
         s, along = jax.jvp(lambda y: score(params, y), (x,), (v,))
         return jnp.sum(0.5 * s**2 + v * along)
 

@@ -42,10 +42,7 @@ def skip_namedtuple_fields(app, what, name, obj, skip, options):
 
 def shorten_array(app, what, name, obj, options, signature, return_annotation):
     """Write jax.Array under the name that it is annotated with."""
-    return tuple(
-        text and text.replace("jaxlib._jax.Array", "Array")
-        for text in (signature, return_annotation)
-    )
+    return tuple(text and text.replace("jaxlib._jax.Array", "Array") for text in (signature, return_annotation))
 
 
 def setup(app):

@@ -45,6 +45,16 @@ def join_arrays(arrays: list[Any], static: Static) -> Any:
     return jax.tree.unflatten(treedef, [next(it) if v is _ARRAY else v for v in rest])
 
 
+def refuse_empty(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for an argument without rows, before a plate of its length fails with less to say."""
+    arrays, static = split_arrays((args, kwargs))
+    for name, i in named_arrays(model, static)[0].items():
+        if arrays[i].ndim and arrays[i].shape[0] == 0:
+            raise ValueError(
+                f"Argument '{name}' is empty, of shape {arrays[i].shape}: pass at least one row of one number."
+            )
+
+
 def named_arrays(model: Callable[..., Any], static: Static) -> tuple[dict[str, int], str | None]:
     """The arguments `(args, kwargs)` that are one array, as name to index, and the name of the first positional one."""
     treedef, rest = static

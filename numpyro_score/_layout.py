@@ -53,7 +53,7 @@ class Layout(NamedTuple):
 
     def with_rows(self, n: int) -> Layout:
         """The same layout for `n` rows; only the one row axis of a resizable model changes."""
-        if self.row_shape == (n,) or (n == 1 and not self.row_shape):
+        if n == self.num_rows:
             return self
 
         def resize(a: DataArray) -> DataArray:
@@ -67,10 +67,10 @@ def _plural(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
-def _is_real(support: constraints.Constraint) -> bool:
+def _base(support: constraints.Constraint) -> constraints.Constraint:
     while isinstance(support, constraints.independent):  # real_vector is independent(real, 1)
         support = support.base_constraint
-    return isinstance(support, type(constraints.real))
+    return support
 
 
 def find_arrays(
@@ -126,10 +126,11 @@ def find_arrays(
             origin = next((i for i, v in enumerate(leaves) if v is whole), None)
             arrays.append(DataArray(name, origin, True, tuple(jnp.shape(value)), ()))
             values.append(value)
-            if not _is_real(support := observed[name]["fn"].support):
+            support = _base(observed[name]["fn"].support)
+            if not isinstance(support, type(constraints.real)):
                 raise NotImplementedError(
-                    f"Data site '{name}' has support {type(support).__name__.strip('_')}, where the boundary adds "
-                    "terms that these losses leave out: transform the data to the real line first, e.g. model log(x)."
+                    f"Data site '{name}' has support {type(support).__name__.strip('_').lower()}, where the boundary "
+                    "adds terms that these losses leave out: transform the data to the real line first, e.g. model log(x)."
                 )
 
     for a, value in zip(arrays, values, strict=True):
@@ -196,6 +197,12 @@ def find_rows(
     return tuple(range(-len(shape), 0)), shape, ()
 
 
+def plate_shape(site: Site) -> Shape:
+    """The batch shape that the plates around a site give it."""
+    sizes = {f.dim: f.size for f in site["cond_indep_stack"]}
+    return tuple(sizes.get(d, 1) for d in range(min(sizes), 0))
+
+
 def check_sites(sites: Trace, layout: Layout) -> None:
     """Refuses models whose density is not a sum over rows of the data."""
     rows = set(layout.row_plates)
@@ -213,11 +220,13 @@ def check_sites(sites: Trace, layout: Layout) -> None:
             )
         if not is_factor(site):
             continue
-        size, given = math.prod(site["fn"].batch_shape), jnp.shape(unwrap(site["fn"])[0].log_factor)
-        if math.prod(given) != size:
+        given = jnp.shape(unwrap(site["fn"])[0].log_factor)
+        expected = plate_shape(site)
+        if not math.prod(given) == math.prod(expected) == math.prod(site["fn"].batch_shape):
             raise ValueError(
-                f"Factor '{name}' of shape {given} inside the plate '{plate}' would count {size} times: give it one "
-                f"value per row, shape {tuple(site['fn'].batch_shape)}, or move it out of the plate."
+                f"Factor '{name}' of shape {given} inside the plate '{plate}' would count "
+                f"{math.prod(site['fn'].batch_shape)} times: give it one value per row, shape {expected}, or move it "
+                "out of the plate."
             )
         if name in layout.penalties:
             raise ValueError(

@@ -56,12 +56,53 @@ class _Pin(Messenger):
                 msg["value"] = dict(value) if kind == "mutable" and isinstance(value, dict) else value
             elif kind == "sample" and not msg["is_observed"]:
                 raise ValueError(
-                    f"Energy has no value for the latent site '{name}': put one in `params`, e.g. {{'{name}': ...}}."
+                    f"Energy has no value for the latent site '{name}': put one in `params`, e.g. {{'{name}': ...}}, "
+                    "or pass the data if the model observes it."
                 )
             elif kind == "param":
                 raise ValueError(
                     f"Energy has no value for the param site '{name}': put one in `params`, e.g. {{'{name}': ...}}."
                 )
+
+
+class Parameters(Messenger):
+    """Shows the handlers outside every site of a model but the observed ones, and keeps all of them.
+
+    While a handler outside treats a site it may send messages of its own: under NUTS the log determinant of a
+    constrained site, under `reparam` the auxiliary site. Those pass by.
+    """
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Site] = {}
+        self.latent: set[str] = set()  # as the model declares them; a handler outside may condition or reparametrise
+        self._outside: Site | None = None
+        super().__init__()
+
+    def process_message(self, msg: Site) -> None:
+        if self._outside is not None:
+            return
+        if is_observed_sample(msg):
+            msg["stop"] = True
+        else:
+            self._outside = msg
+            if msg["type"] == "sample":
+                self.latent.add(msg["name"])
+        if msg.get("name") is not None:
+            self.sites[msg["name"]] = msg
+
+    def postprocess_message(self, msg: Site) -> None:
+        if self._outside is msg:
+            self._outside = None
+
+    def values(self) -> dict[str, Any]:
+        """Values of the latent, param and mutable sites."""
+        kept = {k for k, s in self.sites.items() if s["type"] in ("param", "mutable")}
+        return {k: s["value"] for k, s in self.sites.items() if k in kept | self.latent}
+
+    def subsamples(self) -> dict[str, Any]:
+        """The rows that subsampled plates drew."""
+        plates = {k: s for k, s in self.sites.items() if s["type"] == "plate"}
+        return {k: s["value"] for k, s in plates.items() if len(s["value"]) != s["args"][0]}
 
 
 class Recorder(Messenger):

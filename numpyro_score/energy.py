@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
 from numpyro_score import _layout, _trace, operators
-from numpyro_score._arguments import join_arrays, named_arrays, split_arrays
+from numpyro_score._arguments import join_arrays, named_arrays, refuse_empty, split_arrays
 from numpyro_score._layout import DataArray, Layout
 
 __all__ = ["Energy"]
@@ -90,6 +90,7 @@ class Energy:
         args: Any,
         kwargs: Any,
     ) -> None:
+        refuse_empty(model, args, kwargs)
         self.model, self.params = model, params
         self._arrays, self._static = split_arrays((args, kwargs))
         self._choice = choice
@@ -134,11 +135,6 @@ class Energy:
         return self._layout.resizable
 
     @property
-    def masked(self) -> bool:
-        """Whether some rows may have weight zero."""
-        return self._layout.masked
-
-    @property
     def penalties(self) -> tuple[str, ...]:
         """The factors that do not depend on the data, and so belong to the prior."""
         return self._layout.penalties
@@ -153,7 +149,7 @@ class Energy:
     @property
     def data(self) -> Float[Array, "n d"]:
         """The model's own data, (N, D)."""
-        return self.data_and_weights()[0]
+        return self._flat_data(self._run().sites)
 
     @property
     def weights(self) -> Float[Array, "n"]:
@@ -162,12 +158,27 @@ class Energy:
 
     def data_and_weights(self) -> tuple[Float[Array, "n d"], Float[Array, "n"]]:
         """:attr:`data` and :attr:`weights` from one run of the model."""
-        layout, sites = self._layout, self._run().sites
-        values = {
-            a.name: self._arrays[a.leaf] if not a.is_site and a.leaf is not None else sites[a.name]["value"]
-            for a in layout.arrays
-        }
-        return self.flatten(values), _layout.row_weights(sites[layout.terms[0]], layout)[:, 0]
+        sites = self._run().sites
+        return self._flat_data(sites), _layout.row_weights(sites[self._layout.terms[0]], self._layout)[:, 0]
+
+    def _flat_data(self, sites: dict[str, Any]) -> Array:
+        return self.flatten(
+            {
+                a.name: self._arrays[a.leaf] if not a.is_site and a.leaf is not None else sites[a.name]["value"]
+                for a in self._layout.arrays
+            }
+        )
+
+    def usable(self) -> tuple[Energy, Float[Array, "n"]]:
+        """The energy with the rows of weight zero moved to where a row of some weight is, and the weights.
+
+        Such rows may hold NaN, which no later multiplication by zero would remove.
+        """
+        x, weights = self.data_and_weights()
+        if not self._layout.masked:
+            return self, weights
+        somewhere = jnp.where(jnp.any(weights != 0), x[jnp.argmax(weights != 0)], 0.0)
+        return self.at(jnp.where(weights[:, None] != 0, x, somewhere)), weights
 
     def flatten(self, values: Any) -> Float[Array, "n d"]:
         """Data in the sites' own shapes, {name: array} or one array, to rows (N, D)."""
@@ -287,6 +298,7 @@ class Energy:
                     f"The scale or mask of site '{name}' differs within a row: weigh whole rows, or drop terms inside "
                     "the factor with jnp.where."
                 )
+        for name, weight in weights.items():
             if (weight[:, 0] != weights[self._layout.terms[0]][:, 0]).any():
                 raise ValueError(
                     f"Sites '{self._layout.terms[0]}' and '{name}' have different scales or masks: these weigh whole "
@@ -382,8 +394,8 @@ def _evaluate(energy: Energy) -> tuple[Array, dict[str, Array], Array, Array]:
     """
     layout, sites = energy._layout, energy._run().sites
     weights = {k: _layout.row_weights(sites[k], layout) for k in layout.terms}
-    x, weight = energy.data_and_weights()
-    usable = jnp.where(weight[:, None] != 0, x, 0.0)
+    x = energy.data
+    usable = energy.usable()[0].data
     f = energy._log_density(usable)
     n = x.shape[0]
     keep = jax.random.bernoulli(jax.random.key(0), shape=(n,)).at[: min(n, 2)].set(jnp.arange(min(n, 2)) == 0)

@@ -82,6 +82,8 @@ def value_score_laplacian(
     unit = jnp.broadcast_to(jnp.eye(d, dtype=x.dtype)[:, None, :], (d, n, d))
     rows = FwdLaplArray(x, FwdJacobian.from_dense(unit), jnp.zeros_like(x))
     out = forward_laplacian(f, disable_jit=True)(rows)
+    if not isinstance(out, FwdLaplArray):  # f does not depend on x
+        return out, jnp.zeros_like(x), jnp.zeros_like(out)
     return out.x, out.dense_jacobian.T, out.laplacian
 
 
@@ -145,7 +147,7 @@ def _is_library_function(name: str, jaxpr: Jaxpr) -> bool:
         return False
     try:
         own = jax.make_jaxpr(_NAMED[name])(*(v.aval for v in jaxpr.invars)).jaxpr
-    except TypeError:  # called with other arguments than its plain form
+    except (TypeError, ValueError):  # called with other arguments than the library's function takes
         return False
     if len(own.eqns) != 1 or own.eqns[0].primitive.name not in ("jit", "pjit"):
         return False

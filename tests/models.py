@@ -15,9 +15,7 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive
 
 def improper(*event_shape):
     """A data site without a density of its own, for real values of any event shape."""
-    return dist.ImproperUniform(
-        constraints.independent(constraints.real, len(event_shape)), (), event_shape
-    )
+    return dist.ImproperUniform(constraints.independent(constraints.real, len(event_shape)), (), event_shape)
 
 
 @functools.cache

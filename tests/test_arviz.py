@@ -18,7 +18,7 @@ from numpyro.infer import MCMC, NUTS
 from numpyro.infer.autoguide import AutoNormal
 
 import numpyro_score
-from numpyro_score import ISM, ScoreMatching, generalized_bayes, to_arviz
+from numpyro_score import SSM, ScoreMatching, generalized_bayes, to_arviz
 from numpyro_score.inference import LOSS_SITE
 
 OLD = not hasattr(az, "convert_to_datatree")
@@ -57,7 +57,7 @@ Y = X[:, 0, 0] + 1.0
 
 
 def matcher(*args, **kwargs):
-    return ScoreMatching(model, *args, optim=optax.adam(0.05), loss=ISM(), **kwargs)
+    return ScoreMatching(model, *args, optim=optax.adam(0.05), loss=SSM(), **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def runs():
     found = {}
     for chains in (1, 2):
         mcmc = MCMC(
-            NUTS(generalized_bayes(model, ISM())),
+            NUTS(generalized_bayes(model, SSM())),
             num_warmup=100,
             num_samples=50,
             num_chains=chains,
@@ -117,7 +117,7 @@ def test_draws_that_do_not_divide_into_chains(fit):
 
 
 def test_losses_of_a_fit(data, fit):
-    """The loss of each step, and ISM's of each row at the estimates, by hand."""
+    """The loss of each step, and of each row at the estimates by hand; signs see a diagonal Hessian exactly."""
     group, at = data["score_matching"], fit.estimates
     np.testing.assert_array_equal(group["loss"], fit.losses)
     assert group["loss"].dims == ("step",) and group["pointwise_loss"].dims == ("row",)
@@ -127,7 +127,7 @@ def test_losses_of_a_fit(data, fit):
     expected = 0.5 * jnp.sum(s_x**2, axis=(1, 2)) + 0.5 * s_y**2 - 64 * at["tau"] - precision
     np.testing.assert_allclose(group["pointwise_loss"], expected, rtol=1e-4)
     np.testing.assert_array_equal(group["weight"], np.ones(N))
-    assert group.attrs["loss_function"] == "ISM()"
+    assert group.attrs["loss_function"] == repr(SSM())
     assert group.attrs["learning_rate"] == 0.7
 
 

@@ -30,9 +30,7 @@ def reference(log_density, x):
 
 
 def assert_close(found, expected, rtol=1e-9):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-9), found, expected
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-9), found, expected)
 
 
 # -- forms of models -----------------------------------------------------------------------------

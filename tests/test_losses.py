@@ -125,9 +125,7 @@ def test_gradient_is_that_of_finite_differences(loss):
 
     rng = np.random.default_rng(7)
     step = {k: 1e-5 * rng.normal(size=v.shape) for k, v in RUGGED.items()}
-    ahead, behind = (
-        of({k: v + sign * step[k] for k, v in RUGGED.items()}, step)[0] for sign in (1, -1)
-    )
+    ahead, behind = (of({k: v + sign * step[k] for k, v in RUGGED.items()}, step)[0] for sign in (1, -1))
     _, gradient, forward = of(RUGGED, step)
     reverse = sum(np.vdot(gradient[k], step[k]) for k in step)
     np.testing.assert_allclose(forward, reverse, rtol=1e-10)
@@ -350,9 +348,7 @@ def everything(loss, theta, x):
 
 @functools.cache
 def all_at_once():
-    return jax.jit(functools.partial(everything, InChunks(None)), compiler_options=FAST_COMPILE)(
-        RUGGED, MANY
-    )
+    return jax.jit(functools.partial(everything, InChunks(None)), compiler_options=FAST_COMPILE)(RUGGED, MANY)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 12])
@@ -402,9 +398,7 @@ def test_masked_rows_do_not_count(model, radial, rows):
     (value, (found, weights)), gradient = of(theta, *args)
     (expected, _), expected_gradient = of(theta, *(a[kept] for a in args))
     np.testing.assert_allclose(value, expected, rtol=1e-9)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), gradient, expected_gradient
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), gradient, expected_gradient)
     np.testing.assert_array_equal(weights, np.where(kept, 2.5, 0.0))
     np.testing.assert_array_equal(found[~kept], 0.0)
 

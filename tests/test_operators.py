@@ -108,17 +108,13 @@ CASES = {
     "gelu network": Case(mlp(jax.nn.gelu)),
     "relu network": Case(mlp(jax.nn.relu)),
     "network by row": Case(lambda t, x: jax.vmap(lambda r: jnp.tanh(r @ t["W"]) @ t["w"])(x)),
-    "mixture": Case(
-        lambda t, x: jax.nn.logsumexp(-0.5 * jnp.sum((x[:, None] - t["C"]) ** 2, -1), axis=-1)
-    ),
+    "mixture": Case(lambda t, x: jax.nn.logsumexp(-0.5 * jnp.sum((x[:, None] - t["C"]) ** 2, -1), axis=-1)),
     "norm": Case(lambda t, x: jnp.linalg.norm((x - t["C"][0]) * t["a"], axis=-1)),
     "sin exp log1p": Case(lambda t, x: (jnp.sin(x) * jnp.exp(0.3 * x) + jnp.log1p(x**2)) @ t["a"]),
     "erf lgamma power": Case(
         lambda t, x: (lax.erf(x) * jax.scipy.special.gammaln(1 + x**2) + jnp.abs(x) ** 2.5) @ t["a"]
     ),
-    "division prod where": Case(
-        lambda t, x: jnp.prod(1 + x**2, -1) ** 0.1 / (1 + jnp.where(x > 0, x**2, -x).sum(-1))
-    ),
+    "division prod where": Case(lambda t, x: jnp.prod(1 + x**2, -1) ** 0.1 / (1 + jnp.where(x > 0, x**2, -x).sum(-1))),
     "logaddexp": Case(lambda t, x: jnp.logaddexp(x @ t["C"][0], (x**2) @ t["a"])),
     "softmax": Case(lambda t, x: jnp.sum(jax.nn.softmax(x) * jax.nn.log_softmax(x * t["a"]), -1)),
     "max": Case(lambda t, x: jnp.max(x * t["a"], -1) ** 3),
@@ -129,9 +125,7 @@ CASES = {
     "slogdet": Case(lambda t, x: jnp.linalg.slogdet(t["K"] + outer(x))[1]),
     "det": Case(lambda t, x: jnp.linalg.det(t["K"] + outer(jnp.sin(x)))),
     "inv": Case(lambda t, x: jnp.einsum("ni,nij,nj->n", x, jnp.linalg.inv(t["K"] + outer(x)), x)),
-    "solve": Case(
-        lambda t, x: jnp.sum(x * jnp.linalg.solve(t["K"] + outer(x), x[..., None])[..., 0], -1)
-    ),
+    "solve": Case(lambda t, x: jnp.sum(x * jnp.linalg.solve(t["K"] + outer(x), x[..., None])[..., 0], -1)),
     "cholesky": Case(
         lambda t, x: (
             jnp.log(jnp.linalg.cholesky(t["K"] + outer(x))).trace(axis1=1, axis2=2)
@@ -147,24 +141,14 @@ CASES = {
     ),
     "cond": Case(in_cond, forward=False),
     "cond by row": Case(cond_by_row),
-    "checkpoint": Case(
-        lambda t, x: jax.checkpoint(lambda y: jnp.tanh(y @ t["W"]))(x) @ t["w"], forward=False
-    ),
+    "checkpoint": Case(lambda t, x: jax.checkpoint(lambda y: jnp.tanh(y @ t["W"]))(x) @ t["w"], forward=False),
     "convolution": Case(conv, forward=False),
     "fft": Case(fourier, forward=False),
-    "user's jit": Case(
-        lambda t, x: named("energy", lambda y, w: jnp.tanh(y @ w))(x, t["W"]) @ t["w"]
-    ),
-    "library sigmoid and silu": Case(
-        lambda t, x: jnp.sum(jax.nn.sigmoid(x) * jax.nn.silu(2 * x) * jnp.sign(x), -1)
-    ),
+    "user's jit": Case(lambda t, x: named("energy", lambda y, w: jnp.tanh(y @ w))(x, t["W"]) @ t["w"]),
+    "library sigmoid and silu": Case(lambda t, x: jnp.sum(jax.nn.sigmoid(x) * jax.nn.silu(2 * x) * jnp.sign(x), -1)),
     # Other mathematics under names that the forward Laplacian has library rules for.
-    "named inv": Case(
-        lambda t, x: named("inv", lambda y: 1 / (1 + y**2))(x) @ t["a"], forward=False
-    ),
-    "named inv by row": Case(
-        lambda t, x: jax.vmap(named("inv", lambda r: (r**2) @ t["K"]))(x) @ t["a"], forward=False
-    ),
+    "named inv": Case(lambda t, x: named("inv", lambda y: 1 / (1 + y**2))(x) @ t["a"], forward=False),
+    "named inv by row": Case(lambda t, x: jax.vmap(named("inv", lambda r: (r**2) @ t["K"]))(x) @ t["a"], forward=False),
     "named softplus": Case(
         lambda t, x: named("softplus", lambda y: jnp.log1p(jnp.exp(2 * y)) / 2)(x) @ t["a"],
         forward=False,
@@ -172,15 +156,9 @@ CASES = {
     "named sigmoid": Case(lambda t, x: named("sigmoid", lambda y: y**3)(x) @ t["a"], forward=False),
     "named silu": Case(lambda t, x: named("silu", lambda y: jnp.sin(y))(x) @ t["a"], forward=False),
     "named sign": Case(lambda t, x: named("sign", lambda y: y**2)(x) @ t["a"], forward=False),
-    "named solve": Case(
-        lambda t, x: named("solve", lambda k, y: (y @ k) * y)(t["K"], x) @ t["a"], forward=False
-    ),
-    "named det": Case(
-        lambda t, x: named("det", lambda y: jnp.sum(y**3, (-1, -2)))(outer(x)), forward=False
-    ),
-    "named slogdet": Case(
-        lambda t, x: named("slogdet", lambda y: jnp.sin(y).sum((-1, -2)))(outer(x)), forward=False
-    ),
+    "named solve": Case(lambda t, x: named("solve", lambda k, y: (y @ k) * y)(t["K"], x) @ t["a"], forward=False),
+    "named det": Case(lambda t, x: named("det", lambda y: jnp.sum(y**3, (-1, -2)))(outer(x)), forward=False),
+    "named slogdet": Case(lambda t, x: named("slogdet", lambda y: jnp.sin(y).sum((-1, -2)))(outer(x)), forward=False),
     "named logaddexp": Case(
         lambda t, x: named("logaddexp", lambda y, z: y * z)(x @ t["a"], jnp.sin(x[:, 0])),
         forward=False,
@@ -253,9 +231,7 @@ def objectives(f, x):
 
 def assert_close(ours, reference, tolerance=1e-9):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            a, b, rtol=tolerance, atol=tolerance * (1 + np.abs(b).max())
-        ),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * (1 + np.abs(b).max())),
         ours,
         reference,
     )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpyro
+from jaxtyping import Array
 from numpyro import handlers
 
-from numpyro_score._trace import is_observed_sample
+from numpyro_score import _trace
+from numpyro_score._arguments import refuse_empty
 from numpyro_score.energy import Energy
 from numpyro_score.losses import Loss, total_loss
 
@@ -22,7 +25,14 @@ LOSS_SITE = "generalized_bayes_loss"
 Model = Callable[..., Any]
 
 
-def generalized_bayes(model: Model, loss: Loss, learning_rate: Any = 1.0, *, data: str | None = None) -> Model:
+def generalized_bayes(
+    model: Model,
+    loss: Loss,
+    learning_rate: Any = 1.0,
+    *,
+    data: str | None = None,
+    rng_key: Array | None = None,
+) -> GeneralizedModel:
     r"""Turns an unnormalised model into an ordinary NumPyro model of its parameters.
 
     The result keeps the priors, params and deterministic sites of `model`, and has in place of its data one factor,
@@ -46,9 +56,15 @@ def generalized_bayes(model: Model, loss: Loss, learning_rate: Any = 1.0, *, dat
         learning_rate: β, how much one unit of loss counts against the prior. The default 1 has no claim to
             calibrated uncertainty.
         data: the name of the site or argument that is the data, where several could be.
+        rng_key: holds the loss's random numbers fixed at this key, under SVI too. By default SVI draws new ones every
+            step, and MCMC holds them fixed at one key whatever key the run has: pass several here to see how much
+            the posterior depends on them.
 
     Returns:
         A NumPyro model with the arguments of `model`.
+
+    Raises:
+        TypeError, ValueError: for a loss that is a class or not hashable, or a learning rate that is not positive.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -72,21 +88,26 @@ def generalized_bayes(model: Model, loss: Loss, learning_rate: Any = 1.0, *, dat
         >>> bool(jnp.abs(mcmc.get_samples()["mu"].mean() - posterior_mean) < 0.02)
         True
     """
-    return GeneralizedModel(model, loss, learning_rate, data)
+    return GeneralizedModel(model, loss, learning_rate, data, rng_key)
 
 
 class GeneralizedModel:
     """What :func:`generalized_bayes` returns: a NumPyro model that knows what it was made of."""
 
-    def __init__(self, model: Model, loss: Loss, learning_rate: Any, data: str | None) -> None:
+    def __init__(self, model: Model, loss: Loss, learning_rate: Any, data: str | None, rng_key: Array | None) -> None:
+        if inspect.isclass(loss):
+            raise TypeError(f"loss is the class {loss.__name__}: write {loss.__name__}(...).")
         hash(loss)  # a loss is a static argument of compiled functions: fail here, not deep inside
-        self.model, self.loss, self.learning_rate, self.data = model, loss, learning_rate, data
+        if isinstance(learning_rate, int | float) and not learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
+        self.model, self.loss, self.learning_rate = model, loss, learning_rate
+        self.data, self.rng_key = data, rng_key
         functools.update_wrapper(self, model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the loss is a factor of its own."""
         value, energy = _run_parameters(self.model, self.data, args, kwargs, check=True)
-        rng_key = numpyro.prng_key()
+        rng_key = numpyro.prng_key() if self.rng_key is None else self.rng_key
         total = _jitted_total(self.loss, energy, jax.random.key(0) if rng_key is None else rng_key)
         numpyro.factor(LOSS_SITE, -self.learning_rate * total)
         return value
@@ -118,28 +139,17 @@ def _run_parameters(
     model: Model, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], check: bool
 ) -> tuple[Any, Energy]:
     """Runs the model with all its sites but the observed ones seen outside, and binds an energy to their values."""
-    observed: set[str] = set()
-
-    def is_data(site: dict[str, Any]) -> bool:
-        # Asked from inside: a latent site that a handler outside conditions on is still a parameter.
-        if is_observed_sample(site):
-            observed.add(site["name"])
-            return True
-        return False
-
-    with handlers.block(hide_fn=is_data), handlers.trace() as sites:
+    refuse_empty(model, args, kwargs)
+    parameters = _trace.Parameters()
+    with parameters:
         value = model(*args, **kwargs)
-
-    params, plates = {}, {}
-    for name, site in sites.items():
-        if site["type"] == "plate":
-            if len(site["value"]) != site["args"][0]:
-                plates[name] = site["value"]
-        elif site["type"] in ("param", "mutable") or (site["type"] == "sample" and name not in observed):
-            params[name] = site["value"]
-    energy = Energy.bound_to(model, params, plates, numpyro.prng_key(), data, args, kwargs)
+    energy = Energy.bound_to(
+        model, parameters.values(), parameters.subsamples(), numpyro.prng_key(), data, args, kwargs
+    )
     for name in energy.penalties:
-        numpyro.factor(name, sites[name]["fn"].log_prob(sites[name]["value"]))
+        site = parameters.sites[name]
+        scale = 1.0 if site["scale"] is None else site["scale"]
+        numpyro.factor(name, scale * site["fn"].log_prob(site["value"]))
     if check and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(energy)):
         energy.check()
     return value, energy

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from numpyro import handlers
-from numpyro.infer.autoguide import AutoDelta
+from numpyro.infer import Predictive
+from numpyro.infer.autoguide import AutoDelta, AutoGuide
 
 from numpyro_score.energy import Energy
-from numpyro_score.inference.generalized import prior_model
 from numpyro_score.inference.sandwich import Parametrisation, sandwich
 
 if TYPE_CHECKING:
@@ -77,11 +77,11 @@ class ScoreMatchingResult:
         """
         return self._sandwich[1]
 
-    def stderr(self) -> dict[str, Array]:
+    def stderr(self) -> dict[str, Any]:
         """Sandwich standard errors of :attr:`estimates`, by site, in constrained space (delta method)."""
         return self._sandwich[2]
 
-    def sample_posterior(self, rng_key: Array, n: int) -> dict[str, Array]:
+    def sample_posterior(self, rng_key: Array, n: int) -> dict[str, Any]:
         """Draws of the parameters, {site: (n, ...)}.
 
         A point fit is drawn from N(estimate, sandwich) in unconstrained space; other guides from the guide itself,
@@ -90,11 +90,9 @@ class ScoreMatchingResult:
         if self.is_point:
             coordinates, covariance, _ = self._sandwich
             return coordinates.draw(rng_key, covariance, n)
-        draws = self.svi.guide.sample_posterior(rng_key, self.params, *self.args, sample_shape=(n,), **self.kwargs)
-        names = {k: v for k, v in self.estimates.items() if k not in draws}
-        return {k: draws[k] for k in self._latents} | {
-            k: jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *jnp.shape(v))), v) for k, v in names.items()
-        }
+        draws = self._draw_from_guide(rng_key, n)
+        params = {k: v for k, v in self.estimates.items() if k not in draws}
+        return draws | jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *jnp.shape(v))), params)
 
     def to_arviz(self, rng_key: Array | None = None, num_samples: int = 1000) -> Any:
         """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
@@ -105,41 +103,41 @@ class ScoreMatchingResult:
     @cached_property
     def _latents(self) -> dict[str, Any]:
         guide = self.svi.guide
-        if hasattr(guide, "median"):
+        if isinstance(guide, AutoGuide) and type(guide).median is not AutoGuide.median:
             names = [k for k, s in guide.prototype_trace.items() if s["type"] == "sample" and not s["is_observed"]]
             if not names:
                 return {}
             median = guide.median(self.params)
             return {k: median[k] for k in names}
-        seeded = handlers.seed(handlers.substitute(guide, data=self.params), jax.random.key(0))
-        sites = handlers.trace(seeded).get_trace(*self.args, **self.kwargs)
-        names = [k for k, s in sites.items() if s["type"] == "sample"]
+        return {k: jnp.median(v, axis=0) for k, v in self._draw_from_guide(jax.random.key(0), 1000).items()}
 
-        def draw(key: Array) -> dict[str, Array]:
-            run = handlers.seed(handlers.substitute(guide, data=self.params), key)
-            sites = handlers.trace(run).get_trace(*self.args, **self.kwargs)
-            return {k: sites[k]["value"] for k in names}
-
-        draws = jax.vmap(draw)(jax.random.split(jax.random.key(0), 1000))
-        return {k: jnp.median(v, axis=0) for k, v in draws.items()}
+    def _draw_from_guide(self, rng_key: Array, n: int) -> dict[str, Array]:
+        """Draws of the latent sites, (n, ...)."""
+        guide = self.svi.guide
+        if not isinstance(guide, AutoGuide):
+            return Predictive(guide, params=self.params, num_samples=n)(rng_key, *self.args, **self.kwargs)
+        draws = guide.sample_posterior(rng_key, self.params, *self.args, sample_shape=(n,), **self.kwargs)
+        # An autoguide also returns the deterministic sites of its model.
+        latents = {k for k, s in guide.prototype_trace.items() if s["type"] == "sample"}
+        return {k: v for k, v in draws.items() if k in latents}
 
     @cached_property
     def _sites(self) -> dict[str, Any]:
         """The parameter sites of the model at the estimates."""
         mutable = self.state.mutable_state or {}
         values = {**self.params, **mutable, **self._latents}
-        prior = handlers.substitute(prior_model(self.svi.score_model, self.svi.data), data=values)
+        prior = handlers.substitute(self.svi.prior, data=values)
         return handlers.trace(handlers.seed(prior, jax.random.key(0))).get_trace(*self.args, **self.kwargs)
 
     @cached_property
-    def _sandwich(self) -> tuple[Parametrisation, Array, dict[str, Array]]:
+    def _sandwich(self) -> tuple[Parametrisation, Array, dict[str, Any]]:
         coordinates = Parametrisation.of_sites(self._sites)
         covariance = sandwich(
             self.energy,
             coordinates,
             self.svi.score_loss,
             self.svi.learning_rate,
-            prior_model(self.svi.score_model, self.svi.data),
+            self.svi.prior,
             self.args,
             self.kwargs,
         )

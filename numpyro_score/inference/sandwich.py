@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
+from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
 from numpyro.infer.util import log_density, transform_fn
 
+from numpyro_score._arguments import join_arrays, split_arrays
 from numpyro_score.energy import Energy
 from numpyro_score.losses import Loss, row_losses
 
@@ -58,13 +61,7 @@ class Parametrisation:
 
     def stderr(self, covariance: Float[Array, "p p"]) -> dict[str, Any]:
         """Standard errors in constrained space by the delta method, in the sites' own shapes."""
-        _, unravel = ravel_pytree(self.constrain(self.position))
-
-        def row(direction: Array) -> Array:
-            return jax.jvp(lambda v: ravel_pytree(self.constrain(v))[0], (self.position,), (direction,))[1]
-
-        jacobian = jax.lax.map(row, jnp.eye(len(self.position)), batch_size=64)  # (P, Q)
-        return unravel(jnp.sqrt(jnp.sum(jacobian * (covariance @ jacobian), axis=0)))
+        return _delta_method(self.position, self.transforms, covariance, self.unravel)
 
     def draw(self, rng_key: Array, covariance: Float[Array, "p p"], n: int) -> dict[str, Any]:
         """N draws from N(position, covariance), constrained: {site: (n, ...)}."""
@@ -106,7 +103,18 @@ def sandwich(
         raise SandwichError(
             "The sandwich covariance needs the spread over rows, and the data are one row: use NUTS instead."
         )
-    hessian, gradients = _derivatives(energy, coordinates, loss, learning_rate, prior, args, kwargs)
+    arrays, static = split_arrays((args, kwargs))
+    hessian, gradients = _derivatives(
+        coordinates.position,
+        coordinates.transforms,
+        energy,
+        arrays,
+        learning_rate,
+        unravel=coordinates.unravel,
+        loss=loss,
+        prior=prior,
+        static=static,
+    )
     lowest = float(jnp.linalg.eigvalsh(hessian)[0])
     if not lowest > 0:
         raise SandwichError(
@@ -120,36 +128,50 @@ def sandwich(
     return jnp.asarray(half @ half.T * (len(g) / (len(g) - 1)), jnp.result_type(float))
 
 
+@partial(jax.jit, static_argnames="unravel")
+def _delta_method(position: Array, transforms: Any, covariance: Array, unravel: Any) -> dict[str, Any]:
+    def constrain(vector: Array) -> dict[str, Any]:
+        return transform_fn(transforms, unravel(vector))
+
+    def row(direction: Array) -> Array:
+        return jax.jvp(lambda v: ravel_pytree(constrain(v))[0], (position,), (direction,))[1]
+
+    jacobian = jax.lax.map(row, jnp.eye(len(position)), batch_size=64)  # (P, Q)
+    return ravel_pytree(constrain(position))[1](jnp.sqrt(jnp.sum(jacobian * (covariance @ jacobian), axis=0)))
+
+
+@partial(jax.jit, static_argnames=("unravel", "loss", "prior", "static"))
 def _derivatives(
+    position: Array,
+    transforms: Any,
     energy: Energy,
-    coordinates: Parametrisation,
-    loss: Loss,
+    arrays: Any,
     learning_rate: Any,
+    *,
+    unravel: Any,
+    loss: Loss,
     prior: Any,
-    args: Any,
-    kwargs: Any,
+    static: Any,
 ) -> tuple[Array, Array]:
     """Hessian of the objective (P, P), and the gradient of each row's weighted loss (N, P)."""
     rng_key = jax.random.key(0)
+    args, kwargs = join_arrays(arrays, static)
 
-    def rows(vector: Array, energy: Energy) -> Array:
-        values, weights = row_losses(loss, energy.with_params(coordinates.constrain(vector)), rng_key)
+    def constrain(vector: Array) -> dict[str, Any]:
+        return transform_fn(transforms, unravel(vector))
+
+    def rows(vector: Array) -> Array:
+        values, weights = row_losses(loss, energy.with_params(constrain(vector)), rng_key)
         return learning_rate * weights * values
 
-    def log_prior(vector: Array) -> Array:
-        return log_density(prior, args, kwargs, coordinates.constrain(vector))[0]
+    def objective(vector: Array) -> Array:
+        log_prior, _ = log_density(handlers.seed(prior, rng_key), args, kwargs, constrain(vector))
+        return jnp.sum(rows(vector)) - log_prior
 
-    @jax.jit
-    def compute(position: Array, energy: Energy) -> tuple[Array, Array]:
-        def objective(vector: Array) -> Array:
-            return jnp.sum(rows(vector, energy)) - log_prior(vector)
+    def along(direction: Array) -> tuple[Array, Array]:
+        _, second = jax.jvp(jax.grad(objective), (position,), (direction,))
+        _, first = jax.jvp(rows, (position,), (direction,))
+        return second, first
 
-        def along(direction: Array) -> tuple[Array, Array]:
-            _, second = jax.jvp(jax.grad(objective), (position,), (direction,))
-            _, first = jax.jvp(lambda v: rows(v, energy), (position,), (direction,))
-            return second, first
-
-        hessian, gradients = jax.lax.map(along, jnp.eye(len(position)), batch_size=8)
-        return 0.5 * (hessian + hessian.T), gradients.T
-
-    return compute(coordinates.position, energy)
+    hessian, gradients = jax.lax.map(along, jnp.eye(len(position)), batch_size=8)
+    return 0.5 * (hessian + hessian.T), gradients.T

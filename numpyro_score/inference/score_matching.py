@@ -118,14 +118,19 @@ class ScoreMatching(SVI):
         learning_rate: Any = 1.0,
         data: str | None = None,
     ) -> None:
-        _check_num_steps(num_steps)
+        num_steps = _check_num_steps(num_steps)
         self.score_model, self.score_loss = model, DefaultLoss() if loss is None else loss
         self.num_steps, self.learning_rate, self.data = num_steps, learning_rate, data
+        self.prior = prior_model(model, data)
         generalized = generalized_bayes(model, self.score_loss, learning_rate, data=data)
         if guide is None:
-            guide = AutoDelta(prior_model(model, data))
+            guide = AutoDelta(self.prior)
         elif inspect.isclass(guide) and issubclass(guide, AutoGuide):
             guide = guide(generalized)  # type: ignore[call-arg]
+        elif not callable(guide):
+            raise TypeError(
+                f"guide must be a guide function or an autoguide, got {guide!r}: write e.g. guide=AutoNormal."
+            )
         elif isinstance(guide, _GUIDES_WITH_DENSITY) and guide.model is model:
             name = type(guide).__name__
             raise ValueError(
@@ -151,6 +156,9 @@ class ScoreMatching(SVI):
         structure = SVI(prior_model(self.score_model, self.data, check=True), self.guide, self.optim, self.loss)
         state = structure.init(rng_key, *args, init_params=init_params, **kwargs)
         self.constrain_fn = structure.constrain_fn
+        known = self.get_params(state)
+        if unknown := set(init_params or ()) - set(known):
+            raise ValueError(f"init_params has {sorted(unknown)}, but the param sites are {sorted(known)}: use these.")
         return state
 
     def run(
@@ -186,8 +194,7 @@ class ScoreMatching(SVI):
         Raises:
             NonFiniteLossError: the loss became NaN or infinite; the exception holds the last finite state.
         """
-        num_steps = self.num_steps if num_steps is None else num_steps
-        _check_num_steps(num_steps)
+        num_steps = _check_num_steps(self.num_steps if num_steps is None else num_steps)
         rng_key = jax.random.key(0) if rng_key is None else rng_key
         _check_key(rng_key)
         if init_state is None or self.constrain_fn is None:
@@ -221,10 +228,9 @@ class ScoreMatching(SVI):
                         self._raise_non_finite(advance, previous, state, taken, done, losses, values, args, kwargs)
                     losses.append(values)
                     previous, state, done = (state, n), new, done + n
-                    bar.set_postfix_str(
-                        f"init loss: {losses[0][0]:.4f}, loss: {np.nanmean(values):.4f}",
-                        refresh=False,
-                    )
+                    finite = values[np.isfinite(values)]
+                    mean = finite.mean() if finite.size else np.nan
+                    bar.set_postfix_str(f"init loss: {losses[0][0]:.4f}, loss: {mean:.4f}", refresh=False)
                     bar.update(n)
                     if len(losses) > 1:  # the first call compiles
                         size = _next_size(n, time.perf_counter() - begin)
@@ -237,7 +243,7 @@ class ScoreMatching(SVI):
                 f"Interrupted after {done} of {num_steps} steps; this is the fit so far.",
                 stacklevel=2,
             )
-        return ScoreMatchingResult(self.get_params(state), state, np.concatenate(losses), self, args, kwargs)
+        return ScoreMatchingResult(self.get_params(state), state, np.concatenate(losses)[:done], self, args, kwargs)
 
     def _advance_impl(
         self,
@@ -329,9 +335,10 @@ def _next_size(n: int, seconds: float) -> int:
     return int(np.clip(n * _SECONDS / max(seconds, 1e-6), 1, min(4 * n, _BUFFER)))
 
 
-def _check_num_steps(num_steps: int) -> None:
-    if num_steps < 1:
+def _check_num_steps(num_steps: int) -> int:
+    if num_steps != int(num_steps) or num_steps < 1:
         raise ValueError(f"num_steps must be a positive integer, got {num_steps}.")
+    return int(num_steps)
 
 
 def _check_key(rng_key: Any) -> None:

@@ -30,7 +30,7 @@ class Loss(Protocol):
 
 def row_losses(loss: Loss, energy: Energy, rng_key: Array) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
     """The loss and the weight of each row; rows of weight zero have loss zero, whatever their data."""
-    energy, weights = _usable(energy)
+    energy, weights = energy.usable()
     chunks = _chunks(loss, energy, rng_key, weights)
     values = loss(energy, rng_key) if chunks is None else _scan_rows(loss, energy, *chunks).reshape(-1)
     values = values[: energy.num_rows]
@@ -43,21 +43,13 @@ def total_loss(loss: Loss, energy: Energy, rng_key: Array) -> Float[Array, ""]:
     Where the loss asks for chunks of rows, the gradient in the parameters is taken chunk by chunk along with the
     value. This keeps the memory to one chunk and adds no arithmetic. Forward mode and higher derivatives work.
     """
-    energy, weights = _usable(energy)
+    energy, weights = energy.usable()
     chunks = _chunks(loss, energy, rng_key, weights)
     if chunks is None:
         values = loss(energy, rng_key)
         return jnp.sum(jnp.where(weights != 0, weights * values, 0.0))
     leaves, treedef = jax.tree.flatten((energy, *chunks))
     return _chunked_total((loss, treedef), leaves)
-
-
-def _usable(energy: Energy) -> tuple[Energy, Array]:
-    """The energy and its weights, with the rows that are masked out moved to the origin, so that no NaN gets in."""
-    x, weights = energy.data_and_weights()
-    if energy.masked:
-        energy = energy.at(jnp.where(weights[:, None] != 0, x, 0.0))
-    return energy, weights
 
 
 def _chunks(loss: Loss, energy: Energy, rng_key: Array, weights: Array) -> tuple[Array, Array, Array] | None:

@@ -22,7 +22,8 @@ class DSM:
 
     - plain: ½‖s(x̃) + ε/σ‖² − D/(2σ²);
     - with control variate (default): ½‖s(x̃)‖² + ε·(s(x̃) − s(x))/σ [Wang et al. 2020; Song & Kingma 2021], the same
-      mean, and a variance that stays bounded as σ → 0 where the plain form's grows as σ⁻². It costs a second score.
+      mean; as σ → 0 the variance of its gradient stays bounded, where the plain form's grows as σ⁻² (and that of the
+      value as σ⁻⁴). It costs a second score.
 
     Both are unbiased for the Hyvärinen objective of the noisy data p_σ = p * N(0, σ²I), not of the data: the fit
     describes p_σ. Noise is drawn afresh for every row and every call. Returns (N,) values.
