@@ -130,7 +130,8 @@ def find_arrays(
             if not isinstance(support, type(constraints.real)):
                 raise NotImplementedError(
                     f"Data site '{name}' has support {type(support).__name__.strip('_').lower()}, where the boundary "
-                    "adds terms that these losses leave out: transform the data to the real line first, e.g. model log(x)."
+                    "adds terms that these losses leave out: transform the data to the real line first, e.g. model "
+                    "log(x)."
                 )
 
     for a, value in zip(arrays, values, strict=True):

@@ -6,7 +6,10 @@ pyproject.toml installs jaxtyping's import hook before anything is imported.
 
 import jax
 import jaxtyping
+import numpyro
 import pytest
+
+numpyro.set_host_device_count(2)  # for test_sharding.py; the rest runs on the first
 
 
 @pytest.fixture
