@@ -150,7 +150,7 @@ def picture(fit, idata, names, path, top=20):
     right.set_yticks(y, [f"{names[ROWS[e]]} – {names[COLS[e]]}" for e in order])
     right.set_xlabel("coupling $K_{ij}$, with 90% intervals")
     right.set_title(f"The {top} strongest of {len(ROWS)} couplings")
-    right.legend(loc="lower left", frameon=False)
+    right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.08), ncols=2, frameon=False)
     right.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
