@@ -32,7 +32,7 @@ class Rounds(NamedTuple):
     bar: int
 
 
-FULL, QUICK = Rounds(step=25, first=5, bar=9), Rounds(step=3, first=1, bar=1)
+FULL, QUICK = Rounds(step=25, first=5, bar=9), Rounds(step=3, first=1, bar=3)
 
 
 def measure_dim(dim: int, chosen: list[Case], rounds: Rounds) -> list[Result]:

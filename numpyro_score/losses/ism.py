@@ -29,7 +29,8 @@ class ISM:
 
     def rows_per_chunk(self, energy: Energy) -> int:
         """Rows whose Jacobians, D numbers for every intermediate, still fit the cache."""
-        # On a CPU the pass is bound by memory: 1024 rows of one dimension at once were the fastest at D = 16 and 64
-        # (benchmarks/RESULTS.md). An accelerator wants large batches; there the chunk only bounds the memory.
-        budget = 1024 if jax.default_backend() == "cpu" else 2**18
-        return max(budget // energy.dim, 8)
+        # On a CPU the pass is bound by memory. At width 128, 256 // D rows make intermediates of 128 kB; 1024 // D took
+        # 1.1 to 2 times as long at D = 2, 16 and 64. An accelerator wants large batches, and the chunk only bounds the
+        # memory; that figure is not measured.
+        budget = 256 if jax.default_backend() == "cpu" else 2**18
+        return max(budget // energy.dim, 4)
