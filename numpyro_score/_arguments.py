@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Static = tuple[Any, tuple[Any, ...]]
@@ -35,7 +36,8 @@ def split_arrays(tree: Any) -> tuple[list[Any], Static]:
             raise TypeError(
                 f"A model argument is a {type(v).__name__}: pass NumPy or JAX arrays, e.g. np.asarray(...)."
             )
-    return [v for v, yes in zip(leaves, is_array, strict=True) if yes], (treedef, rest)
+    # As JAX arrays, so that a model can index them by traced plate indices.
+    return [jnp.asarray(v) for v, yes in zip(leaves, is_array, strict=True) if yes], (treedef, rest)
 
 
 def join_arrays(arrays: list[Any], static: Static) -> Any:

@@ -7,12 +7,14 @@ here computes numbers: a :class:`Layout` is static, hashable, and found without 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, Literal
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from numpyro.distributions import constraints
 
 from numpyro_score._trace import Recorder, Site, is_factor, is_observed_sample, unwrap
@@ -157,6 +159,52 @@ def depends_on_inputs(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
     return [not isinstance(v, Literal) and v in tainted for v in jaxpr.outvars]
 
 
+def treats_rows_alike(trace: Callable[[int], ClosedJaxpr]) -> bool:
+    """Whether a density takes any number of rows, and does the same to each of them wherever it stands.
+
+    Running the model on other rows is not evidence enough: indices out of range are clamped, so that `z[i]` of a
+    covariate z would quietly take wrong values. The traces for two numbers of rows must differ in that number alone,
+    and no output may depend on the rows' indices.
+
+    Args:
+        trace: from n to the jaxpr of the log density (n,) of n rows (n, D) with plate indices (n,).
+    """
+    sizes = (1009, 1013)  # primes, which no other dimension is likely to be
+    texts = []
+    for n in sizes:
+        closed = trace(n)
+        if [v.aval.shape for v in closed.jaxpr.outvars] != [(n,)]:
+            return False
+        if any(n in jnp.shape(c) for c in closed.consts) or _depends_on_position(closed.jaxpr, n):
+            return False
+        # A number that is part of a shape, not a constant such as 1009.0 or 1009:i32[].
+        texts.append((re.sub(rf"(?<![\w.]){n}(?![\w.:])", "n", str(closed.jaxpr)), closed.consts))
+    (one, one_consts), (two, two_consts) = texts
+    same_consts = len(one_consts) == len(two_consts) and all(
+        a is b or (not isinstance(a, jax.core.Tracer) and not isinstance(b, jax.core.Tracer) and np.array_equal(a, b))
+        for a, b in zip(one_consts, two_consts, strict=False)
+    )
+    return one == two and same_consts
+
+
+def _depends_on_position(jaxpr: Jaxpr, n: int) -> bool:
+    """Whether an output varies with the last input, the plate's indices, or with a count of n made on the way."""
+    tainted = {jaxpr.invars[-1]}
+    for eqn in jaxpr.eqns:
+        if _counts(eqn, n) or any(not isinstance(v, Literal) and v in tainted for v in eqn.invars):
+            tainted.update(eqn.outvars)
+    return any(not isinstance(v, Literal) and v in tainted for v in jaxpr.outvars)
+
+
+def _counts(eqn: JaxprEqn, n: int) -> bool:
+    if eqn.primitive.name == "iota":
+        return n in eqn.params["shape"]
+    if eqn.primitive.name.startswith("cum"):  # a running sum, product or maximum
+        return eqn.outvars[0].aval.shape[eqn.params["axis"]] == n  # type: ignore[attr-defined]
+    inner = [p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in eqn.params.values()]
+    return any(_counts(e, n) for p in inner if isinstance(p, Jaxpr) for e in p.eqns)
+
+
 def find_rows(
     sites: Trace, shapes: dict[str, Shape], terms: Sequence[str], arrays: Sequence[DataArray]
 ) -> tuple[Shape, Shape, tuple[str, ...]]:
@@ -210,10 +258,10 @@ def check_sites(sites: Trace, layout: Layout) -> None:
     for name, site in sites.items():
         if site["type"] != "sample":
             continue
-        plates = rows & {f.name for f in site["cond_indep_stack"]}
-        if not plates:
+        # A site in some of several row plates is one value per group of rows.
+        if not rows or not rows <= {f.name for f in site["cond_indep_stack"]}:
             continue
-        plate = min(plates)
+        plate = min(rows)
         if not site["is_observed"]:
             raise ValueError(
                 f"Latent site '{name}' stands inside the data plate '{plate}', one value per row: marginalise it out "

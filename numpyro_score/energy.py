@@ -19,6 +19,8 @@ from numpyro_score._layout import DataArray, Layout
 
 __all__ = ["Energy"]
 
+AnyArray = Array | np.ndarray
+
 
 @jax.tree_util.register_pytree_node_class
 class Energy:
@@ -194,7 +196,7 @@ class Energy:
             columns.append(value.reshape(math.prod(value.shape[: len(a.row_axes)]), -1))
         return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
 
-    def unflatten(self, x: Float[Array, "n d"]) -> dict[str, Array]:
+    def unflatten(self, x: Float[AnyArray, "n d"]) -> dict[str, Array]:
         """Rows (N, D) to data in the sites' own shapes, {name: array}. The inverse of :meth:`flatten`."""
         layout = self._layout.with_rows(x.shape[0])
         values, start = {}, 0
@@ -218,9 +220,12 @@ class Energy:
         """The same density at other values of the given sites, of the same shapes."""
         return self._replace(params={**self.params, **params})
 
-    def at(self, x: Float[Array, "n d"]) -> Energy:
+    def at(self, x: Float[AnyArray, "n d"]) -> Energy:
         """The same density with `x` as its data; another number of rows needs :attr:`resizable`."""
+        x = jnp.asarray(x, self._dtype)
         n = x.shape[0]
+        if x.shape != (n, self.dim):
+            raise ValueError(f"x has shape {x.shape}, but a row has {self.dim} numbers: pass (n, {self.dim}).")
         if n != self.num_rows and not self.resizable:
             raise ValueError(
                 f"The model has {self.num_rows} rows and cannot take {n}: pass the data as an argument and let the "
@@ -239,20 +244,20 @@ class Energy:
 
     # -- the density and its derivatives --------------------------------------------------------------------------
 
-    def log_density(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
+    def log_density(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch"]:
         """The unnormalised log density f(x) of each row: (..., D) to (...)."""
         return self._over_rows(self._log_density, x)
 
-    def score(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    def score(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch d"]:
         """The score ∇f(x) of each row: (..., D) to (..., D). Scale, mask and subsampling do not enter."""
         return self._over_rows(lambda y: operators.value_score(self._log_density, y)[1], x)
 
-    def laplacian(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
+    def laplacian(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch"]:
         """The Laplacian tr ∇²f(x) of each row: (..., D) to (...). Exact; costs D + 2 densities."""
         return self.value_score_laplacian(x)[2]
 
     def value_score_laplacian(
-        self, x: Float[Array, "*batch d"]
+        self, x: Float[AnyArray, "*batch d"]
     ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch d"], Float[Array, "*batch"]]:
         """The log density, its score and its Laplacian in one pass: (..., D) to ((...), (..., D), (...))."""
         return self._over_rows(lambda y: operators.value_score_laplacian(self._log_density, y), x)
@@ -277,21 +282,29 @@ class Energy:
         lead = x.shape[:-2] if n == 1 else x.shape[:-1]
         return jax.tree.map(lambda r: r.reshape(lead + r.shape[2:]), rows)
 
-    def _log_density(self, x: Float[Array, "n d"]) -> Float[Array, "n"]:
+    def _log_density(self, x: Float[Array, "n d"], rows: Array | None = None) -> Float[Array, "n"]:
         at = self.at(x)
+        if rows is not None:
+            at = at._replace(_plates={**at._plates, **dict.fromkeys(at._layout.row_plates, rows)})
         sites = at._run().sites
+        if rows is not None and any(sites[p]["args"][0] != len(rows) for p in at._layout.row_plates):
+            raise ValueError("A plate of rows has a fixed size.")
         terms = [_layout.sum_rows(_trace.term_log_prob(sites[k]), at._layout) for k in at._layout.terms]
         return functools.reduce(jnp.add, terms)
 
     # -- checks on values -----------------------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, evaluate: Callable[[Energy], Any] | None = None) -> None:
         """Looks at the data and the density there; needs concrete values.
+
+        Args:
+            evaluate: a compiled :func:`evaluate_for_check`, to compile it once for several checks.
 
         Raises:
             ValueError: NaN or infinity in the data, a log density that is not finite there, rows that interact.
         """
-        x, weights, f, moved = jax.device_get(_evaluate(self))
+        evaluate = jax.jit(functools.partial(evaluate_for_check)) if evaluate is None else evaluate
+        x, weights, f, moved = jax.device_get(evaluate(self))
         for name, weight in weights.items():
             if (weight != weight[:, :1]).any():
                 raise ValueError(
@@ -368,25 +381,31 @@ class Energy:
     def _settle_rows(self, layout: Layout) -> Layout:
         """Decides whether subsampled data can enter through the arguments, and whether another number of rows can."""
 
-        def accepts(layout: Layout, n: int) -> bool:
+        def takes_any_rows(layout: Layout) -> bool:
+            if any(len(a.row_axes) != 1 for a in layout.arrays):
+                return False
             energy = self._replace(_layout=layout._replace(resizable=True))
-            x = jax.ShapeDtypeStruct((n, layout.dim), self._dtype)
+
+            def trace(n: int) -> Any:
+                x, rows = jax.ShapeDtypeStruct((n, layout.dim), self._dtype), jax.ShapeDtypeStruct((n,), int)
+                return jax.make_jaxpr(energy._log_density)(x, rows)
+
             try:
-                return jax.eval_shape(Energy._log_density, energy, x).shape == (n,)
+                return _layout.treats_rows_alike(trace)
             # Only the model can say which shapes it takes; JAX and NumPyro refuse a wrong one with these.
             except (TypeError, ValueError, IndexError, AssertionError):
                 return False
 
-        is_subsampled = any(a.leaf is not None and self._arrays[a.leaf].shape != a.shape for a in layout.arrays)
-        if is_subsampled and not accepts(layout, layout.num_rows):
-            # The plate's size does not follow the argument: set the value of the site instead.
+        if takes_any_rows(layout):
+            return layout._replace(resizable=True)
+        if any(a.leaf is not None and self._arrays[a.leaf].shape != a.shape for a in layout.arrays):
+            # Subsampled data of a model that is not free of the rows' numbers: set the value of the site instead.
             layout = layout._replace(arrays=tuple(a._replace(leaf=None) for a in layout.arrays))
-        one_axis = all(len(a.row_axes) == 1 for a in layout.arrays)
-        return layout._replace(resizable=one_axis and accepts(layout, layout.num_rows + 1))
+            return layout._replace(resizable=takes_any_rows(layout))
+        return layout
 
 
-@jax.jit
-def _evaluate(energy: Energy) -> tuple[Array, dict[str, Array], Array, Array]:
+def evaluate_for_check(energy: Energy) -> tuple[Array, dict[str, Array], Array, Array]:
     """What :meth:`Energy.check` looks at, in one compiled call.
 
     Data, weights by site, the log density of each row, and by how much that of some rows changes when the data of the

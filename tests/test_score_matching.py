@@ -410,7 +410,9 @@ def test_stable_update_skips_steps_that_are_not_finite(optim):
     fit = run(sm, X, stable_update=True)
     finite = np.isfinite(fit.losses)
     assert 0 < finite.sum() < 60 == len(fit.losses)
-    np.testing.assert_allclose(fit.losses[finite], clean.losses[: finite.sum()], rtol=1e-5)
+    # The loss crosses zero on its way down: float32 rounds it relative to its largest terms.
+    expected = clean.losses[: finite.sum()]
+    np.testing.assert_allclose(fit.losses[finite], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(

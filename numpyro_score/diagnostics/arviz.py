@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import arviz as az
@@ -81,7 +82,7 @@ def to_arviz(
 
 
 def _fit_groups(fit: ScoreMatchingResult, rng_key: Any, num_samples: int) -> dict[str, xr.Dataset]:
-    losses, weights = jax.jit(row_losses, static_argnums=0)(fit.svi.score_loss, fit.energy, jax.random.key(0))
+    losses, weights = jax.jit(partial(row_losses, fit.svi.score_loss))(fit.energy, jax.random.key(0))
     details = _dataset({"loss": fit.losses}, ("step",))
     details = details.merge(_dataset({"pointwise_loss": losses, "weight": weights}, ("row",)))
     details.attrs |= {

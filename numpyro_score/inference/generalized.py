@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpyro
 from jaxtyping import Array
 from numpyro import handlers
@@ -98,45 +99,57 @@ class GeneralizedModel:
         if inspect.isclass(loss):
             raise TypeError(f"loss is the class {loss.__name__}: write {loss.__name__}(...).")
         hash(loss)  # a loss is a static argument of compiled functions: fail here, not deep inside
-        if isinstance(learning_rate, int | float) and not learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
+        if not callable(loss):
+            raise TypeError(f"loss must be a callable such as ISM(), got {loss!r}.")
+        if not callable(model):
+            raise TypeError(f"model must be a NumPyro model, a callable, got {type(model).__name__}.")
+        is_number = not isinstance(learning_rate, jax.core.Tracer) and jnp.ndim(learning_rate) == 0
+        if jnp.ndim(learning_rate) != 0 or (is_number and not learning_rate > 0):
+            raise ValueError(f"learning_rate must be one positive number, got {learning_rate}.")
         self.model, self.loss, self.learning_rate = model, loss, learning_rate
         self.data, self.rng_key = data, rng_key
-        functools.update_wrapper(self, model)
+        functools.update_wrapper(self, model, updated=())  # its name and docstring, not its attributes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the loss is a factor of its own."""
-        value, energy = _run_parameters(self.model, self.data, args, kwargs, check=True)
+        value, energy = _run_parameters(self.model, self.data, args, kwargs)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(energy)):
+            energy.check()
         rng_key = numpyro.prng_key() if self.rng_key is None else self.rng_key
-        total = _jitted_total(self.loss, energy, jax.random.key(0) if rng_key is None else rng_key)
+        # Outside of `jit` the loss would run one operation at a time; inside another `jit` this changes nothing. The
+        # function is new every time, so that no trace is kept of what the model closes over.
+        total = jax.jit(functools.partial(total_loss, self.loss))(
+            energy, jax.random.key(0) if rng_key is None else rng_key
+        )
         numpyro.factor(LOSS_SITE, -self.learning_rate * total)
         return value
 
     def energy(self, *args: Any, **kwargs: Any) -> Energy:
         """The energy at parameters drawn from the prior: for what does not depend on them, such as the data."""
         with handlers.block(), handlers.seed(rng_seed=0):
-            return _run_parameters(self.model, self.data, args, kwargs, check=False)[1]
+            return _run_parameters(self.model, self.data, args, kwargs)[1]
 
 
-def prior_model(model: Model, data: str | None = None, *, check: bool = False) -> Model:
+def prior_model(
+    model: Model, data: str | None = None, *, inspect_energy: Callable[[Energy], None] | None = None
+) -> Model:
     """The priors, params and penalties of `model` alone: its generalised posterior with β = 0.
 
-    With `check`, it also looks at the data and the density there, see :meth:`Energy.check`.
+    `inspect_energy` is called with the energy of every run.
     """
 
     @functools.wraps(model)
     def prior(*args: Any, **kwargs: Any) -> Any:
-        return _run_parameters(model, data, args, kwargs, check=check)[0]
+        value, energy = _run_parameters(model, data, args, kwargs)
+        if inspect_energy is not None:
+            inspect_energy(energy)
+        return value
 
     return prior
 
 
-# Outside of `jit` the loss would run one operation at a time; inside another `jit` this changes nothing.
-_jitted_total = jax.jit(total_loss, static_argnums=0)
-
-
 def _run_parameters(
-    model: Model, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], check: bool
+    model: Model, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Energy]:
     """Runs the model with all its sites but the observed ones seen outside, and binds an energy to their values."""
     refuse_empty(model, args, kwargs)
@@ -150,6 +163,4 @@ def _run_parameters(
         site = parameters.sites[name]
         scale = 1.0 if site["scale"] is None else site["scale"]
         numpyro.factor(name, scale * site["fn"].log_prob(site["value"]))
-    if check and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(energy)):
-        energy.check()
     return value, energy

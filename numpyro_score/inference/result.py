@@ -62,9 +62,9 @@ class ScoreMatchingResult:
     @cached_property
     def energy(self) -> Energy:
         """The model bound to :attr:`estimates`, on all rows of its data."""
-        choice = {} if self.svi.data is None else {"data": self.svi.data}
         mutable = {k: s["value"] for k, s in self._sites.items() if s["type"] == "mutable"}
-        return Energy(self.svi.score_model, {**self.estimates, **mutable}, *self.args, **self.kwargs, **choice)
+        params = {**self.estimates, **mutable}
+        return Energy.bound_to(self.svi.score_model, params, {}, None, self.svi.data, self.args, self.kwargs)
 
     def covariance(self) -> Float[Array, "p p"]:
         """The sandwich covariance H⁻¹SH⁻¹ of the estimates, (P, P), in unconstrained space.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -93,6 +94,9 @@ def sandwich(
     Raises:
         SandwichError: for more than MAX_PARAMETERS parameters, fewer than two rows, or an H that is not positive
             definite.
+
+    Warns:
+        UserWarning: if the minimum is further away than three standard errors.
     """
     p = len(coordinates.position)
     if p > MAX_PARAMETERS:
@@ -104,7 +108,7 @@ def sandwich(
             "The sandwich covariance needs the spread over rows, and the data are one row: use NUTS instead."
         )
     arrays, static = split_arrays((args, kwargs))
-    hessian, gradients = _derivatives(
+    gradient, hessian, gradients = _derivatives(
         coordinates.position,
         coordinates.transforms,
         energy,
@@ -125,7 +129,23 @@ def sandwich(
     h, g = np.asarray(hessian, np.float64), np.asarray(gradients, np.float64)
     centred = g - g.mean(axis=0)
     half = np.linalg.solve(h, centred.T)
-    return jnp.asarray(half @ half.T * (len(g) / (len(g) - 1)), jnp.result_type(float))
+    covariance = half @ half.T * (len(g) / (len(g) - 1))
+    _warn_if_not_converged(np.linalg.solve(h, np.asarray(gradient, np.float64)), covariance, coordinates)
+    return jnp.asarray(covariance, jnp.result_type(float))
+
+
+def _warn_if_not_converged(newton_step: np.ndarray, covariance: np.ndarray, coordinates: Parametrisation) -> None:
+    """Standard errors are those of the minimum. A stochastic loss leaves a fit within about one of them."""
+    errors = np.abs(newton_step) / np.sqrt(np.maximum(np.diag(covariance), 1e-30))
+    errors = np.where(np.diag(covariance) > 0, errors, 0.0)
+    if errors.max() > 3:
+        sites = {k: ravel_pytree(v)[0] for k, v in coordinates.unravel(jnp.asarray(errors)).items()}
+        name = max(sites, key=lambda k: float(jnp.max(sites[k], initial=0.0)))
+        warnings.warn(
+            f"The fit has not converged: the minimum is {errors.max():.1f} standard errors away in site '{name}'. Take "
+            "more steps, or another optimiser such as optax.lbfgs().",
+            stacklevel=5,
+        )
 
 
 @partial(jax.jit, static_argnames="unravel")
@@ -152,8 +172,8 @@ def _derivatives(
     loss: Loss,
     prior: Any,
     static: Any,
-) -> tuple[Array, Array]:
-    """Hessian of the objective (P, P), and the gradient of each row's weighted loss (N, P)."""
+) -> tuple[Array, Array, Array]:
+    """Gradient (P,) and Hessian (P, P) of the objective, and the gradient of each row's weighted loss (N, P)."""
     rng_key = jax.random.key(0)
     args, kwargs = join_arrays(arrays, static)
 
@@ -174,4 +194,4 @@ def _derivatives(
         return second, first
 
     hessian, gradients = jax.lax.map(along, jnp.eye(len(position)), batch_size=8)
-    return 0.5 * (hessian + hessian.T), gradients.T
+    return jax.grad(objective)(position), 0.5 * (hessian + hessian.T), gradients.T

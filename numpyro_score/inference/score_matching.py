@@ -29,7 +29,7 @@ from numpyro.infer.util import transform_fn
 from tqdm.auto import tqdm
 
 from numpyro_score._arguments import join_arrays, split_arrays
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, evaluate_for_check
 from numpyro_score.inference.generalized import generalized_bayes, prior_model
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
@@ -143,6 +143,8 @@ class ScoreMatching(SVI):
         elif isinstance(optim, optax.GradientTransformation):
             optim = optax_optimizer(optim)
         super().__init__(generalized, guide, optim, Trace_ELBO())
+        # Compiled functions of this object: it traces its model once for arguments of the same shapes.
+        self._evaluate = jax.jit(partial(evaluate_for_check))
         self._advance = jax.jit(self._advance_impl, static_argnames=("static", "stable_update"))
 
     def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> Any:
@@ -153,7 +155,9 @@ class ScoreMatching(SVI):
                 message names the site and the remedy.
         """
         # The loss does not change which parameters there are, and evaluating it here would compile it once more.
-        structure = SVI(prior_model(self.score_model, self.data, check=True), self.guide, self.optim, self.loss)
+        structure = SVI(
+            prior_model(self.score_model, self.data, inspect_energy=self._check), self.guide, self.optim, self.loss
+        )
         state = structure.init(rng_key, *args, init_params=init_params, **kwargs)
         self.constrain_fn = structure.constrain_fn
         known = self.get_params(state)
@@ -244,6 +248,10 @@ class ScoreMatching(SVI):
                 stacklevel=2,
             )
         return ScoreMatchingResult(self.get_params(state), state, np.concatenate(losses)[:done], self, args, kwargs)
+
+    def _check(self, energy: Energy) -> None:
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(energy)):
+            energy.check(self._evaluate)
 
     def _advance_impl(
         self,

@@ -32,7 +32,7 @@ def row_losses(loss: Loss, energy: Energy, rng_key: Array) -> tuple[Float[Array,
     """The loss and the weight of each row; rows of weight zero have loss zero, whatever their data."""
     energy, weights = energy.usable()
     chunks = _chunks(loss, energy, rng_key, weights)
-    values = loss(energy, rng_key) if chunks is None else _scan_rows(loss, energy, *chunks).reshape(-1)
+    values = _evaluate(loss, energy, rng_key) if chunks is None else _scan_rows(loss, energy, *chunks).reshape(-1)
     values = values[: energy.num_rows]
     return jnp.where(weights != 0, values, 0.0), weights
 
@@ -46,10 +46,20 @@ def total_loss(loss: Loss, energy: Energy, rng_key: Array) -> Float[Array, ""]:
     energy, weights = energy.usable()
     chunks = _chunks(loss, energy, rng_key, weights)
     if chunks is None:
-        values = loss(energy, rng_key)
+        values = _evaluate(loss, energy, rng_key)
         return jnp.sum(jnp.where(weights != 0, weights * values, 0.0))
     leaves, treedef = jax.tree.flatten((energy, *chunks))
     return _chunked_total((loss, treedef), leaves)
+
+
+def _evaluate(loss: Loss, energy: Energy, rng_key: Array) -> Array:
+    values = loss(energy, rng_key)
+    if jnp.shape(values) != (energy.num_rows,):
+        raise ValueError(
+            f"The loss {loss!r} gave values of shape {jnp.shape(values)} for {energy.num_rows} rows: return one value "
+            f"per row, shape ({energy.num_rows},)."
+        )
+    return values
 
 
 def _chunks(loss: Loss, energy: Energy, rng_key: Array, weights: Array) -> tuple[Array, Array, Array] | None:
@@ -72,13 +82,13 @@ _UNROLL = 4
 
 def _scan_rows(loss: Loss, energy: Energy, x: Array, weights: Array, keys: Array) -> Array:
     def body(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
-        return None, loss(energy.at(chunk[0]), chunk[1])
+        return None, _evaluate(loss, energy.at(chunk[0]), chunk[1])
 
     return jax.lax.scan(body, None, (x, keys), unroll=_UNROLL)[1]
 
 
 def _chunk_total(loss: Loss, energy: Energy, x: Array, weights: Array, rng_key: Array) -> Array:
-    values = loss(energy.at(x), rng_key)
+    values = _evaluate(loss, energy.at(x), rng_key)
     return jnp.sum(jnp.where(weights != 0, weights * values, 0.0))
 
 
