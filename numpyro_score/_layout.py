@@ -101,7 +101,7 @@ def find_arrays(
                 "differentiates in the data, so name a continuous site."
             )
         if choice not in sites and choice not in argument_leaves:
-            known = ", ".join(f"'{n}'" for n in [*sites, *argument_leaves]) or "none"
+            known = ", ".join(f"'{n}'" for n in dict.fromkeys([*sites, *argument_leaves])) or "none"
             raise ValueError(
                 f"data='{choice}' is neither a continuous observed site nor an array argument: use {known}."
             )
@@ -226,6 +226,11 @@ def find_rows(
             outside = next((k for k in terms if not frames[k]), terms[0])
             plate, (_, size) = next((p, v) for f in frames.values() for p, v in f.items())
             shape = tuple(sites[outside]["fn"].batch_shape)
+            if any(a.name == outside for a in arrays):
+                raise ValueError(
+                    f"Observed site '{outside}' stands outside the plate '{plate}' of the other data: move it into the "
+                    "plate, or, if it is not data, name the data site, e.g. data='x'."
+                )
             raise ValueError(
                 f"Site '{outside}' of shape {shape} depends on the data but stands outside the plate '{plate}' of "
                 f"{_plural(size, 'row')}: move it into the plate and give it one value per row."
