@@ -48,10 +48,11 @@ def join_arrays(arrays: list[Any], static: Static) -> Any:
 
 
 def refuse_empty(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for an argument without rows, before a plate of its length fails with less to say."""
+    """Raises ValueError for data without rows or columns, before a plate of its length fails with less to say."""
     arrays, static = split_arrays((args, kwargs))
-    for name, i in named_arrays(model, static)[0].items():
-        if arrays[i].ndim and arrays[i].shape[0] == 0:
+    named, first = named_arrays(model, static)
+    for name, i in named.items():
+        if 0 in arrays[i].shape[: None if name == first else 1]:
             raise ValueError(
                 f"Argument '{name}' is empty, of shape {arrays[i].shape}: pass at least one row of one number."
             )
