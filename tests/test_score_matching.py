@@ -460,7 +460,15 @@ def test_later_loss_not_finite(rate, cause):
         np.testing.assert_array_equal(again.losses, clean.losses[39:])
 
 
-def test_interrupt_returns_the_fit_so_far(noisy, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler of Ctrl-C, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_returns_the_fit_so_far(noisy, monkeypatch, ctrl_c):
     """Ctrl-C in the third chunk gives a warning and the fit that a run of so many steps gives."""
     updates = []
 
@@ -481,7 +489,7 @@ def test_interrupt_returns_the_fit_so_far(noisy, monkeypatch):
     assert_sites_close(fit.params, whole.params, rtol=1e-6)
 
 
-def test_interrupt_before_the_first_step_is_passed_on(noisy, monkeypatch):
+def test_interrupt_before_the_first_step_is_passed_on(noisy, monkeypatch, ctrl_c):
     """Ctrl-C while nothing has been fitted has no fit to return."""
 
     def interrupt(*_, **__):
