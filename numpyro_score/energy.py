@@ -387,7 +387,8 @@ class Energy:
             energy = self._replace(_layout=layout._replace(resizable=True))
 
             def trace(n: int) -> Any:
-                x, rows = jax.ShapeDtypeStruct((n, layout.dim), self._dtype), jax.ShapeDtypeStruct((n,), jnp.result_type(int))
+                x = jax.ShapeDtypeStruct((n, layout.dim), self._dtype)
+                rows = jax.ShapeDtypeStruct((n,), jnp.result_type(int))
                 return jax.make_jaxpr(energy._log_density)(x, rows)
 
             try:
