@@ -137,6 +137,11 @@ class Energy:
         return self._layout.resizable
 
     @property
+    def is_concrete(self) -> bool:
+        """Whether all values are known, as outside of JAX transformations, so that :meth:`check` can look at them."""
+        return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self))
+
+    @property
     def penalties(self) -> tuple[str, ...]:
         """The factors that do not depend on the data, and so belong to the prior."""
         return self._layout.penalties

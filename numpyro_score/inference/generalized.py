@@ -113,7 +113,7 @@ class GeneralizedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the loss is a factor of its own."""
         value, energy = _run_parameters(self.model, self.data, args, kwargs)
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(energy)):
+        if energy.is_concrete:
             energy.check()
         rng_key = numpyro.prng_key() if self.rng_key is None else self.rng_key
         # Outside of `jit` the loss would run one operation at a time; inside another `jit` this changes nothing. The

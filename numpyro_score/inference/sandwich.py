@@ -150,8 +150,7 @@ def _warn_if_not_converged(newton_step: np.ndarray, covariance: np.ndarray, coor
 
 @partial(jax.jit, static_argnames="unravel")
 def _delta_method(position: Array, transforms: Any, covariance: Array, unravel: Any) -> dict[str, Any]:
-    def constrain(vector: Array) -> dict[str, Any]:
-        return transform_fn(transforms, unravel(vector))
+    constrain = Parametrisation(transforms, position, unravel).constrain
 
     def row(direction: Array) -> Array:
         return jax.jvp(lambda v: ravel_pytree(constrain(v))[0], (position,), (direction,))[1]
@@ -177,8 +176,7 @@ def _derivatives(
     rng_key = jax.random.key(0)
     args, kwargs = join_arrays(arrays, static)
 
-    def constrain(vector: Array) -> dict[str, Any]:
-        return transform_fn(transforms, unravel(vector))
+    constrain = Parametrisation(transforms, position, unravel).constrain
 
     def rows(vector: Array) -> Array:
         values, weights = row_losses(loss, energy.with_params(constrain(vector)), rng_key)

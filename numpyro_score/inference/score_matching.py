@@ -250,7 +250,7 @@ class ScoreMatching(SVI):
         return ScoreMatchingResult(self.get_params(state), state, np.concatenate(losses)[:done], self, args, kwargs)
 
     def _check(self, energy: Energy) -> None:
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(energy)):
+        if energy.is_concrete:
             energy.check(self._evaluate)
 
     def _advance_impl(

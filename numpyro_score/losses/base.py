@@ -46,8 +46,7 @@ def total_loss(loss: Loss, energy: Energy, rng_key: Array) -> Float[Array, ""]:
     energy, weights = energy.usable()
     chunks = _chunks(loss, energy, rng_key, weights)
     if chunks is None:
-        values = _evaluate(loss, energy, rng_key)
-        return jnp.sum(jnp.where(weights != 0, weights * values, 0.0))
+        return _weighted_sum(loss, energy, weights, rng_key)
     leaves, treedef = jax.tree.flatten((energy, *chunks))
     return _chunked_total((loss, treedef), leaves)
 
@@ -87,9 +86,13 @@ def _scan_rows(loss: Loss, energy: Energy, x: Array, weights: Array, keys: Array
     return jax.lax.scan(body, None, (x, keys), unroll=_UNROLL)[1]
 
 
-def _chunk_total(loss: Loss, energy: Energy, x: Array, weights: Array, rng_key: Array) -> Array:
-    values = _evaluate(loss, energy.at(x), rng_key)
+def _weighted_sum(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> Array:
+    values = _evaluate(loss, energy, rng_key)
     return jnp.sum(jnp.where(weights != 0, weights * values, 0.0))
+
+
+def _chunk_total(loss: Loss, energy: Energy, x: Array, weights: Array, rng_key: Array) -> Array:
+    return _weighted_sum(loss, energy.at(x), weights, rng_key)
 
 
 def _plain_total(static: Any, leaves: list[Any]) -> Array:
