@@ -76,7 +76,7 @@ def dsm_control_variate(sigma: float) -> LossAndGrad:
     return jax.value_and_grad(loss)
 
 
-def ssm_plain() -> LossAndGrad:
+def ssm_plain(rows_per_chunk: int) -> LossAndGrad:
     """Forward over forward: the value and both derivatives along v in one pass."""
 
     def loss(params: Params, x: Array, rng_key: Array) -> Array:
@@ -88,7 +88,7 @@ def ssm_plain() -> LossAndGrad:
         first, second = jax.jvp(slope, (x,), (v,))
         return jnp.sum(0.5 * first**2 + second)
 
-    return jax.value_and_grad(loss)
+    return in_chunks(loss, rows_per_chunk)
 
 
 def ssm_variance_reduced() -> LossAndGrad:
@@ -103,24 +103,31 @@ def ssm_variance_reduced() -> LossAndGrad:
 
 
 def ism(rows_per_chunk: int) -> LossAndGrad:
-    """The forward Laplacian, and the gradient chunk by chunk, four chunks in one pass of the loop."""
+    """The forward Laplacian."""
 
-    def loss(params: Params, x: Array) -> Array:
+    def loss(params: Params, x: Array, rng_key: Array) -> Array:
         n, d = x.shape
         unit = jnp.broadcast_to(jnp.eye(d, dtype=x.dtype)[:, None, :], (d, n, d))
         seed = FwdLaplArray(x, FwdJacobian.from_dense(unit), jnp.zeros_like(x))
         out = forward_laplacian(lambda y: mlp(params, y), disable_jit=True)(seed)
         return 0.5 * jnp.sum(out.dense_jacobian**2) + jnp.sum(out.laplacian)
 
+    return in_chunks(loss, rows_per_chunk)
+
+
+def in_chunks(loss: Callable[[Params, Array, Array], Array], rows: int) -> LossAndGrad:
+    """The gradient chunk by chunk, four chunks in one pass of the loop."""
+
     def loss_and_grad(params: Params, x: Array, rng_key: Array) -> tuple[Array, Params]:
         n, d = x.shape
-        if rows_per_chunk >= n:
-            return jax.value_and_grad(loss)(params, x)
+        if rows >= n:
+            return jax.value_and_grad(loss)(params, x, rng_key)
 
-        def add(total: tuple[Array, Params], chunk: Array) -> tuple[tuple[Array, Params], None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, chunk)), None
+        def add(total: tuple[Array, Params], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Params], None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, *chunk)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add, zero, x.reshape(-1, rows_per_chunk, d), unroll=4)[0]
+        chunks = (x.reshape(-1, rows, d), jax.random.split(rng_key, n // rows))
+        return jax.lax.scan(add, zero, chunks, unroll=4)[0]
 
     return loss_and_grad

@@ -55,7 +55,7 @@ CASES = (
         "ssm",
         "SSM, plain",
         SSM(variance_reduced=False),
-        lambda _: by_hand.ssm_plain(),
+        by_hand.ssm_plain,
         Bounds(flops=lambda d: 3.9, time=lambda d: 3.0),
     ),
     Case(

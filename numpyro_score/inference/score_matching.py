@@ -51,8 +51,7 @@ class DefaultLoss:
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """As of the loss chosen."""
-        loss = self._choose(energy)
-        return loss.rows_per_chunk(energy) if isinstance(loss, ISM) else None
+        return self._choose(energy).rows_per_chunk(energy)
 
     @staticmethod
     def _choose(energy: Energy) -> ISM | SSM:

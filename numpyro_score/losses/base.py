@@ -65,7 +65,7 @@ def _chunks(loss: Loss, energy: Energy, rng_key: Array, weights: Array) -> tuple
     """Rows (K, C, D), weights (K, C) and keys (K,), padded by rows of weight zero; None to take all rows at once."""
     size = getattr(loss, "rows_per_chunk", lambda _: None)(energy)
     n = energy.num_rows
-    if size is None or size >= n or not energy.resizable:
+    if size is None or n < _UNROLL * size or not energy.resizable:
         return None
     k = -(-n // size)
     k = -(-k // _UNROLL) * _UNROLL  # no remainder to compile apart

@@ -60,6 +60,14 @@ class SSM:
         first, second = operators.sliced_derivatives(energy.log_density, x, v)
         return jnp.mean(0.5 * first**2 + second, axis=0)
 
+    def rows_per_chunk(self, energy: Energy) -> int | None:
+        """Rows of the plain form whose intermediates, three numbers for each projection, fit the cache of a CPU."""
+        # At width 128, D = 2 to 64 and 512 rows, chunks of 128 took 0.91 to 0.94 of the time of all rows at once, and
+        # chunks of 64 more. The variance-reduced form gains nothing by chunks.
+        if self.variance_reduced or jax.default_backend() != "cpu":
+            return None
+        return max(128 // self.num_projections, 4)
+
 
 def draw_directions(projection: Projection, rng_key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """Directions v of the given law with E[vvᵀ] = I over the last axis."""
