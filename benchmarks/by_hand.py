@@ -58,22 +58,22 @@ def score(params: Params, x: Array) -> Array:
     return jax.grad(lambda y: mlp(params, y).sum())(x)
 
 
-def dsm_plain(sigma: float) -> LossAndGrad:
+def dsm_plain(sigma: float, rows_per_chunk: int) -> LossAndGrad:
     def loss(params: Params, x: Array, rng_key: Array) -> Array:
         noise = jax.random.normal(rng_key, x.shape)
         residual = score(params, x + sigma * noise) + noise / sigma
         return 0.5 * jnp.sum(residual**2) - x.size / (2 * sigma**2)
 
-    return jax.value_and_grad(loss)
+    return in_chunks(loss, rows_per_chunk)
 
 
-def dsm_control_variate(sigma: float) -> LossAndGrad:
+def dsm_control_variate(sigma: float, rows_per_chunk: int) -> LossAndGrad:
     def loss(params: Params, x: Array, rng_key: Array) -> Array:
         noise = jax.random.normal(rng_key, x.shape)
         noisy = score(params, x + sigma * noise)
         return jnp.sum(0.5 * noisy**2 + noise * (noisy - score(params, x)) / sigma)
 
-    return jax.value_and_grad(loss)
+    return in_chunks(loss, rows_per_chunk)
 
 
 def ssm_plain(rows_per_chunk: int) -> LossAndGrad:
@@ -98,6 +98,46 @@ def ssm_variance_reduced() -> LossAndGrad:
         v = draw_directions("rademacher", rng_key, x.shape, x.dtype)
         s, along = jax.jvp(lambda y: score(params, y), (x,), (v,))
         return jnp.sum(0.5 * s**2 + v * along)
+
+    return jax.value_and_grad(loss)
+
+
+def fsm_sliced(epsilon: float) -> LossAndGrad:
+    """Three densities in one batch."""
+
+    def loss(params: Params, x: Array, rng_key: Array) -> Array:
+        v = draw_directions("rademacher", jax.random.split(rng_key)[0], x.shape, x.dtype)
+        centre, ahead, behind = jnp.split(mlp(params, jnp.concatenate([x, x + epsilon * v, x - epsilon * v])), 3)
+        ahead, behind = ahead - centre, behind - centre
+        return jnp.sum((ahead + behind) / epsilon**2 + (ahead - behind) ** 2 / (8 * epsilon**2))
+
+    return jax.value_and_grad(loss)
+
+
+def fsm_denoising(epsilon: float, sigma: float) -> LossAndGrad:
+    """Two densities in one batch."""
+
+    def loss(params: Params, x: Array, rng_key: Array) -> Array:
+        direction_key, noise_key = jax.random.split(rng_key)
+        v = draw_directions("rademacher", direction_key, x.shape, x.dtype)
+        noise = jax.random.normal(noise_key, x.shape)
+        noisy = x + sigma * noise
+        ahead, behind = jnp.split(mlp(params, jnp.concatenate([noisy + epsilon * v, noisy - epsilon * v])), 2)
+        residual = (ahead - behind) / (2 * epsilon) + jnp.sum(v * noise, axis=-1) / sigma
+        return 0.5 * jnp.sum(residual**2) - x.size / (2 * sigma**2)
+
+    return jax.value_and_grad(loss)
+
+
+def kl_contraction(time: float, num_samples: int) -> LossAndGrad:
+    """M + 1 densities in one batch."""
+
+    def loss(params: Params, x: Array, rng_key: Array) -> Array:
+        away_key, back_key = jax.random.split(rng_key)
+        noise = jax.random.normal(away_key, x.shape) + jax.random.normal(back_key, (num_samples, *x.shape))
+        f = mlp(params, jnp.concatenate([x[None], x + time**0.5 * noise]).reshape(-1, x.shape[1]))
+        f = f.reshape(num_samples + 1, -1)
+        return jnp.sum(jax.nn.logsumexp(f[1:] - f[0], axis=0) - jnp.log(num_samples)) / time
 
     return jax.value_and_grad(loss)
 

@@ -10,16 +10,21 @@ from numpyro_score.inference import (
     ScoreMatchingResult,
     generalized_bayes,
 )
-from numpyro_score.losses import DSM, ISM, SSM
+from numpyro_score.losses import DSM, ESM, FSM, ISM, SSM, KLContraction, geometric_levels, parzen_score
 
 __all__ = [
     "DSM",
+    "ESM",
+    "FSM",
     "ISM",
     "SSM",
     "Energy",
+    "KLContraction",
     "NonFiniteLossError",
     "ScoreMatching",
     "ScoreMatchingResult",
     "generalized_bayes",
+    "geometric_levels",
+    "parzen_score",
     "to_arviz",
 ]

@@ -17,6 +17,7 @@ from numpyro_score import _trace
 from numpyro_score._arguments import refuse_empty
 from numpyro_score.energy import Energy
 from numpyro_score.losses import Loss, total_loss
+from numpyro_score.losses.base import check_settings
 
 __all__ = ["LOSS_SITE", "GeneralizedModel", "generalized_bayes", "prior_model"]
 
@@ -115,6 +116,7 @@ class GeneralizedModel:
         value, energy = _run_parameters(self.model, self.data, args, kwargs)
         if energy.is_concrete:
             energy.check()
+            check_settings(self.loss, energy)
         rng_key = numpyro.prng_key() if self.rng_key is None else self.rng_key
         # Outside of `jit` the loss would run one operation at a time; inside another `jit` this changes nothing. The
         # function is new every time, so that no trace is kept of what the model closes over.

@@ -34,6 +34,7 @@ from numpyro_score.inference.generalized import generalized_bayes, prior_model
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.losses import ISM, SSM, Loss
+from numpyro_score.losses.base import check_settings
 
 __all__ = ["DefaultLoss", "NonFiniteLossError", "ScoreMatching"]
 
@@ -251,6 +252,7 @@ class ScoreMatching(SVI):
     def _check(self, energy: Energy) -> None:
         if energy.is_concrete:
             energy.check(self._evaluate)
+            check_settings(self.score_loss, energy)
 
     def _advance_impl(
         self,

@@ -6,8 +6,23 @@ constant of the data, so that their values can be compared with each other.
 """
 
 from numpyro_score.losses.base import Loss, row_losses, total_loss
-from numpyro_score.losses.dsm import DSM
+from numpyro_score.losses.dsm import DSM, geometric_levels
+from numpyro_score.losses.esm import ESM, parzen_score
+from numpyro_score.losses.fsm import FSM
 from numpyro_score.losses.ism import ISM
+from numpyro_score.losses.kl_contraction import KLContraction
 from numpyro_score.losses.ssm import SSM
 
-__all__ = ["DSM", "ISM", "SSM", "Loss", "row_losses", "total_loss"]
+__all__ = [
+    "DSM",
+    "ESM",
+    "FSM",
+    "ISM",
+    "SSM",
+    "KLContraction",
+    "Loss",
+    "geometric_levels",
+    "parzen_score",
+    "row_losses",
+    "total_loss",
+]

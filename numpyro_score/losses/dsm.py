@@ -2,55 +2,126 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
+from numpyro_score.losses.base import positive, rows_in_cache
 
-__all__ = ["DSM"]
+__all__ = ["DSM", "geometric_levels"]
 
 
 @dataclass(frozen=True)
 class DSM:
-    """Denoising score matching at one noise level [Vincent 2011].
+    """Denoising score matching [Vincent 2011], at one noise level or over many [Song & Ermon 2019].
 
-    With x̃ = x + σε and ε ~ N(0, I) each row's value is
+    With x̃ = x + σε and ε ~ N(0, I) each row's value at the level σ is
 
     - plain: ½‖s(x̃) + ε/σ‖² − D/(2σ²);
     - with control variate (default): ½‖s(x̃)‖² + ε·(s(x̃) − s(x))/σ [Wang et al. 2020; Song & Kingma 2021], the same
       mean; as σ → 0 the variance of its gradient stays bounded, where the plain form's grows as σ⁻² (and that of the
-      value as σ⁻⁴). It costs a second score.
+      value as σ⁻⁴). It costs a second score;
+    - antithetic: the mean of the plain form over ε and −ε less its mean-zero part, ¼(‖s(x + σε)‖² + ‖s(x − σε)‖²) +
+      ε·(s(x + σε) − s(x − σε))/(2σ). The same mean and cost as with the control variate, as good at small σ and better
+      at large σ.
 
-    Both are unbiased for the Hyvärinen objective of the noisy data p_σ = p * N(0, σ²I), not of the data: the fit
+    All are unbiased for the Hyvärinen objective of the noisy data p_σ = p * N(0, σ²I), not of the data: the fit
     describes p_σ. Noise is drawn afresh for every row and every call. Returns (N,) values.
 
+    With several levels the value is Σ_i λ(σ_i) DSM(σ_i), and the model takes the level of each row as the keyword
+    `sigma`, of shape (N,): `def model(x, sigma=1.0)`. Its score at x and σ is then that of p_σ.
+
     Args:
-        sigma: σ, in the units of the data.
-        control_variate: which of the two forms.
+        sigma: σ, in the units of the data; or several, e.g. :func:`~numpyro_score.geometric_levels`.
+        control_variate: which of the first two forms.
+        weighting: λ, a function of σ. Default: 1 for one level, σ² for several, so that all weigh about the same.
+        levels: with several levels, "sampled" gives each row one of them, every level equally likely, and multiplies
+            by their number; "all" takes every row at every level.
+        antithetic: take the third form instead.
 
     Raises:
-        ValueError: if sigma is not a positive number.
+        ValueError, TypeError: if sigma is not made of positive numbers; for several levels, if the model takes no
+            `sigma`.
     """
 
-    sigma: float
+    sigma: float | tuple[float, ...]
     control_variate: bool = True
+    weighting: Callable[[Array], Array] | None = None
+    levels: Literal["sampled", "all"] = "sampled"
+    antithetic: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.sigma) and self.sigma > 0):
-            raise ValueError(f"DSM needs a positive sigma, in the units of the data, got {self.sigma}.")
+        if isinstance(self.sigma, Sequence | np.ndarray | jax.Array) and not isinstance(self.sigma, str):
+            levels = tuple(np.asarray(self.sigma, float).reshape(-1).tolist())
+            if not levels:
+                raise ValueError("DSM needs at least one noise level, got none.")
+            # A single level in an array is a number.
+            object.__setattr__(self, "sigma", levels if np.ndim(self.sigma) else levels[0])
+        for level in self.sigma if isinstance(self.sigma, tuple) else (self.sigma,):
+            positive("DSM", "sigma, in the units of the data", level)
+        if self.levels not in ("sampled", "all"):
+            raise ValueError(f"DSM has no levels {self.levels!r}: use 'sampled' or 'all'.")
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
         x = energy.data
+        if not isinstance(self.sigma, tuple):
+            level = jnp.asarray(self.sigma, x.dtype)
+            values = self._denoise(energy, rng_key, level)
+            return values if self.weighting is None else self.weighting(level) * values
+        weighting = jnp.square if self.weighting is None else self.weighting
+        levels = jnp.asarray(self.sigma, x.dtype)
+        level_key, noise_key = jax.random.split(rng_key)
+        if self.levels == "all":
+
+            def at_level(level: Array, key: Array) -> Array:
+                sigma = jnp.full(len(x), level)
+                return weighting(level) * self._denoise(energy.bind(sigma=sigma), key, sigma)
+
+            return jax.vmap(at_level)(levels, jax.random.split(noise_key, len(levels))).sum(axis=0)
+        # In turn from a random start: each row's level is uniform, and a batch has as many of each as can be.
+        start = jax.random.randint(level_key, (), 0, len(levels))
+        sigma = levels[(jnp.arange(len(x)) + start) % len(levels)]
+        return len(levels) * weighting(sigma) * self._denoise(energy.bind(sigma=sigma), noise_key, sigma)
+
+    def _denoise(self, energy: Energy, rng_key: Array, sigma: Float[Array, "..."]) -> Float[Array, "n"]:
+        x, level, sigma = energy.data, sigma, sigma[..., None]
         noise = jax.random.normal(rng_key, x.shape, x.dtype)
-        score = energy.score(x + self.sigma * noise)
-        if not self.control_variate:
-            residual = score + noise / self.sigma
-            return 0.5 * jnp.sum(residual**2, axis=-1) - energy.dim / (2 * self.sigma**2)
-        # Written so that the large terms, which cancel, never arise.
-        drift = (score - energy.score(x)) / self.sigma
-        return jnp.sum(0.5 * score**2 + noise * drift, axis=-1)
+        score = energy.score(x + sigma * noise)
+        # The second and third are written so that the large terms, which cancel, never arise.
+        if self.antithetic:
+            other = energy.score(x - sigma * noise)
+            return jnp.sum(0.25 * (score**2 + other**2) + noise * (score - other) / (2 * sigma), axis=-1)
+        if self.control_variate:
+            return jnp.sum(0.5 * score**2 + noise * (score - energy.score(x)) / sigma, axis=-1)
+        return 0.5 * jnp.sum((score + noise / sigma) ** 2, axis=-1) - energy.dim / (2 * level**2)
+
+    def rows_per_chunk(self, energy: Energy) -> int | None:
+        """What fits the cache."""
+        return rows_in_cache(len(self.sigma) if isinstance(self.sigma, tuple) and self.levels == "all" else 1)
+
+
+def geometric_levels(largest: float, smallest: float, num: int) -> tuple[float, ...]:
+    """Noise levels σ₁ > ... > σ_L in geometric progression [Song & Ermon 2019; 2020 for the choice of the ends].
+
+    Args:
+        largest: as large as the largest distance between two rows, so that the modes run together.
+        smallest: as small as the finest detail that matters.
+        num: L; 10 to 20 for few dimensions.
+
+    Raises:
+        ValueError: if they are not positive, in this order, with at least two levels.
+    """
+    positive("geometric_levels", "largest", largest)
+    positive("geometric_levels", "smallest", smallest)
+    if not largest > smallest or num < 2:
+        raise ValueError(
+            f"geometric_levels needs largest > smallest and at least two levels, got {largest}, {smallest} and {num}."
+        )
+    return tuple(float(s) for s in np.geomspace(largest, smallest, num))
