@@ -134,7 +134,8 @@ def kl_contraction(time: float, num_samples: int) -> LossAndGrad:
 
     def loss(params: Params, x: Array, rng_key: Array) -> Array:
         away_key, back_key = jax.random.split(rng_key)
-        noise = jax.random.normal(away_key, x.shape) + jax.random.normal(back_key, (num_samples, *x.shape))
+        half = jax.random.normal(back_key, (num_samples // 2, *x.shape))
+        noise = jax.random.normal(away_key, x.shape) + jnp.concatenate([half, -half])
         f = mlp(params, jnp.concatenate([x[None], x + time**0.5 * noise]).reshape(-1, x.shape[1]))
         f = f.reshape(num_samples + 1, -1)
         return jnp.sum(jax.nn.logsumexp(f[1:] - f[0], axis=0) - jnp.log(num_samples)) / time

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.primitives import Messenger
 
 Static = tuple[Any, tuple[Any, ...]]
 
@@ -71,3 +72,14 @@ def named_arrays(model: Callable[..., Any], static: Static) -> tuple[dict[str, i
     named = {(positional[i] if i < len(positional) else f"args[{i}]"): v for i, v in enumerate(args)}
     first = next(iter(named), positional[0] if positional and positional[0] in kwargs else None)
     return {k: v for k, v in {**named, **kwargs}.items() if isinstance(v, int)}, first
+
+
+def takes_keyword(model: Callable[..., Any], name: str) -> bool:
+    """Whether `model` can be called with the keyword `name`; handlers around it are looked through."""
+    while isinstance(model, Messenger) and model.fn is not None:
+        model = model.fn
+    parameters = inspect.signature(model).parameters
+    named = parameters.get(name)
+    if named is not None and named.kind in (named.POSITIONAL_OR_KEYWORD, named.KEYWORD_ONLY):
+        return True
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
 from numpyro_score import _layout, _trace, operators
-from numpyro_score._arguments import join_arrays, named_arrays, refuse_empty, split_arrays
+from numpyro_score._arguments import join_arrays, named_arrays, refuse_empty, split_arrays, takes_keyword
 from numpyro_score._layout import DataArray, Layout
 
 __all__ = ["Energy"]
@@ -214,7 +214,16 @@ class Energy:
         return values
 
     def bind(self, **kwargs: Any) -> Energy:
-        """The same density with other keyword arguments of the model, e.g. a noise level or covariates."""
+        """The same density with other keyword arguments of the model, e.g. a noise level or covariates.
+
+        Raises:
+            TypeError: if the model takes no such argument.
+        """
+        for name in kwargs:
+            if not takes_keyword(self.model, name):
+                raise TypeError(
+                    f"The model takes no keyword '{name}': add it with a default, e.g. def model(x, {name}=1.0)."
+                )
         args, old = join_arrays(self._arrays, self._static)
         arrays, static = split_arrays((args, {**old, **kwargs}))
         new = self._replace(_arrays=arrays, _static=static)

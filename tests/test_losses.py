@@ -6,6 +6,7 @@ less than one run in ten thousand. float64 throughout.
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from models import FAST_COMPILE, assert_mean, assert_variance, density, energy_o
 from numpyro import handlers
 
 import numpyro_score.losses.ssm as ssm
-from numpyro_score import DSM, ISM, SSM, Energy
+from numpyro_score import DSM, ESM, FSM, ISM, SSM, Energy, KLContraction, geometric_levels, parzen_score
 from numpyro_score.losses import Loss, row_losses, total_loss
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -30,11 +31,23 @@ LOSSES = {
     "SSM sphere plain": SSM(2, "sphere", variance_reduced=False),
     "DSM": DSM(0.3),
     "DSM plain": DSM(0.3, control_variate=False),
+    "DSM antithetic": DSM(0.3, antithetic=True),
+    "ESM": ESM(operator.neg),
+    "FSM": FSM(0.1),
+    "FSM denoising": FSM(0.1, sigma=0.3, num_projections=2, projection="gaussian"),
+    "KL contraction": KLContraction(0.3, 4),
+    "KL contraction stabilised": KLContraction(0.3, 4, stabiliser=1e-3),
 }
+EXACT = (ISM, ESM)  # draw no random numbers
 SLICED = {
     f"{law} {form}": SSM(projection=law, variance_reduced=form == "reduced")
     for law in LAWS
     for form in ("reduced", "plain")
+}
+DENOISING = {
+    "plain": {"control_variate": False},
+    "control variate": {},
+    "antithetic": {"antithetic": True},
 }
 K = np.array([[2.0, 0.7, -0.4], [0.7, 1.5, 0.3], [-0.4, 0.3, 1.0]])
 
@@ -108,7 +121,7 @@ def test_is_pointwise_and_transformable(loss):
     with jax.enable_x64(False):
         single = of(jax.tree.map(np.float32, RUGGED), np.float32(ROWS), jax.random.key(1))
     assert single.dtype == jnp.float32
-    if isinstance(loss, ISM):  # the others draw other numbers in float32
+    if isinstance(loss, EXACT):  # the others draw other numbers in float32
         np.testing.assert_allclose(single, value, rtol=1e-4)
 
 
@@ -172,6 +185,9 @@ def test_worked_denoising_example(monkeypatch):
     # s(2.5, 6.5) = (6.25, 42.25): ½(8.25² + 40.25²) - 4, and ½(6.25² + 42.25²) + 2(2.25 + 6.75)
     np.testing.assert_allclose(values(DSM(0.5, False), f, 1.0, x), [840.0625], rtol=1e-12)
     np.testing.assert_allclose(values(DSM(0.5), f, 1.0, x), [930.0625], rtol=1e-12)
+    # s(1.5, 7.5) = (2.25, 56.25): ¼(6.25² + 42.25² + 2.25² + 56.25²) + (6.25 - 2.25) - (42.25 - 56.25)
+    expected = 0.25 * (6.25**2 + 42.25**2 + 2.25**2 + 56.25**2) + 4 + 14
+    np.testing.assert_allclose(values(DSM(0.5, antithetic=True), f, 1.0, x), [expected], rtol=1e-12)
 
 
 @pytest.mark.parametrize("loss", {**LOSSES, **SLICED}.values(), ids={**LOSSES, **SLICED})
@@ -212,17 +228,17 @@ def test_variance_of_slices(loss, num_projections):
 # -- noise -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("control_variate", [True, False])
+@pytest.mark.parametrize("form", DENOISING)
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 2.0])
-def test_dsm_is_the_objective_of_noisy_data(sigma, control_variate):
+def test_dsm_is_the_objective_of_noisy_data(sigma, form):
     """On N(0, I) data and f = -½xᵀKx the mean is J of N(0, (1+σ²)I): ½(1+σ²)‖K‖² - tr K."""
     x = np.random.default_rng(4).normal(size=(100_000, 3))
     expected = 0.5 * (1 + sigma**2) * np.sum(K**2) - np.trace(K)
-    assert_mean(values(DSM(sigma, control_variate), quadratic, K, x), expected)
+    assert_mean(values(DSM(sigma, **DENOISING[form]), quadratic, K, x), expected)
 
 
-@pytest.mark.parametrize("control_variate", [True, False])
-def test_dsm_is_ism_of_the_noisy_row(control_variate):
+@pytest.mark.parametrize("form", DENOISING)
+def test_dsm_is_ism_of_the_noisy_row(form):
     """At a fixed row the mean over noise is that of ISM at x + σε, here by quadrature."""
 
     def f(t, x):
@@ -230,7 +246,7 @@ def test_dsm_is_ism_of_the_noisy_row(control_variate):
 
     node, weight = np.polynomial.hermite_e.hermegauss(60)
     noisy = values(ISM(), f, 1.0, 0.4 + 0.6 * node[:, None])
-    draws = values(DSM(0.6, control_variate), f, 1.0, np.full((100_000, 1), 0.4))
+    draws = values(DSM(0.6, **DENOISING[form]), f, 1.0, np.full((100_000, 1), 0.4))
     assert_mean(draws, weight @ noisy / np.sqrt(2 * np.pi))
 
 
@@ -253,9 +269,10 @@ def test_variance_of_dsm_as_noise_vanishes():
     found, slope = variances(DSM(1.0, False), value)
     np.testing.assert_allclose(slope, -4, atol=0.1)
     np.testing.assert_allclose(found[-1], 1.5e12, rtol=0.1)
-    found, slope = variances(DSM(1.0), value)
-    np.testing.assert_allclose(slope, 0, atol=0.1)
-    np.testing.assert_allclose(found[-1], 2 * np.sum(K**2), rtol=0.1)
+    for loss in (DSM(1.0), DSM(1.0, antithetic=True)):
+        found, slope = variances(loss, value)
+        np.testing.assert_allclose(slope, 0, atol=0.1)
+        np.testing.assert_allclose(found[-1], 2 * np.sum(K**2), rtol=0.1)
 
 
 def test_variance_of_the_gradient_of_dsm_as_noise_vanishes():
@@ -267,18 +284,19 @@ def test_variance_of_the_gradient_of_dsm_as_noise_vanishes():
     found, slope = variances(DSM(1.0, False), slope_in_a)
     np.testing.assert_allclose(slope, -2, atol=0.1)
     np.testing.assert_allclose(found[-1], 1.86e6, rtol=0.1)
-    found, slope = variances(DSM(1.0), slope_in_a)
-    np.testing.assert_allclose(slope, 0, atol=0.1)
-    np.testing.assert_allclose(found[-1], 6, rtol=0.1)
+    for loss in (DSM(1.0), DSM(1.0, antithetic=True)):
+        found, slope = variances(loss, slope_in_a)
+        np.testing.assert_allclose(slope, 0, atol=0.1)
+        np.testing.assert_allclose(found[-1], 6, rtol=0.1)
 
 
-@pytest.mark.parametrize("control_variate", [True, False])
+@pytest.mark.parametrize("form", DENOISING)
 @pytest.mark.parametrize("sigma", [0.5, 1.5])
-def test_optimum_of_dsm(sigma, control_variate):
+def test_optimum_of_dsm(sigma, form):
     """On N(0, I) data the best N(0, τ²I) has τ² = 1 + σ²: there the slope is zero, on average."""
     x = np.random.default_rng(5).normal(size=(100_000, 3))
     optimum = 1 / (1 + sigma**2)
-    slope = functools.partial(slope_at, DSM(sigma, control_variate), isotropic, x=x)
+    slope = functools.partial(slope_at, DSM(sigma, **DENOISING[form]), isotropic, x=x)
     assert_mean(slope(optimum), 0.0)
     # Curvature in a is E‖x̃‖² = 3(1+σ²): ten per cent off, the slope is 0.3 up or down.
     assert_mean(slope(1.1 * optimum), 0.3)
@@ -294,6 +312,19 @@ def test_optimum_of_dsm(sigma, control_variate):
         (lambda: SSM(num_projections=0), "num_projections of at least 1, got 0"),
         (lambda: SSM(num_projections=-3), "num_projections of at least 1, got -3"),
         (lambda: SSM(projection="normal"), "'normal'.*'rademacher', 'gaussian' or 'sphere'"),
+        (lambda: DSM(sigma=()), "at least one noise level"),
+        (lambda: DSM(sigma=(1.0, 0.0)), "positive sigma.*got 0"),
+        (lambda: DSM(sigma=(1.0, 0.5), levels="each"), "'each'.*'sampled' or 'all'"),
+        (lambda: geometric_levels(0.1, 1.0, 5), "largest > smallest"),
+        (lambda: geometric_levels(1.0, 0.1, 1), "at least two levels"),
+        (lambda: FSM(epsilon=0.0), "positive epsilon, got 0"),
+        (lambda: FSM(sigma=-1.0), "positive sigma, got -1"),
+        (lambda: FSM(num_projections=0), "num_projections of at least 1, got 0"),
+        (lambda: KLContraction(time=0.0), "positive time, got 0"),
+        (lambda: KLContraction(1.0, num_samples=0), "num_samples of at least 1, got 0"),
+        (lambda: KLContraction(1.0, stabiliser=-1.0), "stabiliser of at least 0, got -1"),
+        (lambda: parzen_score(np.zeros((0, 2)), 1.0), r"\(B, D\), got \(0, 2\)"),
+        (lambda: parzen_score(np.full((3, 2), np.nan), 1.0), "NaN or infinity"),
         (lambda: DSM(sigma=0.0), "positive sigma.*got 0"),
         (lambda: DSM(sigma=-1.0), "positive sigma.*got -1"),
         (lambda: DSM(sigma=float("nan")), "positive sigma.*got nan"),
@@ -303,6 +334,24 @@ def test_optimum_of_dsm(sigma, control_variate):
 def test_settings_out_of_range(make, message, unchecked):
     """A setting that makes no sense is refused when the loss is made, with what would."""
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SSM(2.5),
+        lambda: SSM(True),
+        lambda: DSM("1"),
+        lambda: DSM(None),
+        lambda: FSM(epsilon="small"),
+        lambda: KLContraction([1.0]),
+        lambda: ESM(2.0),
+    ],
+)
+def test_settings_of_the_wrong_type(make, unchecked):
+    """A setting of the wrong type is refused with the loss's name and what was given."""
+    with pytest.raises(TypeError, match=r"(SSM|DSM|FSM|KLContraction|ESM) needs .* got"):
         make()
 
 

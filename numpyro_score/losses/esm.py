@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy
+from numpyro_score.energy import AnyArray, Energy
 from numpyro_score.losses.base import positive
 
 __all__ = ["ESM", "parzen_score"]
@@ -58,10 +58,10 @@ class _ParzenScore:
             return jax.nn.softmax(-0.5 * jnp.sum(away**2, axis=-1)) @ away / self.sigma
 
         # A few million differences at a time.
-        return jax.lax.map(of_row, x, batch_size=max(2**22 // self.data.size, 1))
+        return jax.lax.map(of_row, x, batch_size=max(min(2**22 // self.data.size, len(x)), 1))
 
 
-def parzen_score(data: Float[Array, "b d"], sigma: float) -> Callable[[Array], Array]:
+def parzen_score(data: Float[AnyArray, "b d"], sigma: float) -> Callable[[Array], Array]:
     """The score of the Parzen density (1/B) Σ_b N(x; x_b, σ²I) of data (B, D), as a target for ESM.
 
     On draws x_b + σε of that density, ESM with this target and plain DSM at σ differ by a constant of the parameters

@@ -27,12 +27,13 @@ class KLContraction:
     It falls to the Hyvärinen objective as t → 0, and t times it to the negative log likelihood as t → ∞, so it sees
     the weights of modes some √t apart. Only density values are needed. Costs M + 1 densities and their gradient.
 
-    The logarithm of a mean of M terms is too low by about half their relative variance over M; take M larger the
-    larger t is. Returns (N,) values.
+    The logarithm of a mean of M terms is too low by about half their relative variance over M. The ε_m come in pairs
+    ±ε, which removes that at small t (independent ones would shrink ½‖s‖² by 1/M there); at large t take M larger.
+    Returns (N,) values.
 
     Args:
         time: t, a variance in the squared units of the data.
-        num_samples: M.
+        num_samples: M, best an even number.
         stabiliser: w. Above zero it bounds the value from below, at −log(M/w)/t, which keeps the training of networks
             from running away, and shrinks the gradient at small t by M/(M + w); Schröder et al. use 1.
 
@@ -56,7 +57,8 @@ class KLContraction:
         x, m = energy.data, self.num_samples
         away_key, back_key = jax.random.split(rng_key)
         away = jax.random.normal(away_key, x.shape, x.dtype)
-        back = jax.random.normal(back_key, (m, *x.shape), x.dtype)
+        half = jax.random.normal(back_key, (m - m // 2, *x.shape), x.dtype)
+        back = jnp.concatenate([half, -half])[:m]
         f = energy.log_density(jnp.concatenate([x[None], x + math.sqrt(self.time) * (away + back)]))
         contrasts = f[1:] - f[0]
         if self.stabiliser:
