@@ -11,6 +11,7 @@ from numpyro_score.inference import (
     generalized_bayes,
 )
 from numpyro_score.losses import DSM, ESM, FSM, ISM, SSM, KLContraction, geometric_levels, parzen_score
+from numpyro_score.score_terms import curl, score_factor
 
 __all__ = [
     "DSM",
@@ -23,8 +24,10 @@ __all__ = [
     "NonFiniteLossError",
     "ScoreMatching",
     "ScoreMatchingResult",
+    "curl",
     "generalized_bayes",
     "geometric_levels",
     "parzen_score",
+    "score_factor",
     "to_arviz",
 ]

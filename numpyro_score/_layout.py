@@ -17,10 +17,10 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from numpyro.distributions import constraints
 
-from numpyro_score._trace import Recorder, Site, is_factor, is_observed_sample, unwrap
+from numpyro_score._supports import Block, Shape, Support, base_constraint, bounds, row_width
+from numpyro_score._trace import Recorder, Site, is_factor, is_observed_sample, is_score_term, unwrap
 
 Trace = dict[str, Site]
-Shape = tuple[int, ...]
 
 
 class DataArray(NamedTuple):
@@ -31,6 +31,7 @@ class DataArray(NamedTuple):
     is_site: bool
     shape: Shape
     row_axes: Shape  # the axes of `shape` that number the rows, outermost first
+    support: Support = Support("real")
 
 
 class Layout(NamedTuple):
@@ -44,6 +45,7 @@ class Layout(NamedTuple):
     row_shape: Shape
     masked: bool  # some rows may carry weight zero
     resizable: bool  # the model also runs on another number of rows
+    score_terms: tuple[str, ...] = ()  # terms whose derivative in the data is known, but not their value
 
     @property
     def num_rows(self) -> int:
@@ -51,7 +53,22 @@ class Layout(NamedTuple):
 
     @property
     def dim(self) -> int:
-        return sum(math.prod(a.shape) for a in self.arrays) // max(self.num_rows, 1)
+        return sum(row_width(a.support, a.shape, a.row_axes) for a in self.arrays)
+
+    @property
+    def flat(self) -> bool:
+        """Whether the data fill R^D, so that score matching needs no boundary weight and no curvature."""
+        return all(a.support.kind in ("real", "other") for a in self.arrays)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The columns of a row by data array."""
+        blocks, start = [], 0
+        for a in self.arrays:
+            stop = start + row_width(a.support, a.shape, a.row_axes)
+            blocks.append(Block(a.support.kind, start, stop, a.shape[-1] if a.shape else 1))
+            start = stop
+        return tuple(blocks)
 
     def with_rows(self, n: int) -> Layout:
         """The same layout for `n` rows; only the one row axis of a resizable model changes."""
@@ -67,12 +84,6 @@ class Layout(NamedTuple):
 
 def _plural(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
-
-
-def _base(support: constraints.Constraint) -> constraints.Constraint:
-    while isinstance(support, constraints.independent):  # real_vector is independent(real, 1)
-        support = support.base_constraint
-    return support
 
 
 def find_arrays(
@@ -126,15 +137,9 @@ def find_arrays(
             value = observed[name]["value"]
             whole = recorder.origin(value)
             origin = next((i for i, v in enumerate(leaves) if v is whole), None)
-            arrays.append(DataArray(name, origin, True, tuple(jnp.shape(value)), ()))
+            support = _support_of(name, observed[name]["fn"].support)
+            arrays.append(DataArray(name, origin, True, tuple(jnp.shape(value)), (), support))
             values.append(value)
-            support = _base(observed[name]["fn"].support)
-            if not isinstance(support, type(constraints.real)):
-                raise NotImplementedError(
-                    f"Data site '{name}' has support {type(support).__name__.strip('_').lower()}, where the boundary "
-                    "adds terms that these losses leave out: transform the data to the real line first, e.g. model "
-                    "log(x)."
-                )
 
     for a, value in zip(arrays, values, strict=True):
         kind = "site" if a.is_site else "argument"
@@ -148,6 +153,17 @@ def find_arrays(
                 f"Data {kind} '{a.name}' is empty, of shape {a.shape}: pass at least one row of one number."
             )
     return arrays
+
+
+def _support_of(name: str, constraint: constraints.Constraint) -> Support:
+    try:
+        return Support.of(constraint)
+    except (NotImplementedError, TypeError) as error:
+        kind = type(base_constraint(constraint)).__name__.strip("_").lower()
+        raise NotImplementedError(
+            f"Data site '{name}' has support {kind}, for which NumPyro has no map to the real line: transform the data "
+            "in the model, and observe a real site."
+        ) from error
 
 
 def depends_on_inputs(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
@@ -316,7 +332,8 @@ def assemble(arrays: Sequence[DataArray], sites: Trace, shapes: dict[str, Shape]
     masked = any(
         unwrap(sites[k]["fn"])[1] or jnp.ndim(0 if sites[k]["scale"] is None else sites[k]["scale"]) for k in entering
     )
-    layout = Layout(tuple(arrays), entering, penalties, row_plates, row_dims, row_shape, masked, resizable=False)
+    score_terms = tuple(k for k in entering if is_score_term(sites[k]))
+    layout = Layout(tuple(arrays), entering, penalties, row_plates, row_dims, row_shape, masked, False, score_terms)
     check_sites(sites, layout)
     return layout
 
@@ -338,3 +355,31 @@ def sum_rows(log_prob: jax.Array, layout: Layout) -> jax.Array:
     if log_prob.ndim:
         log_prob = jnp.moveaxis(log_prob, layout.row_dims, range(len(layout.row_dims)))
     return log_prob.reshape(layout.num_rows, -1).sum(-1)
+
+
+def rows_first(value: jax.Array, row_axes: Shape) -> jax.Array:
+    """An array with some axes that number the rows, to (N, ...) with the others in one."""
+    value = jnp.moveaxis(value, row_axes, tuple(range(len(row_axes))))
+    return value.reshape(math.prod(value.shape[: len(row_axes)]), -1)
+
+
+def coordinate_bounds(sites: Trace, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Bounds of the coordinates of each row, (N, D) each; infinite where there are none."""
+    columns = [
+        [rows_first(b, a.row_axes) for b in bounds(sites[a.name]["fn"].support, a.shape)]
+        if a.support.kind == "box"
+        else [jnp.full((layout.num_rows, block.stop - block.start), b) for b in (-jnp.inf, jnp.inf)]
+        for a, block in zip(layout.arrays, layout.blocks, strict=True)
+    ]
+    lower, upper = (jnp.concatenate(c, axis=-1) for c in zip(*columns, strict=True))
+    return lower, upper
+
+
+def refuse_moving_bounds(arrays: Sequence[DataArray], jaxpr: Jaxpr, num_params: int) -> None:
+    """Raises if the bounds that `jaxpr` computes vary with its first inputs, the parameters."""
+    if any(depends_on_inputs(jaxpr, [i < num_params for i in range(len(jaxpr.invars))])):
+        name = next(a.name for a in arrays if a.support.kind == "box")
+        raise ValueError(
+            f"The bounds of data site '{name}' depend on a parameter, which score matching cannot estimate: make them "
+            "constants or arguments."
+        )

@@ -159,6 +159,14 @@ def is_factor(site: Site) -> bool:
     return isinstance(unwrap(site["fn"])[0], dist.Unit)
 
 
+class ScoreUnit(dist.Unit):
+    """What `score_factor` observes: a factor of unknown value."""
+
+
+def is_score_term(site: Site) -> bool:
+    return isinstance(unwrap(site["fn"])[0], ScoreUnit)
+
+
 def is_observed_sample(site: Site) -> bool:
     return site["type"] == "sample" and site["is_observed"]
 

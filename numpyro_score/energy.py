@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
-from numpyro_score import _layout, _trace, operators
+from numpyro_score import _check, _layout, _trace, operators
 from numpyro_score._arguments import join_arrays, named_arrays, refuse_empty, split_arrays, takes_keyword
 from numpyro_score._layout import DataArray, Layout
 
@@ -137,6 +136,11 @@ class Energy:
         return self._layout.resizable
 
     @property
+    def has_density(self) -> bool:
+        """Whether :meth:`log_density` is known, not only its derivatives in the data."""
+        return not self._layout.score_terms
+
+    @property
     def is_concrete(self) -> bool:
         """Whether all values are known, as outside of JAX transformations, so that :meth:`check` can look at them."""
         return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self))
@@ -188,7 +192,11 @@ class Energy:
         return self.at(jnp.where(weights[:, None] != 0, x, somewhere)), weights
 
     def flatten(self, values: Any) -> Float[Array, "n d"]:
-        """Data in the sites' own shapes, {name: array} or one array, to rows (N, D)."""
+        """Data in the sites' own shapes, {name: array} or one array, to rows (N, D).
+
+        Rows hold the data as they are where these are real, bounded coordinate by coordinate, or on a sphere; √x for x
+        on a simplex; and unconstrained coordinates by NumPyro's `biject_to` for any other support.
+        """
         arrays = self._layout.arrays
         if not isinstance(values, dict):
             if len(arrays) > 1:
@@ -196,22 +204,24 @@ class Energy:
             values = {arrays[0].name: values}
         columns = []
         for a in arrays:
-            value = jnp.asarray(values[a.name], self._dtype)
-            value = jnp.moveaxis(value, a.row_axes, tuple(range(len(a.row_axes))))
-            columns.append(value.reshape(math.prod(value.shape[: len(a.row_axes)]), -1))
+            value = a.support.to_coordinates(jnp.asarray(values[a.name], self._dtype))
+            columns.append(_layout.rows_first(value, a.row_axes))
         return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
 
     def unflatten(self, x: Float[AnyArray, "n d"]) -> dict[str, Array]:
         """Rows (N, D) to data in the sites' own shapes, {name: array}. The inverse of :meth:`flatten`."""
+        coordinates = self._coordinates(x)
+        return {a.name: a.support.to_data(coordinates[a.name]) for a in self._layout.arrays}
+
+    def _coordinates(self, x: AnyArray) -> dict[str, Array]:
         layout = self._layout.with_rows(x.shape[0])
-        values, start = {}, 0
-        for a in layout.arrays:
-            rest = tuple(s for i, s in enumerate(a.shape) if i not in a.row_axes)
-            stop = start + math.prod(rest)
-            value = x[:, start:stop].reshape(layout.row_shape + rest)
-            values[a.name] = jnp.moveaxis(value, tuple(range(len(a.row_axes))), a.row_axes)
-            start = stop
-        return values
+        found = {}
+        for a, block in zip(layout.arrays, layout.blocks, strict=True):
+            shape = a.support.coordinate_shape(a.shape)
+            rest = tuple(s for i, s in enumerate(shape) if i not in a.row_axes)
+            value = jnp.asarray(x)[:, block.start : block.stop].reshape(layout.row_shape + rest)
+            found[a.name] = jnp.moveaxis(value, tuple(range(len(a.row_axes))), a.row_axes)
+        return found
 
     def bind(self, **kwargs: Any) -> Energy:
         """The same density with other keyword arguments of the model, e.g. a noise level or covariates.
@@ -259,7 +269,18 @@ class Energy:
     # -- the density and its derivatives --------------------------------------------------------------------------
 
     def log_density(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch"]:
-        """The unnormalised log density f(x) of each row: (..., D) to (...)."""
+        """The unnormalised log density f(x) of each row: (..., D) to (...).
+
+        In the coordinates of :meth:`flatten`, with the Jacobian of the change from the data included.
+
+        Raises:
+            TypeError: for a model with a :func:`~numpyro_score.score_factor`, whose density is unknown.
+        """
+        if not self.has_density:
+            raise TypeError(
+                f"Site '{self._layout.score_terms[0]}' is a score_factor, whose density is unknown: use ISM, SSM, DSM "
+                "or ESM, or declare an energy with numpyro.factor."
+            )
         return self._over_rows(self._log_density, x)
 
     def score(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch d"]:
@@ -273,8 +294,13 @@ class Energy:
     def value_score_laplacian(
         self, x: Float[AnyArray, "*batch d"]
     ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch d"], Float[Array, "*batch"]]:
-        """The log density, its score and its Laplacian in one pass: (..., D) to ((...), (..., D), (...))."""
-        return self._over_rows(lambda y: operators.value_score_laplacian(self._log_density, y), x)
+        """The log density, its score and its Laplacian in one pass: (..., D) to ((...), (..., D), (...)).
+
+        The value is NaN for a model with a :func:`~numpyro_score.score_factor`.
+        """
+        # The forward Laplacian differentiates values.
+        of = functools.partial(operators.value_score_laplacian, self._log_density, forward=self.has_density)
+        return self._over_rows(of, x)
 
     def _over_rows(self, f: Callable[..., Any], x: Any) -> Any:
         """Applies a function of (M, D) rows to x of any leading shape."""
@@ -296,6 +322,11 @@ class Energy:
         lead = x.shape[:-2] if n == 1 else x.shape[:-1]
         return jax.tree.map(lambda r: r.reshape(lead + r.shape[2:]), rows)
 
+    def bounds(self, n: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+        """Lower and upper bounds of the coordinates of n rows, (N, D) each; infinite where there are none."""
+        layout, sites = self._layout.with_rows(n), self._run().sites
+        return _layout.coordinate_bounds(sites, layout)
+
     def _log_density(self, x: Float[Array, "n d"], rows: Array | None = None) -> Float[Array, "n"]:
         at = self.at(x)
         if rows is not None:
@@ -304,6 +335,11 @@ class Energy:
         if rows is not None and any(sites[p]["args"][0] != len(rows) for p in at._layout.row_plates):
             raise ValueError("A plate of rows has a fixed size.")
         terms = [_layout.sum_rows(_trace.term_log_prob(sites[k]), at._layout) for k in at._layout.terms]
+        coordinates = at._coordinates(x)
+        for a in at._layout.arrays:
+            u = coordinates[a.name]
+            if (log_jacobian := a.support.log_jacobian(u, a.support.to_data(u))) is not None:
+                terms.append(_layout.rows_first(log_jacobian, a.row_axes).sum(-1))
         return functools.reduce(jnp.add, terms)
 
     # -- checks on values -----------------------------------------------------------------------------------------
@@ -312,43 +348,13 @@ class Energy:
         """Looks at the data and the density there; needs concrete values.
 
         Args:
-            evaluate: a compiled :func:`evaluate_for_check`, to compile it once for several checks.
+            evaluate: a compiled `evaluate_for_check`, to compile it once for several checks.
 
         Raises:
-            ValueError: NaN or infinity in the data, a log density that is not finite there, rows that interact.
+            ValueError: NaN or infinity in the data, data outside of the support, a log density or score that is not
+                finite there, rows that interact.
         """
-        evaluate = jax.jit(functools.partial(evaluate_for_check)) if evaluate is None else evaluate
-        x, weights, f, moved = jax.device_get(evaluate(self))
-        for name, weight in weights.items():
-            if (weight != weight[:, :1]).any():
-                raise ValueError(
-                    f"The scale or mask of site '{name}' differs within a row: weigh whole rows, or drop terms inside "
-                    "the factor with jnp.where."
-                )
-        for name, weight in weights.items():
-            if (weight[:, 0] != weights[self._layout.terms[0]][:, 0]).any():
-                raise ValueError(
-                    f"Sites '{self._layout.terms[0]}' and '{name}' have different scales or masks: these weigh whole "
-                    "rows, so put them around all sites of a row, or multiply inside the factor."
-                )
-        used = weights[self._layout.terms[0]][:, 0] != 0
-        names = ", ".join(f"'{a.name}'" for a in self._layout.arrays)
-        if bad := _rows_text(used & ~np.isfinite(x).all(-1)):
-            raise ValueError(
-                f"Data {names} have NaN or infinity in {bad}: drop these rows, or mask them with handlers.mask."
-            )
-        if bad := _rows_text(used & ~np.isfinite(f)):
-            raise ValueError(
-                f"The log density of {names} is not finite in {bad}: drop these rows, or start from other parameters "
-                "(init_params, or the guide's init_loc_fn)."
-            )
-        tolerance = 1e-4 * np.abs(f[used]).max(initial=0.0)
-        if bad := _rows_text(used & (np.abs(moved) > tolerance)):
-            raise ValueError(
-                f"Rows of {names} interact: {bad} change when other rows do, e.g. through a mean over the plate or "
-                "batch normalisation; make each row's factor depend on that row alone, or drop the plate if the data "
-                "are one point."
-            )
+        _check.check(self, evaluate)
 
     # -- reading the model ----------------------------------------------------------------------------------------
 
@@ -390,6 +396,14 @@ class Energy:
         is_data = [i < len(data) for i in range(len(jaxpr.invars))]
         depends = dict(zip(found["shapes"], _layout.depends_on_inputs(jaxpr, is_data), strict=True))
         layout = _layout.assemble(arrays, found["sites"], found["shapes"], depends)
+        if any(a.support.kind == "box" for a in arrays):
+
+            def bounds(params: Any, rest: dict[str, Any]) -> Any:
+                return self._replace(**rest, params=params, _layout=layout).bounds(layout.num_rows)
+
+            params = dynamic.pop("params")
+            jaxpr = jax.make_jaxpr(bounds)(params, dynamic).jaxpr
+            _layout.refuse_moving_bounds(arrays, jaxpr, len(jax.tree.leaves(params)))
         return self._settle_rows(layout)
 
     def _settle_rows(self, layout: Layout) -> Layout:
@@ -401,6 +415,7 @@ class Energy:
             energy = self._replace(_layout=layout._replace(resizable=True))
 
             def trace(n: int) -> Any:
+                energy.bounds(n)  # as many as there are rows, or the same for all
                 x = jax.ShapeDtypeStruct((n, layout.dim), self._dtype)
                 rows = jax.ShapeDtypeStruct((n,), jnp.result_type(int))
                 return jax.make_jaxpr(energy._log_density)(x, rows)
@@ -418,28 +433,3 @@ class Energy:
             layout = layout._replace(arrays=tuple(a._replace(leaf=None) for a in layout.arrays))
             return layout._replace(resizable=takes_any_rows(layout))
         return layout
-
-
-def evaluate_for_check(energy: Energy) -> tuple[Array, dict[str, Array], Array, Array]:
-    """What :meth:`Energy.check` looks at, in one compiled call.
-
-    Data, weights by site, the log density of each row, and by how much that of some rows changes when the data of the
-    other rows do.
-    """
-    layout, sites = energy._layout, energy._run().sites
-    weights = {k: _layout.row_weights(sites[k], layout) for k in layout.terms}
-    x = energy.data
-    usable = energy.usable()[0].data
-    f = energy._log_density(usable)
-    n = x.shape[0]
-    keep = jax.random.bernoulli(jax.random.key(0), shape=(n,)).at[: min(n, 2)].set(jnp.arange(min(n, 2)) == 0)
-    changed = jnp.where(keep[:, None], usable, jnp.roll(usable, 1, axis=0) + 1.0)
-    return x, weights, f, jnp.where(keep, energy._log_density(changed) - f, 0.0)
-
-
-def _rows_text(bad: Any) -> str:
-    rows = np.flatnonzero(bad)
-    if not rows.size:
-        return ""
-    shown = ", ".join(map(str, rows[:8])) + (", ..." if rows.size > 8 else "")
-    return f"row{'' if rows.size == 1 else 's'} {shown} ({rows.size} of {len(bad)})"

@@ -109,15 +109,17 @@ def with_param(x):
     numpyro.factor("energy", -numpyro.param("w", 1.0) * jnp.sum(x**2, -1))
 
 
-def positive(x):
+def moving_bounds(x):
+    low = numpyro.sample("low", dist.Normal(0.0, 1.0))
     with rows_plate(x):
-        x = numpyro.sample("x", dist.ImproperUniform(constraints.positive, (), ()), obs=x)
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.greater_than(low), (), ()), obs=x)
         numpyro.factor("energy", -x)
 
 
-def proportions(x):
+def no_map(x):
     with rows_plate(x):
-        numpyro.sample("x", dist.Dirichlet(jnp.ones(3)), obs=x)
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.positive_definite_circulant_vector, (), (3,)), obs=x)
+        numpyro.factor("energy", -x.sum(-1))
 
 
 LABELS = np.array([0, 1, 1, 0])
@@ -140,8 +142,8 @@ REFUSED = {
     "no columns": (sum_of_squares, {}, X[:, :0], "'x'.*empty.*at least one row of one number"),
     "no rows": (sum_of_squares, {}, X[:0], "'x'.*empty.*at least one row of one number"),
     "no rows, no plate": (only_normal, {}, X[:0], "'x'.*empty.*at least one row of one number"),
-    "positive": (positive, {}, np.abs(X[:, 0]), "'x'.*positive.*transform.*log\\(x\\)"),
-    "simplex": (proportions, {}, np.ones((4, 3)) / 3, "'x'.*simplex.*transform"),
+    "bounds with a parameter": (moving_bounds, {"low": -9.0}, X[:, 0], "'x'.*depend on a parameter.*constants"),
+    "no map to the real line": (no_map, {}, np.abs(X), "'x'.*positivedefinitecirculantvector.*transform"),
     "latent without value": (FORMS["data site"]().model, {}, X, "latent site 'a'.*`params`"),
     "param without value": (with_param, {}, X, "param site 'w'.*`params`"),
     "a table": (density(base_of), {"theta": 1.0}, Frame(), "Frame.*np.asarray"),

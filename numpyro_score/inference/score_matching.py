@@ -29,7 +29,8 @@ from numpyro.infer.util import transform_fn
 from tqdm.auto import tqdm
 
 from numpyro_score._arguments import join_arrays, split_arrays
-from numpyro_score.energy import Energy, evaluate_for_check
+from numpyro_score._check import evaluate_for_check
+from numpyro_score.energy import Energy
 from numpyro_score.inference.generalized import generalized_bayes, prior_model
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
@@ -323,7 +324,9 @@ class ScoreMatching(SVI):
                 return f"site '{name}' is no longer finite after the previous step"
         energy = result.energy
         x, weights = energy.data_and_weights()
-        for what, value in (("log density", energy.log_density(x)), ("score", energy.score(x))):
+        parts = {"log density": energy.log_density} if energy.has_density else {}
+        for what, of in {**parts, "score": energy.score}.items():
+            value = of(x)
             finite = np.isfinite(np.asarray(value)).reshape(len(x), -1).all(-1)
             rows = np.flatnonzero(~finite & (np.asarray(weights) != 0))
             if rows.size:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import positive, rows_in_cache
+from numpyro_score.objective import require_flat
 
 __all__ = ["DSM", "geometric_levels"]
 
@@ -70,6 +71,7 @@ class DSM:
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
+        require_flat(energy, "DSM")
         x = energy.data
         if not isinstance(self.sigma, tuple):
             level = jnp.asarray(self.sigma, x.dtype)

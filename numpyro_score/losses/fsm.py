@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import positive
 from numpyro_score.losses.ssm import Projection, check_projections, draw_directions
+from numpyro_score.objective import require_flat
 
 __all__ = ["FSM"]
 
@@ -57,6 +58,7 @@ class FSM:
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
+        require_flat(energy, "FSM")
         if energy.is_concrete:
             self.check(energy)
         x, m = energy.data, self.num_projections

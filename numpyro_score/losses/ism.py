@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
+from numpyro_score.objective import exact_terms
 
 __all__ = ["ISM"]
 
@@ -20,11 +22,27 @@ class ISM:
     The mean over the data estimates the Fisher divergence ½ E‖∇log p − s‖² up to a constant of the data, without
     bias and without randomness: the trace is exact. Costs D + 2 densities and their gradient; choose
     :class:`~numpyro_score.SSM` where D is large. Returns (N,) values.
+
+    On other supports than R^D, which the data site's distribution declares, the same objective is taken where the data
+    live, and the normaliser drops out as before:
+
+    - bounded data, each coordinate with its own bounds: ½ h_j s_j² + h_j ∂_j s_j + h_j' s_j summed over coordinates,
+      with a weight h that vanishes at the boundary [Hyvärinen 2007; Yu, Drton & Shojaie 2019];
+    - the unit sphere: ½‖∇f‖² + Δf with the gradient and Laplacian of the sphere [Mardia, Kent & Laha 2016];
+    - the simplex: as the sphere by x = z², with the weight h(min_j x_j) [Scealy & Wood 2022];
+    - any other support: in the unconstrained coordinates of NumPyro's `biject_to`, Jacobian included.
+
+    Args:
+        boundary_weight: h, an increasing function of the distance to the boundary, zero at zero and with a finite
+            limit. Default: the distance, at most 1. The estimates are consistent for any such h; their variance
+            depends on it, and with data far from unit scale on the cap.
     """
+
+    boundary_weight: Callable[[Array], Array] | None = None
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
-        _, score, laplacian = energy.value_score_laplacian(energy.data)
+        score, laplacian = exact_terms(energy, self.boundary_weight)
         return 0.5 * jnp.sum(score**2, axis=-1) + laplacian
 
     def rows_per_chunk(self, energy: Energy) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import positive
+from numpyro_score.objective import require_flat
 
 __all__ = ["KLContraction"]
 
@@ -54,6 +55,7 @@ class KLContraction:
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
+        require_flat(energy, "KLContraction")
         x, m = energy.data, self.num_samples
         away_key, back_key = jax.random.split(rng_key)
         away = jax.random.normal(away_key, x.shape, x.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_score import operators
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import rows_in_cache
+from numpyro_score.objective import sliced_terms
 
 __all__ = ["SSM"]
 
@@ -37,6 +38,7 @@ class SSM:
             2 Σ_{i≠j} K_ij². "gaussian" is N(0, I). "sphere" is uniform on the sphere of radius √D, not 1: other
             libraries differ here by a factor D.
         variance_reduced: which of the two forms.
+        boundary_weight: as in :class:`~numpyro_score.ISM`, for data with a boundary.
 
     Raises:
         ValueError, TypeError: for fewer than one projection or an unknown law.
@@ -45,6 +47,7 @@ class SSM:
     num_projections: int = 1
     projection: Projection = "rademacher"
     variance_reduced: bool = True
+    boundary_weight: Callable[[Array], Array] | None = None
 
     def __post_init__(self) -> None:
         check_projections("SSM", self.num_projections, self.projection)
@@ -53,10 +56,9 @@ class SSM:
         """One value per row of the energy's data, (N,)."""
         x = energy.data
         v = draw_directions(self.projection, rng_key, (self.num_projections, *x.shape), x.dtype)
+        first, second = sliced_terms(energy, v, self.boundary_weight, score=self.variance_reduced)
         if self.variance_reduced:
-            score, curvature = operators.score_and_directional(energy.log_density, x, v)
-            return 0.5 * jnp.sum(score**2, axis=-1) + jnp.mean(jnp.sum(v * curvature, axis=-1), axis=0)
-        first, second = operators.sliced_derivatives(energy.log_density, x, v)
+            return 0.5 * jnp.sum(first**2, axis=-1) + jnp.mean(second, axis=0)
         return jnp.mean(0.5 * first**2 + second, axis=0)
 
     def rows_per_chunk(self, energy: Energy) -> int | None:

@@ -1,0 +1,103 @@
+"""Looks at the values of a model's data and density, before anything is fitted to them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from numpyro_score import _layout, _supports
+
+if TYPE_CHECKING:
+    from numpyro_score.energy import Energy
+
+__all__ = ["check", "evaluate_for_check"]
+
+
+def check(energy: Energy, evaluate: Callable[[Energy], Any] | None = None) -> None:
+    """See `Energy.check`; `evaluate` is a compiled :func:`evaluate_for_check`."""
+    evaluate = jax.jit(functools.partial(evaluate_for_check)) if evaluate is None else evaluate
+    x, outside, weights, f, moved = jax.device_get(evaluate(energy))
+    layout = energy._layout
+    for name, weight in weights.items():
+        if (weight != weight[:, :1]).any():
+            raise ValueError(
+                f"The scale or mask of site '{name}' differs within a row: weigh whole rows, or drop terms inside "
+                "the factor with jnp.where."
+            )
+    for name, weight in weights.items():
+        if (weight[:, 0] != weights[layout.terms[0]][:, 0]).any():
+            raise ValueError(
+                f"Sites '{layout.terms[0]}' and '{name}' have different scales or masks: these weigh whole "
+                "rows, so put them around all sites of a row, or multiply inside the factor."
+            )
+    used = weights[layout.terms[0]][:, 0] != 0
+    names = ", ".join(f"'{a.name}'" for a in layout.arrays)
+    for name, wrong in outside.items():
+        if bad := _rows_text(used & wrong):
+            support = next(a.support.kind for a in layout.arrays if a.name == name)
+            where = {"box": "its bounds", "sphere": "the unit sphere", "simplex": "the simplex"}.get(support, "it")
+            raise ValueError(
+                f"Data '{name}' lie outside of the support of the site in {bad}: drop these rows, or correct {where}."
+            )
+    if bad := _rows_text(used & ~np.isfinite(x).all(-1)):
+        raise ValueError(
+            f"Data {names} have NaN or infinity in {bad}: drop these rows, or mask them with handlers.mask."
+        )
+    what = "log density" if energy.has_density else "score"
+    if bad := _rows_text(used & ~np.isfinite(f)):
+        raise ValueError(
+            f"The {what} of {names} is not finite in {bad}: drop these rows, or start from other parameters "
+            "(init_params, or the guide's init_loc_fn)."
+        )
+    tolerance = 1e-4 * np.abs(f[used]).max(initial=0.0)
+    if bad := _rows_text(used & (np.abs(moved) > tolerance)):
+        raise ValueError(
+            f"Rows of {names} interact: {bad} change when other rows do, e.g. through a mean over the plate or "
+            "batch normalisation; make each row's factor depend on that row alone, or drop the plate if the data "
+            "are one point."
+        )
+
+
+def evaluate_for_check(energy: Energy) -> tuple[Array, dict[str, Array], dict[str, Array], Array, Array]:
+    """What :func:`check` looks at, in one compiled call.
+
+    Data, whether they lie outside of their support, and weights, by site; the log density of each row, and by how much
+    that of some rows changes when the data of the other rows do. Where only the score is known, the sum of its
+    components stands for the log density.
+    """
+    layout, sites = energy._layout, energy._run().sites
+    weights = {k: _layout.row_weights(sites[k], layout) for k in layout.terms}
+    outside = {
+        a.name: _layout.rows_first(
+            _supports.outside(a.support.kind, sites[a.name]["value"], sites[a.name]["fn"].support), a.row_axes
+        ).any(-1)
+        for a in layout.arrays
+        if a.is_site and a.support.kind != "real"
+    }
+    x = energy.data
+    usable = energy.usable()[0].data
+
+    def f(x: Array) -> Array:
+        return energy._log_density(x) if energy.has_density else energy.score(x).sum(-1)
+
+    here = f(usable)
+    n = x.shape[0]
+    keep = jax.random.bernoulli(jax.random.key(0), shape=(n,)).at[: min(n, 2)].set(jnp.arange(min(n, 2)) == 0)
+    # Rows may all be equal; but where there is a boundary or curvature, a step off a row would leave the support.
+    others = jnp.roll(usable, 1, axis=0) + (1.0 if layout.flat else 0.0)
+    changed = jnp.where(keep[:, None], usable, others)
+    return x, outside, weights, here, jnp.where(keep, f(changed) - here, 0.0)
+
+
+def _rows_text(bad: Any) -> str:
+    rows = np.flatnonzero(bad)
+    if not rows.size:
+        return ""
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if rows.size > 8 else "")
+    return f"row{'' if rows.size == 1 else 's'} {shown} ({rows.size} of {len(bad)})"
