@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0.dev0"
 
-from numpyro_score.diagnostics import to_arviz
+from numpyro_score.diagnostics import audit, to_arviz
 from numpyro_score.energy import Energy
 from numpyro_score.inference import (
     NonFiniteLossError,
@@ -24,6 +24,7 @@ __all__ = [
     "NonFiniteLossError",
     "ScoreMatching",
     "ScoreMatchingResult",
+    "audit",
     "curl",
     "generalized_bayes",
     "geometric_levels",

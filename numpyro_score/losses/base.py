@@ -32,7 +32,9 @@ class Loss(Protocol):
 
 
 def positive(owner: str, name: str, value: Any) -> None:
-    """Raises unless `value` is one positive number."""
+    """Raises unless `value` is one positive number, or traced, so that nothing can be said."""
+    if isinstance(value, jax.core.Tracer):
+        return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner} needs one positive number as {name}, got {value!r}.")
     if not 0 < float(value) < math.inf:

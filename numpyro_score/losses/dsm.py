@@ -51,14 +51,16 @@ class DSM:
             `sigma`.
     """
 
-    sigma: float | tuple[float, ...]
+    sigma: float | Array | tuple[float, ...]
     control_variate: bool = True
     weighting: Callable[[Array], Array] | None = None
     levels: Literal["sampled", "all"] = "sampled"
     antithetic: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.sigma, Sequence | np.ndarray | jax.Array) and not isinstance(self.sigma, str):
+        if isinstance(self.sigma, Sequence | np.ndarray | jax.Array) and not isinstance(
+            self.sigma, str | jax.core.Tracer
+        ):
             levels = tuple(np.asarray(self.sigma, float).reshape(-1).tolist())
             if not levels:
                 raise ValueError("DSM needs at least one noise level, got none.")

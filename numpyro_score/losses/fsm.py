@@ -44,7 +44,7 @@ class FSM:
             rounding leaves nothing of the differences.
     """
 
-    epsilon: float | None = None
+    epsilon: float | Array | None = None
     sigma: float | None = None
     num_projections: int = 1
     projection: Projection = "rademacher"
@@ -62,7 +62,7 @@ class FSM:
         if energy.is_concrete:
             self.check(energy)
         x, m = energy.data, self.num_projections
-        epsilon = self._step(x)
+        epsilon = self.step(x)
         direction_key, noise_key = jax.random.split(rng_key)
         v = draw_directions(self.projection, direction_key, (m, *x.shape), x.dtype)
         if self.sigma is not None:
@@ -84,7 +84,7 @@ class FSM:
             ValueError: if the rounding error of a difference quotient is as large as the loss of a Gaussian of the
                 data's spread.
         """
-        if self.epsilon is None:
+        if self.epsilon is None or isinstance(self.epsilon, jax.core.Tracer):
             return
         x = energy.usable()[0].data
         spread, size = _spread(x), float(jnp.median(jnp.abs(energy.log_density(x))))
@@ -100,7 +100,8 @@ class FSM:
                 "leave it out, or enable float64."
             )
 
-    def _step(self, x: Array) -> Array | float:
+    def step(self, x: Float[Array, "n d"]) -> Array | float:
+        """ε for rows x (N, D): the one given, or the default."""
         if self.epsilon is not None:
             return self.epsilon
         eta = float(jnp.finfo(x.dtype).eps)
