@@ -5,6 +5,7 @@ __version__ = "0.1.0.dev0"
 from numpyro_score.diagnostics import audit, to_arviz
 from numpyro_score.energy import Energy
 from numpyro_score.inference import (
+    DenoisingGenerator,
     NonFiniteLossError,
     ScoreMatching,
     ScoreMatchingResult,
@@ -19,6 +20,7 @@ __all__ = [
     "FSM",
     "ISM",
     "SSM",
+    "DenoisingGenerator",
     "Energy",
     "KLContraction",
     "NonFiniteLossError",

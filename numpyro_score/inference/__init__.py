@@ -6,6 +6,7 @@ from numpyro_score.inference.generalized import (
     generalized_bayes,
     prior_model,
 )
+from numpyro_score.inference.generator import DenoisingGenerator, GeneratorResult, GeneratorState
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.sandwich import Parametrisation, SandwichError, sandwich
@@ -14,7 +15,10 @@ from numpyro_score.inference.score_matching import DefaultLoss, NonFiniteLossErr
 __all__ = [
     "LOSS_SITE",
     "DefaultLoss",
+    "DenoisingGenerator",
     "GeneralizedModel",
+    "GeneratorResult",
+    "GeneratorState",
     "NonFiniteLossError",
     "Parametrisation",
     "SandwichError",
