@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help demo test bench lint types docs format clean FORCE
+.PHONY: help demo examples test bench lint types docs format clean FORCE
 .NOTPARALLEL: # two pips must not write to one environment at once
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install what the examples need and run examples/quickstart.py"
+	@echo "make examples  run all of examples/ in full, a few minutes each"
 	@echo "make test    install what the tests need and run them (PYTEST_ARGS='-k energy' adds arguments)"
 	@echo "make bench   run the benchmarks"
 	@echo "make lint    check style with ruff"
@@ -23,6 +24,9 @@ help:
 
 demo: $(VENV)/.extra-examples
 	$(VENV)/bin/python examples/quickstart.py
+
+examples: $(VENV)/.extra-examples
+	for example in examples/*.py; do echo "== $$example"; $(VENV)/bin/python $$example || exit 1; done
 
 test: $(VENV)/.extra-test
 	$(RUN) pytest $(PYTEST_ARGS)
