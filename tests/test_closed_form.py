@@ -1,0 +1,311 @@
+"""Objectives that are quadratic in the parameters: what is recognised, and the solutions against closed forms."""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from jax import lax
+from numpyro.distributions import constraints
+from numpyro.infer.autoguide import AutoDelta
+
+from numpyro_score import DSM, FSM, ISM, SSM, KLContraction, ScoreMatching
+from numpyro_score._dependence import is_constant, is_quadratic
+
+from models import improper
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+KEY = jax.random.key(0)
+A = jnp.array([[1.0, 2.0, 0.5], [0.0, 1.0, -1.0], [2.0, 0.3, 1.0]])
+
+
+# -- what is recognised ---------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def doubled(t):
+    return 2 * t
+
+
+doubled.defjvp(lambda primals, tangents: (2 * primals[0], 2 * tangents[0]))
+
+FUNCTIONS = {
+    "square": (lambda t: jnp.sum((A @ t) ** 2) + t.sum(), True),
+    "einsum": (lambda t: jnp.einsum("i,ij,j", t, A, t), True),
+    "scan": (lambda t: lax.scan(lambda c, a: (c + a @ t, (a @ t) ** 2), 0.0, A)[1].sum(), True),
+    "for loop": (lambda t: lax.fori_loop(0, 2, lambda i, c: c + (A[i] @ t) ** 2, 0.0), True),
+    "batched map": (lambda t: lax.map(lambda a: (a @ t) ** 2, A, batch_size=2).sum(), True),
+    "checkpoint": (lambda t: jax.checkpoint(lambda t: jnp.sum((A @ t) ** 2))(t), True),
+    "custom rule": (lambda t: jnp.sum(doubled(t) ** 2), True),
+    "scatter": (lambda t: jnp.sum(jnp.zeros((3, 3)).at[jnp.arange(3), jnp.array([1, 0, 2])].set(t) ** 2), True),
+    "constant predicate": (lambda t: lax.cond(A[0, 0] > 0, lambda t: jnp.sum(t**2), jnp.sum, t), True),
+    "triangular solve": (lambda t: jnp.sum(jax.scipy.linalg.solve_triangular(A, t) ** 2), True),
+    "cube": (lambda t: jnp.sum(t**3), False),
+    "growing product": (lambda t: lax.scan(lambda c, a: (c * (a @ t), None), 1.0, A)[0], False),
+    "absolute value": (lambda t: jnp.abs(t).sum(), False),
+    "relu": (lambda t: jax.nn.relu(t).sum(), False),
+    "branches of t": (lambda t: jnp.where(t > 0, t**2, 2 * t**2).sum(), False),
+    "cond on t": (lambda t: lax.cond(t[0] > 0, lambda t: jnp.sum(t**2), lambda t: jnp.sum(2 * t**2), t), False),
+    "largest": (lambda t: t.max(), False),
+    "sorted": (lambda t: jnp.sort(t)[0], False),
+    "clipped": (lambda t: jnp.clip(t, 0.0, 1.0).sum(), False),
+    "rounded": (lambda t: jnp.sum(jnp.floor(t) * t), False),
+    "stopped": (lambda t: jnp.sum(lax.stop_gradient(t) * t), False),
+    "counted": (lambda t: jnp.sum((t > 0).astype(float) * t), False),
+    "exponential": (lambda t: jnp.exp(t).sum(), False),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_quadratics_are_told_by_their_operations(name):
+    """Those below that are quadratic are recognised, through control flow too, and nothing else is."""
+    f, expected = FUNCTIONS[name]
+    assert is_quadratic(f, jnp.ones(3)) == expected
+
+
+def test_constants_are_told_by_their_operations():
+    """A shape or a product with another array is no dependence; a comparison is one."""
+    x = jnp.ones(3)
+    assert is_constant(lambda t: (A @ x, jnp.zeros_like(t), t.shape[0]), x)
+    assert not is_constant(lambda t: (A, (t > 0).sum()), x)
+
+
+# -- fits of linear exponential families ------------------------------------------------------------------
+
+
+ROWS, COLS = np.triu_indices(4, k=1)
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(300, 4)) @ (np.eye(4) + 0.3 * RNG.normal(size=(4, 4))) + 0.5
+
+
+def pairwise(x, prior=None):
+    """f = −½xᵀKx + b·x, with the diagonal of K positive, its couplings latent and b under `prior`."""
+    d = x.shape[-1]
+    rows, cols = np.triu_indices(d, k=1)
+    diagonal = numpyro.param("diagonal", jnp.ones(d), constraint=constraints.positive)
+    coupling = numpyro.sample("coupling", improper(len(rows)))
+    b = numpyro.sample("b", improper(d) if prior is None else prior.expand([d]).to_event(1))
+    k = jnp.diag(diagonal).at[rows, cols].set(coupling).at[cols, rows].set(coupling)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(d), obs=x)
+        numpyro.factor("energy", -0.5 * jnp.einsum("...i,ij,...j", x, k, x) + x @ b)
+
+
+def maximum_likelihood(x):
+    k = np.linalg.inv(np.cov(x.T, bias=True))
+    return {"diagonal": np.diag(k), "coupling": k[np.triu_indices(len(k), k=1)], "b": k @ x.mean(0)}
+
+
+def run(sm, *args, **kwargs):
+    return sm.run(KEY, *map(jnp.asarray, args), progress_bar=False, **kwargs)
+
+
+def assert_sites_close(actual, expected, **tolerance):
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, err_msg=name, **tolerance)
+
+
+@pytest.fixture(scope="module")
+def small():
+    with jax.enable_x64(True):
+        sm = ScoreMatching(pairwise)
+        return sm, run(sm, X)
+
+
+@pytest.mark.parametrize("d", [4, 20], ids=["all directions", "coloured Jacobian"])
+def test_graphical_model_is_its_maximum_likelihood_estimate(small, d):
+    """ISM's minimiser is the MLE [Hyvärinen 2005], to rounding; the objective there is −½N tr K."""
+    x = X if d == 4 else RNG.normal(size=(200, 20)) @ (np.eye(20) + 0.1 * RNG.normal(size=(20, 20))) + 0.3
+    fit = small[1] if d == 4 else run(ScoreMatching(pairwise), x)
+    expected = maximum_likelihood(x)
+    assert_sites_close(fit.estimates, expected, atol=1e-10)
+    np.testing.assert_allclose(fit.losses, [-0.5 * len(x) * expected["diagonal"].sum()], rtol=1e-10)
+
+
+def test_result_is_that_of_a_converged_optimiser():
+    """Estimates, params, objective and covariance of Newton's method, on a positive site: no Jacobian enters."""
+    prior = dist.HalfNormal(0.2).expand([2]).to_event(1)
+    sm = ScoreMatching(location)
+    fit = run(sm, Y, prior=prior)
+    slow = run(ScoreMatching(location, optim=numpyro.optim.Minimize(), num_steps=3), Y, prior=prior)
+    assert_sites_close(fit.estimates, slow.estimates, rtol=1e-5)
+    assert_sites_close(fit.params, slow.params, rtol=1e-5)
+    np.testing.assert_allclose(fit.losses[-1], slow.losses[-1], rtol=1e-8)
+    np.testing.assert_allclose(fit.covariance(), slow.covariance(), rtol=1e-4)
+    np.testing.assert_allclose(sm.evaluate(fit.state, jnp.asarray(Y), prior=prior), fit.losses[0], rtol=1e-10)
+    again = run(sm, Y, prior=prior, init_state=fit.state, num_steps=3)
+    assert_sites_close(again.estimates, fit.estimates, rtol=1e-12)
+    assert len(again.losses) == 1
+
+
+def test_second_fit_compiles_nothing(small):
+    """New data of the same shape are inputs of the compiled functions."""
+    found = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        fit = run(small[0], 2 * X)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not found
+    assert_sites_close(fit.estimates, maximum_likelihood(2 * X), atol=1e-10)
+
+
+def location(x, prior=None, batch=None):
+    mu = numpyro.sample("mu", improper(2) if prior is None else prior)
+    with numpyro.plate("rows", len(x), subsample_size=batch):
+        x = numpyro.sample("x", improper(2), obs=numpyro.subsample(x, event_dim=1))
+        numpyro.factor("energy", -0.5 * jnp.sum((x - mu) ** 2, axis=-1))
+
+
+Y = X[:50, :2]
+TOTAL = Y.sum(0)
+COVARIANCE = np.array([[0.4, 0.1], [0.1, 0.2]])
+
+
+def priors():
+    """Priors and, as the objective is ½Σ‖x − μ‖² less the log prior, the MAP."""
+    return {
+        "Normal": (dist.Normal(jnp.array([1.0, -1.0]), 0.2).to_event(1), (TOTAL + 25 * np.array([1, -1])) / 75),
+        "MultivariateNormal": (
+            dist.MultivariateNormal(jnp.zeros(2), jnp.asarray(COVARIANCE)),
+            np.linalg.solve(50 * np.eye(2) + np.linalg.inv(COVARIANCE), TOTAL),
+        ),
+        "HalfNormal": (dist.HalfNormal(0.5).expand([2]).to_event(1), TOTAL / 54),
+        "Exponential": (dist.Exponential(3.0).expand([2]).to_event(1), (TOTAL - 3) / 50),
+        "Uniform": (dist.Uniform(-1.0, 2.0).expand([2]).to_event(1), TOTAL / 50),
+    }
+
+
+@pytest.mark.parametrize("name", priors())
+def test_priors_make_it_a_ridge(name):
+    """The MAP in the constrained space: of each prior what its formula says, on 50 rows of mean (½, ½) or so."""
+    prior, expected = priors()[name]
+    fit = run(ScoreMatching(location), Y, prior=prior)
+    assert len(fit.losses) == 1
+    np.testing.assert_allclose(fit.estimates["mu"], expected, rtol=1e-10)
+
+
+LOSSES = {
+    "ISM": (ISM(), True),
+    "SSM": (SSM(projection="gaussian"), True),
+    "plain SSM": (SSM(variance_reduced=False), True),
+    "DSM": (DSM(0.3), True),
+    "plain DSM": (DSM(0.3, control_variate=False), True),
+    "FSM": (FSM(), True),
+    "KLContraction": (KLContraction(0.5), False),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_at_one_draw_of_their_random_numbers(name):
+    """Those quadratic in the energy are solved: the gradient vanishes there, at the random numbers of the fit's key.
+
+    The sandwich takes the same random numbers, so that it would warn, or not be curved upwards, elsewhere.
+    """
+    loss, quadratic = LOSSES[name]
+    steps = 2
+    fit = run(ScoreMatching(pairwise, loss=loss, num_steps=steps), X)
+    assert len(fit.losses) == (1 if quadratic else steps)
+    if quadratic:
+        fit.stderr()
+        other = fit.svi.run(jax.random.key(5), jnp.asarray(X), progress_bar=False).estimates["coupling"]
+        assert (name == "ISM") == np.allclose(other, fit.estimates["coupling"], rtol=1e-9)
+        spread = 6 * fit.stderr()["coupling"] + 0.3 * np.abs(maximum_likelihood(X)["coupling"])
+        assert (np.abs(fit.estimates["coupling"] - maximum_likelihood(X)["coupling"]) < spread).all()
+
+
+# -- what is left to the optimiser --------------------------------------------------------------------------
+
+
+def scaled(x):
+    """A precision that the data want negative in one coordinate, as x⁴ tails outweigh it."""
+    tau = numpyro.param("tau", 1.0, constraint=constraints.positive)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(2), obs=x)
+        numpyro.factor("energy", jnp.sum(-0.5 * tau * x**2 - x**4, axis=-1))
+
+
+def on_simplex(x):
+    w = numpyro.param("w", jnp.ones(2) / 2, constraint=constraints.simplex)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(2), obs=x)
+        numpyro.factor("energy", -0.5 * jnp.sum((x - w) ** 2, axis=-1))
+
+
+def cases():
+    return {
+        "violated constraint": (ScoreMatching(scaled), (2 * Y,), {}),
+        "subsampled plate": (ScoreMatching(location), (Y,), {"batch": 10}),
+        "Laplace prior": (ScoreMatching(location), (Y,), {"prior": dist.Laplace(0.0, 1.0).expand([2]).to_event(1)}),
+        "optimiser given": (ScoreMatching(location, optim=optax.adam(0.01)), (Y,), {}),
+        "guide given": (ScoreMatching(location, AutoDelta), (Y,), {}),
+        "simplex": (ScoreMatching(on_simplex), (Y,), {}),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_everything_else_takes_steps(name):
+    """As many losses as steps, and no number from a linear solve that does not apply."""
+    sm, args, kwargs = cases()[name]
+    assert len(run(sm, *args, num_steps=3, **kwargs).losses) == 3
+
+
+def test_flat_objective_is_said_to_be_flat():
+    """Two parameters of which the data see the sum: the optimiser finds one of many minima, and that is said."""
+
+    def model(x):
+        a, b = numpyro.param("a", 0.0), numpyro.param("b", 0.0)
+        c = numpyro.param("c", 0.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(2), obs=x)
+            numpyro.factor("energy", -0.5 * jnp.sum((x - c) ** 2, axis=-1) + (a + b) * x[:, 0])
+
+    with pytest.warns(UserWarning, match="do not determine site 'a' and 'b': .* The optimiser finds one of many"):
+        fit = run(ScoreMatching(model), Y, num_steps=3)
+    assert len(fit.losses) == 3
+
+
+def test_wrong_derivative_rule_is_noticed():
+    """A rule that hides a cube: the operations look quadratic, and the values a unit of score away do not."""
+
+    @jax.custom_jvp
+    def cube(t):
+        return t**3
+
+    cube.defjvp(lambda primals, tangents: (primals[0] ** 3, tangents[0]))
+
+    def model(x):
+        a = numpyro.param("a", 0.5)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(2), obs=x)
+            numpyro.factor("energy", cube(a) * x[:, 0] - jnp.sum(x**2, axis=-1))
+
+    assert len(run(ScoreMatching(model), Y, num_steps=3).losses) == 3
+
+
+def test_single_precision_on_badly_scaled_data():
+    """Columns a thousandfold apart in float32: estimates within 1e-3 of their standard errors' scale."""
+    with jax.enable_x64(False):
+        x = (X * np.array([1e-2, 1.0, 1e1, 3.0])).astype(np.float32)
+        fit = run(ScoreMatching(pairwise), x)
+    expected = maximum_likelihood(x.astype(np.float64))
+    scale = {"diagonal": expected["diagonal"], "b": np.sqrt(expected["diagonal"])}
+    scale["coupling"] = np.sqrt(np.outer(scale["b"], scale["b"])[ROWS, COLS]) ** 2
+    for name, value in expected.items():
+        np.testing.assert_array_less(np.abs(fit.estimates[name] - value) / scale[name], 1e-3)
+
+
+def test_bad_data_are_refused_as_before():
+    """NaN in the data is an error, not a solution."""
+    with pytest.raises(ValueError, match=r"NaN or infinity in row 3 \(1 of 300\)"):
+        run(ScoreMatching(pairwise), jnp.asarray(X).at[3, 0].set(jnp.nan))
