@@ -84,11 +84,15 @@ class Coordinates:
         """From a vector (P,) to values by site; equal for equal sites, so that functions of it compile once."""
         return ravel_pytree(self.values)[1]
 
+    def ravel(self) -> Array:
+        """The values as a vector (P,)."""
+        return ravel_pytree(self.values)[0]
+
     def by_site(self, vector: np.ndarray) -> dict[str, Any]:
         """Values by site, in the precision in force."""
         return self.unravel(jnp.asarray(vector, jnp.result_type(float)))
 
-    def site_of(self, index: int | np.integer) -> str:
+    def site_of(self, index: int) -> str:
         """The site that a coordinate belongs to."""
         sizes = {k: sum(map(np.size, jax.tree.leaves(v))) for k, v in sorted(self.values.items())}
         return list(sizes)[int(np.searchsorted(np.cumsum(list(sizes.values())), index, side="right"))]
@@ -127,8 +131,15 @@ class Quadratic:
         """Γθ + g, (P,)."""
         return self.hessian @ theta + self.linear
 
-    def solver(self, coordinates: Coordinates) -> Callable[[np.ndarray], np.ndarray]:
-        """The map v → Γ⁻¹v.
+    def restrict(self, index: np.ndarray) -> Quadratic:
+        """As a function of some coordinates, with the others at zero."""
+        return Quadratic(self.hessian[np.ix_(index, index)], self.linear[index], self.constant)
+
+    def solver(self, site_of: Callable[[int], str]) -> Callable[[np.ndarray], np.ndarray]:
+        """The map v → Γ⁻¹v of a vector, or of the columns of a matrix.
+
+        Args:
+            site_of: the site that a coordinate belongs to, for the message.
 
         Raises:
             FlatObjectiveError: if Γ is not positive definite beyond the rounding of the precision in force.
@@ -146,13 +157,13 @@ class Quadratic:
             for _ in range(2):
                 flat = np.linalg.solve(scaled + 2 * rounding * identity, flat)
                 flat /= np.linalg.norm(flat)
-            sites = dict.fromkeys(coordinates.site_of(i) for i in np.flatnonzero(np.abs(flat) > 0.1))
+            sites = dict.fromkeys(site_of(int(i)) for i in np.flatnonzero(np.abs(flat) > 0.1))
             names = " and ".join(f"'{name}'" for name in sites)
             raise FlatObjectiveError(
                 f"The data do not determine site {names}: the objective is flat along a direction there, to rounding. "
                 "Drop parameters, give them a prior such as dist.Normal, or take more rows."
             ) from None
-        return lambda v: scale * np.linalg.solve(scaled, scale * v)
+        return lambda v: (scale * np.linalg.solve(scaled, (scale * v.T).T).T).T
 
 
 class Problem(NamedTuple):
@@ -206,7 +217,7 @@ def expand(
     problem = Problem(target.model, target.data, target.loss, static, coordinates.unravel)
     inputs = Inputs(energy, arrays, target.learning_rate, rng_key)
 
-    start = ravel_pytree(coordinates.values)[0]
+    start = coordinates.ravel()
     found = _prior(start, inputs, problem=problem)
     if found is None:
         raise ClosedFormError("The log prior is not quadratic in the parameters: use ScoreMatching with its optimiser.")
@@ -335,7 +346,8 @@ def solve(svi: ScoreMatching, start: Any, args: tuple[Any, ...], kwargs: dict[st
     Args:
         svi: the fit to make.
         start: its `ScoreMatchingResult` anywhere; the random numbers of a stochastic loss are those of its state's key.
-        args, kwargs: the model's arguments.
+        args: the model's arguments.
+        kwargs: its keyword arguments.
 
     Raises:
         ClosedFormError: if there is no closed form, or the minimum violates a constraint.
@@ -349,7 +361,7 @@ def solve(svi: ScoreMatching, start: Any, args: tuple[Any, ...], kwargs: dict[st
     if expansion.penalties.any():
         raise ClosedFormError("A Laplace prior is not quadratic: see sparse_path.")
     whole = expansion.data + expansion.prior
-    inverse = whole.solver(coordinates)
+    inverse = whole.solver(coordinates.site_of)
     theta = -inverse(whole.linear)
     # What forming Γ has lost to rounding, gradients at the solution give back.
     for _ in range(2):
