@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
@@ -304,19 +305,21 @@ def _prior_terms(problem: Problem, inputs: Inputs, theta: Array) -> tuple[Array,
     """Minus the log prior without the |θ| of Laplace priors, and the weights and centres of these, (P,) each."""
     args, kwargs = join_arrays(inputs.arrays, problem.static)
     values = problem.unravel(theta)
-    prior = handlers.seed(prior_model(problem.model, problem.data), jax.random.key(0))
-    trace = handlers.trace(handlers.substitute(prior, data=values)).get_trace(*args, **kwargs)
+    prior = handlers.substitute(handlers.seed(prior_model(problem.model, problem.data), jax.random.key(0)), data=values)
     total = jnp.zeros((), theta.dtype)
     weights, centres = (jax.tree.map(jnp.zeros_like, values) for _ in range(2))
-    for name, site in trace.items():
-        if site["type"] != "sample":
-            continue
-        scale, laplace = 1.0 if site["scale"] is None else site["scale"], _laplace(site)
-        at = site["value"]
-        if laplace is not None and name in values and jnp.ndim(scale) == 0:
-            weights[name] = jnp.broadcast_to(scale / laplace.scale, jnp.shape(at))
-            centres[name] = at = jnp.broadcast_to(laplace.loc, jnp.shape(at))
-        total = total - jnp.sum(scale * site["fn"].log_prob(at))
+    # Validation makes a density −∞ outside its support, where no formula of it is quadratic.
+    with numpyro.validation_enabled(False):
+        sites = handlers.trace(prior).get_trace(*args, **kwargs)
+        for name, site in sites.items():
+            if site["type"] != "sample":
+                continue
+            scale, laplace = 1.0 if site["scale"] is None else site["scale"], _laplace(site)
+            at = site["value"]
+            if laplace is not None and name in values and jnp.ndim(scale) == 0:
+                weights[name] = jnp.broadcast_to(scale / laplace.scale, jnp.shape(at))
+                centres[name] = at = jnp.broadcast_to(laplace.loc, jnp.shape(at))
+            total = total - jnp.sum(scale * site["fn"].log_prob(at))
     return total, (ravel_pytree(weights)[0], ravel_pytree(centres)[0])
 
 
