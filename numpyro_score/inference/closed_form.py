@@ -218,11 +218,10 @@ def expand(
     problem = Problem(target.model, target.data, target.loss, static, coordinates.unravel)
     inputs = Inputs(energy, arrays, target.learning_rate, rng_key)
 
-    start = coordinates.ravel()
-    found = _prior(start, inputs, problem=problem)
+    found = _prior(coordinates.ravel(), inputs, problem=problem)
     if found is None:
         raise ClosedFormError("The log prior is not quadratic in the parameters: use ScoreMatching with its optimiser.")
-    start, value, gradient, hessian, penalties, centres = map(_host, (start, *found))
+    start, value, gradient, hessian, penalties, centres = map(_host, (coordinates.ravel(), *found))
     if centres[penalties > 0].any():
         name = coordinates.site_of(int(np.argmax(centres * (penalties > 0) != 0)))
         raise ClosedFormError(f"The Laplace prior of site '{name}' is not centred at zero: shift the parameter.")
@@ -251,8 +250,9 @@ def expand(
 
     constant, linear = value_and_gradient(np.zeros(size))
     data = Quadratic(0.5 * (hessian + hessian.T), linear, constant)
-    if not (np.isfinite(hessian).all() and np.isfinite(linear).all() and np.isfinite(constant)):
-        raise ClosedFormError("The loss or its derivatives are not finite at the data: see Energy.check.")
+    for term in (data, prior):
+        if not (np.isfinite(term.hessian).all() and np.isfinite(term.linear).all() and np.isfinite(term.constant)):
+            raise ClosedFormError("The loss or the log prior, or a derivative, is not finite: see Energy.check.")
     # What a custom derivative rule hides from the analysis shows a unit of score per row away.
     away = probe * np.sqrt(energy.num_rows / np.where(np.diag(hessian) > 0, np.diag(hessian), np.inf))
     size_of_terms = np.abs(data.hessian) @ np.abs(away) + np.abs(linear)
@@ -284,21 +284,24 @@ def _value_and_gradient(theta: Array, inputs: Inputs, *, problem: Problem) -> tu
     return jax.value_and_grad(partial(_data_term, problem, inputs))(theta)
 
 
-def _products_of(f: Callable[[Array], Array], directions: Array) -> Array:
+def _products_of(f: Callable[[Array], Array], directions: Array, at_once: int) -> Array:
     """The Hessian of a quadratic times each direction, (K, P)."""
     origin = jnp.zeros_like(directions[0])
 
     def product(v: Array) -> Array:
         return jax.jvp(jax.grad(f), (origin,), (v,))[1]
 
-    return jax.lax.map(product, directions, batch_size=16)
+    return jax.lax.map(product, directions, batch_size=at_once)
 
 
 @partial(jax.jit, static_argnames="problem")
 def _products(directions: Any, inputs: Inputs, *, problem: Problem) -> Array | None:
     """The Hessian of the data's term times each direction, (K, P); None if the term is not quadratic."""
     f, directions = partial(_data_term, problem, inputs), jnp.asarray(directions, float)
-    return _products_of(f, directions) if is_quadratic(f, directions[0]) else None
+    if not is_quadratic(f, directions[0]):
+        return None
+    # Some hundred megabytes for each of the model's intermediates, at most.
+    return _products_of(f, directions, min(max(2**24 // inputs.energy.data.size, 1), 16))
 
 
 def _prior_terms(problem: Problem, inputs: Inputs, theta: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -340,7 +343,7 @@ def _prior(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, ..
     if not is_quadratic(lambda t: terms(t)[0], theta) or not is_constant(lambda t: terms(t)[1], theta):
         return None
     value, gradient = jax.value_and_grad(lambda t: terms(t)[0])(theta)
-    return value, gradient, _products_of(lambda t: terms(t)[0], jnp.eye(len(theta))), *terms(theta)[1]
+    return value, gradient, _products_of(lambda t: terms(t)[0], jnp.eye(len(theta)), 64), *terms(theta)[1]
 
 
 def solve(svi: ScoreMatching, start: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, float]:

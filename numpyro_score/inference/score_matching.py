@@ -216,9 +216,9 @@ class ScoreMatching(SVI):
         # A weakly typed number in the first state would make the second call compile again.
         state = jax.tree.map(lambda v: jax.lax.convert_element_type(v, jnp.result_type(v)), state)
         if self._default_optim and self._default_guide:
-            begin = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
+            initial = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
             try:
-                state, loss = solve(self, begin, args, kwargs)
+                state, loss = solve(self, initial, args, kwargs)
                 return ScoreMatchingResult(self.get_params(state), state, np.array([loss]), self, args, kwargs)
             except FlatObjectiveError as error:
                 warnings.warn(f"{error} The optimiser finds one of many minima.", stacklevel=2)
