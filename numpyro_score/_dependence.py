@@ -31,7 +31,11 @@ def is_quadratic(f: Callable[[Any], Any], x: Any) -> bool:
         return jax.jvp(jax.grad(f), (x,), (v,))[1]
 
     n = len(jax.tree.leaves(x))
-    curvature = _marks(jax.make_jaxpr(product)(x, x).jaxpr, [_SMOOTH] * n + [_NO] * n)
+    try:
+        jaxpr = jax.make_jaxpr(product)(x, x).jaxpr
+    except (TypeError, ValueError, NotImplementedError):  # JAX's, for operations whose gradient has no derivative
+        return False
+    curvature = _marks(jaxpr, [_SMOOTH] * n + [_NO] * n)
     slope = _marks(jax.make_jaxpr(jax.grad(f))(x).jaxpr, [_SMOOTH] * n)
     return not any(curvature) and _STEP not in slope
 

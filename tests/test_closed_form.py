@@ -47,6 +47,18 @@ def doubled(t):
 
 doubled.defjvp(lambda primals, tangents: (2 * primals[0], 2 * tangents[0]))
 
+
+@jax.custom_vjp
+def callback_square(t):
+    """A square whose gradient comes from Python, without a derivative of its own."""
+    return jnp.sum(t**2)
+
+
+callback_square.defvjp(
+    lambda t: (jnp.sum(t**2), t),
+    lambda t, g: (g * jax.pure_callback(lambda v: 2 * np.asarray(v), t, t),),
+)
+
 FUNCTIONS = {
     "square": (lambda t: jnp.sum((A @ t) ** 2) + t.sum(), True),
     "einsum": (lambda t: jnp.einsum("i,ij,j", t, A, t), True),
@@ -58,6 +70,7 @@ FUNCTIONS = {
     "scatter": (lambda t: jnp.sum(jnp.zeros((3, 3)).at[jnp.arange(3), jnp.array([1, 0, 2])].set(t) ** 2), True),
     "constant predicate": (lambda t: lax.cond(A[0, 0] > 0, lambda t: jnp.sum(t**2), jnp.sum, t), True),
     "triangular solve": (lambda t: jnp.sum(jax.scipy.linalg.solve_triangular(A, t) ** 2), True),
+    "gradient from Python": (callback_square, False),
     "cube": (lambda t: jnp.sum(t**3), False),
     "growing product": (lambda t: lax.scan(lambda c, a: (c * (a @ t), None), 1.0, A)[0], False),
     "absolute value": (lambda t: jnp.abs(t).sum(), False),

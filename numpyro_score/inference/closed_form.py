@@ -45,7 +45,7 @@ class FlatObjectiveError(ClosedFormError):
     """The objective is quadratic, but the data and the prior leave a direction of the parameters free."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Coordinates:
     """The constrained values of all latent and param sites as one vector of P numbers, sites in alphabetical order."""
 
@@ -113,7 +113,7 @@ class Coordinates:
 _BOXES = (type(constraints.real), constraints.greater_than, constraints.less_than, constraints.interval)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quadratic:
     """½θᵀΓθ + gᵀθ + c, in float64 on the host."""
 

@@ -14,7 +14,7 @@ from numpyro_score.inference.streaming import QuadraticLoss
 __all__ = ["SparsePath", "sparse_path"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SparsePath:
     """The minimisers for every penalty λ from the largest of interest down to the smallest asked for.
 
@@ -114,6 +114,9 @@ def sparse_path(quadratic: QuadraticLoss, smallest: float = 1.0) -> SparsePath:
         method="lasso",
         max_iter=20 * sparse.size + 20,
     )
+    path = np.where(
+        np.abs(path) > 1e-12 * np.abs(path).max(initial=0.0), path, 0.0
+    )  # what left leaves a rounding behind
     penalties, path = penalties * size, path.T / weights[sparse]
     _require_optimal(hessian, linear, weights[sparse], penalties, path, smallest)
 

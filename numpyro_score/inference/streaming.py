@@ -24,7 +24,7 @@ from numpyro_score.losses.base import check_settings
 __all__ = ["GradientSpread", "QuadraticFit", "QuadraticLoss"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuadraticFit:
     """The minimiser of a :class:`QuadraticLoss`.
 
@@ -39,7 +39,7 @@ class QuadraticFit:
     vector: Float[np.ndarray, "p"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuadraticLoss:
     r"""An objective that is quadratic in its parameters, as numbers that add up over batches of rows.
 
@@ -165,7 +165,7 @@ class QuadraticLoss:
             raise ClosedFormError(f"Site '{name}' has a Laplace prior, which is not quadratic: use sparse_path.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GradientSpread:
     """Sums of the rows' gradients β w_n ∇ℓ_n and of their outer products, which add up over batches."""
 
