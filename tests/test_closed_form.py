@@ -31,6 +31,15 @@ from numpyro_score import (
 from numpyro_score._dependence import is_constant, is_quadratic
 from numpyro_score.losses import total_loss
 
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """The functions compiled here run once or twice on little data."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 pytestmark = pytest.mark.usefixtures("x64")
 
 KEY = jax.random.key(0)
