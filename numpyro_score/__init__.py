@@ -5,11 +5,15 @@ __version__ = "0.1.0.dev0"
 from numpyro_score.diagnostics import audit, to_arviz
 from numpyro_score.energy import Energy
 from numpyro_score.inference import (
+    ClosedFormError,
     DenoisingGenerator,
+    GradientSpread,
     NonFiniteLossError,
+    QuadraticLoss,
     ScoreMatching,
     ScoreMatchingResult,
     generalized_bayes,
+    sparse_path,
 )
 from numpyro_score.losses import DSM, ESM, FSM, ISM, SSM, KLContraction, geometric_levels, parzen_score
 from numpyro_score.score_terms import curl, score_factor
@@ -20,10 +24,13 @@ __all__ = [
     "FSM",
     "ISM",
     "SSM",
+    "ClosedFormError",
     "DenoisingGenerator",
     "Energy",
+    "GradientSpread",
     "KLContraction",
     "NonFiniteLossError",
+    "QuadraticLoss",
     "ScoreMatching",
     "ScoreMatchingResult",
     "audit",
@@ -32,5 +39,6 @@ __all__ = [
     "geometric_levels",
     "parzen_score",
     "score_factor",
+    "sparse_path",
     "to_arviz",
 ]

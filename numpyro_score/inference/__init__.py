@@ -1,5 +1,6 @@
 """Fitting: the generalised model, score matching, and its standard errors."""
 
+from numpyro_score.inference.closed_form import ClosedFormError, Coordinates, FlatObjectiveError, Quadratic
 from numpyro_score.inference.generalized import (
     LOSS_SITE,
     GeneralizedModel,
@@ -11,22 +12,33 @@ from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.sandwich import Parametrisation, SandwichError, sandwich
 from numpyro_score.inference.score_matching import DefaultLoss, NonFiniteLossError, ScoreMatching
+from numpyro_score.inference.sparse import SparsePath, sparse_path
+from numpyro_score.inference.streaming import GradientSpread, QuadraticFit, QuadraticLoss
 
 __all__ = [
     "LOSS_SITE",
+    "ClosedFormError",
+    "Coordinates",
     "DefaultLoss",
     "DenoisingGenerator",
+    "FlatObjectiveError",
     "GeneralizedModel",
     "GeneratorResult",
     "GeneratorState",
+    "GradientSpread",
     "NonFiniteLossError",
     "Parametrisation",
+    "Quadratic",
+    "QuadraticFit",
+    "QuadraticLoss",
     "SandwichError",
     "ScoreMatching",
     "ScoreMatchingResult",
+    "SparsePath",
     "default_optimizer",
     "generalized_bayes",
     "optax_optimizer",
     "prior_model",
     "sandwich",
+    "sparse_path",
 ]

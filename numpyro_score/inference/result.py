@@ -140,5 +140,6 @@ class ScoreMatchingResult:
             self.svi.prior,
             self.args,
             self.kwargs,
+            self.state.rng_key,
         )
         return coordinates, covariance, coordinates.stderr(covariance)

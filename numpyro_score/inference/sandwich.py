@@ -81,6 +81,7 @@ def sandwich(
     prior: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    rng_key: Array,
 ) -> Float[Array, "p p"]:
     r"""The sandwich covariance of the minimiser of :math:`\beta\sum_n w_n \ell_n(\theta) - \log\pi_0(\theta)`, (P, P).
 
@@ -88,8 +89,8 @@ def sandwich(
               S = N \operatorname{cov}_n(\beta w_n \nabla \ell_n),
 
     in unconstrained coordinates [Godambe 1960; Huber 1967]. Without a prior this is the H⁻¹SH⁻¹/N of per-row means.
-    The prior bends H but, as it is not random, adds nothing to S. A stochastic loss is taken at one fixed draw of its
-    random numbers, whose noise S then contains. Costs P gradients.
+    The prior bends H but, as it is not random, adds nothing to S. A stochastic loss is taken at the random numbers of
+    `rng_key`, whose noise S then contains. Costs P gradients.
 
     Raises:
         SandwichError: for more than MAX_PARAMETERS parameters, fewer than two rows, or an H that is not positive
@@ -114,6 +115,7 @@ def sandwich(
         energy,
         arrays,
         learning_rate,
+        rng_key,
         unravel=coordinates.unravel,
         loss=loss,
         prior=prior,
@@ -166,6 +168,7 @@ def _derivatives(
     energy: Energy,
     arrays: Any,
     learning_rate: Any,
+    rng_key: Array,
     *,
     unravel: Any,
     loss: Loss,
@@ -173,7 +176,6 @@ def _derivatives(
     static: Any,
 ) -> tuple[Array, Array, Array]:
     """Gradient (P,) and Hessian (P, P) of the objective, and the gradient of each row's weighted loss (N, P)."""
-    rng_key = jax.random.key(0)
     args, kwargs = join_arrays(arrays, static)
 
     constrain = Parametrisation(transforms, position, unravel).constrain
@@ -183,7 +185,7 @@ def _derivatives(
         return learning_rate * weights * values
 
     def objective(vector: Array) -> Array:
-        log_prior, _ = log_density(handlers.seed(prior, rng_key), args, kwargs, constrain(vector))
+        log_prior, _ = log_density(handlers.seed(prior, jax.random.key(0)), args, kwargs, constrain(vector))
         return jnp.sum(rows(vector)) - log_prior
 
     def along(direction: Array) -> tuple[Array, Array]:

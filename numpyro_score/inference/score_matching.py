@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from numpyro_score._arguments import join_arrays, split_arrays
 from numpyro_score._check import evaluate_for_check
 from numpyro_score.energy import Energy
+from numpyro_score.inference.closed_form import ClosedFormError, FlatObjectiveError, solve
 from numpyro_score.inference.generalized import generalized_bayes, prior_model
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
@@ -87,7 +88,8 @@ class ScoreMatching(SVI):
         guide: a NumPyro guide, or an autoguide class, which is then built on the generalised model
             (`guide=AutoNormal`). Default: a point estimate (`AutoDelta`).
         optim: anything that SVI takes; Optax optimisers with a line search, such as `optax.lbfgs()`, too. Default:
-            Adam with a rate that falls to zero over the run.
+            where the objective is quadratic in the parameters, the solution of its linear equations; else Adam with a
+            rate that falls to zero over the run.
         loss: a pointwise objective. Default: ISM up to 64 dimensions, SSM above.
         num_steps: steps of `run`.
         learning_rate: β of :func:`~numpyro_score.generalized_bayes`. It is not the optimiser's step size.
@@ -124,6 +126,7 @@ class ScoreMatching(SVI):
         self.num_steps, self.learning_rate, self.data = num_steps, learning_rate, data
         self.prior = prior_model(model, data)
         generalized = generalized_bayes(model, self.score_loss, learning_rate, data=data)
+        default_guide = guide is None
         if guide is None:
             guide = AutoDelta(self.prior)
         elif inspect.isclass(guide) and issubclass(guide, AutoGuide):
@@ -138,7 +141,7 @@ class ScoreMatching(SVI):
                 f"{name} evaluates the density of its model, which is unnormalised: pass the class, guide={name}, or "
                 f"build it on generalized_bayes(model, loss)."
             )
-        self._default_optim = optim is None
+        self._default_optim, self._default_guide = optim is None, default_guide
         if optim is None:
             optim = default_optimizer(num_steps)
         elif isinstance(optim, optax.GradientTransformation):
@@ -182,6 +185,11 @@ class ScoreMatching(SVI):
         A second run on arguments of the same shapes compiles nothing. Ctrl-C returns what was fitted so far, with a
         warning.
 
+        With neither guide nor optimiser given, an objective that is quadratic in the constrained parameters, such as
+        that of an energy affine in them under ISM, is solved at once, whatever `num_steps` and the starting point: the
+        result has one loss, that at the minimum. The random numbers of a stochastic loss are held at one draw. Adam
+        takes over if the minimum violates a constraint, or, with a warning, if it is not unique.
+
         Args:
             rng_key: a key for the starting point and the loss's random numbers; `jax.random.key(0)` if not given.
             *args: the model's arguments.
@@ -208,6 +216,15 @@ class ScoreMatching(SVI):
         start = int(state.optim_state[0])
         # A weakly typed number in the first state would make the second call compile again.
         state = jax.tree.map(lambda v: jax.lax.convert_element_type(v, jnp.result_type(v)), state)
+        if self._default_optim and self._default_guide:
+            initial = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
+            try:
+                state, loss = solve(self, initial, args, kwargs)
+                return ScoreMatchingResult(self.get_params(state), state, np.array([loss]), self, args, kwargs)
+            except FlatObjectiveError as error:
+                warnings.warn(f"{error} The optimiser finds one of many minima.", stacklevel=2)
+            except ClosedFormError:
+                pass
         arrays, static = split_arrays((args, kwargs))
         transforms = self.constrain_fn.args[0]
         advance = partial(
