@@ -62,7 +62,7 @@ def render(results: list[Result], slopes: list[Slope], rounds: int, load: str, t
         "Both use all cores. Anything else that runs slows PyTorch more than the package, as its threads wait for each "
         "other at every operation: only figures of a quiet machine compare the two.",
         machine.describe((*machine.PACKAGES, "torch", "torchebm"))
-        + f"\n- Threads: XLA {len(os.sched_getaffinity(0))}, {torch_threads}"
+        + f"\n- Threads: XLA {os.cpu_count()}, {torch_threads}"
         + f"\n- Load average: {load} before, {machine.load()} after",
         "## Bounds",
         "The peer's time over the package's, the median of the rounds' ratios: what it is to be at least, and "
