@@ -100,7 +100,7 @@ As torchebm's source has it:
 
 def bounds_part(results: list[Result], load: str) -> list[str]:
     if float(load) > BUSY:
-        return [f"**The machine was busy, so that the times compare nothing** and no bound is judged: a load of {load}."]
+        return [f"**The machine was busy (load {load}), so that the times compare nothing** and no bound is judged."]
     faster = [r for r in results if r.over_package < 1]
     return [
         "The peer's time over the package's, the median of the rounds' ratios: what it is to be at least, and "
