@@ -3,22 +3,24 @@
 
 PYTHON ?= python3
 VENV = .venv
+PEERS = .venv-peers
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help demo examples test bench lint types docs format clean FORCE
+.PHONY: help demo examples test bench bench-peers lint types docs format clean FORCE
 .NOTPARALLEL: # two pips must not write to one environment at once
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    install what the examples need and run examples/quickstart.py"
-	@echo "make examples  run all of examples/ in full, a few minutes each"
-	@echo "make test    install what the tests need and run them (PYTEST_ARGS='-k energy' adds arguments)"
-	@echo "make bench   run the benchmarks"
-	@echo "make lint    check style with ruff"
-	@echo "make format  apply ruff's fixes and formatting"
-	@echo "make types   check types with mypy"
-	@echo "make docs    build the documentation and run the examples in it"
-	@echo "make clean   remove everything the targets above made"
+	@echo "make demo         install what the examples need and run examples/quickstart.py"
+	@echo "make examples     run all of examples/ in full, a few minutes each"
+	@echo "make test         install what the tests need and run them (PYTEST_ARGS='-k energy' adds arguments)"
+	@echo "make bench        run the benchmarks"
+	@echo "make bench-peers  compare with torchebm and PyTorch, which go into $(PEERS)"
+	@echo "make lint         check style with ruff"
+	@echo "make format       apply ruff's fixes and formatting"
+	@echo "make types        check types with mypy"
+	@echo "make docs         build the documentation and run the examples in it"
+	@echo "make clean        remove everything the targets above made"
 	@echo
 	@echo "Packages go into $(VENV). Another interpreter: make test PYTHON=python3.13 VENV=.venv313"
 
@@ -33,6 +35,9 @@ test: $(VENV)/.extra-test
 
 bench: $(VENV)/.extra-examples
 	$(RUN) benchmarks.run $(BENCH_ARGS)
+
+bench-peers: $(PEERS)/.peers
+	$(PEERS)/bin/python -m benchmarks.peers $(BENCH_ARGS)
 
 lint: $(VENV)/.extra-dev
 	$(RUN) ruff check .
@@ -50,7 +55,7 @@ docs: $(VENV)/.extra-docs
 	$(RUN) sphinx -W --keep-going --no-color -b doctest docs docs/_build/doctest
 
 clean:
-	rm -rf $(VENV) build dist docs/_build examples/output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build dist docs/_build examples/output .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each extra; it is remade when pyproject.toml or the interpreter changes.
@@ -59,8 +64,13 @@ $(VENV)/.extra-%: pyproject.toml $(VENV)/.interpreter
 	$(RUN) pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 
+$(PEERS)/.peers: pyproject.toml benchmarks/peers.txt $(PEERS)/.interpreter
+	@echo "Installing numpyro-score, torchebm and PyTorch into $(PEERS); the first time takes a few minutes."
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --editable . -r benchmarks/peers.txt
+	@touch $@
+
 # Rewritten, with a new environment, only when $(PYTHON) is not the interpreter that is there.
-$(VENV)/.interpreter: FORCE
+$(VENV)/.interpreter $(PEERS)/.interpreter: FORCE
 	@command -v $(PYTHON) >/dev/null || { \
 	    echo "There is no $(PYTHON) here. Please install Python 3.11 or newer, or name it: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -69,5 +79,5 @@ $(VENV)/.interpreter: FORCE
 	    echo "$(PYTHON) has no venv module. On Debian and Ubuntu, install the package python3-venv." >&2; exit 1; }
 	@new=$$($(PYTHON) -c 'import sys; print(*sys.version_info[:2], sys.base_prefix)'); \
 	if [ "$$new" != "$$(cat $@ 2>/dev/null)" ]; then \
-	    $(PYTHON) -m venv --clear $(VENV) && echo "$$new" > $@; \
+	    $(PYTHON) -m venv --clear $(@D) && echo "$$new" > $@; \
 	fi

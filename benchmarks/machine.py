@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import jax
 PACKAGES = ("jax", "jaxlib", "numpyro", "optax", "folx")
 
 
-def describe() -> str:
+def describe(packages: Sequence[str] = PACKAGES) -> str:
     device = jax.devices()[0]
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return "\n".join(
         [
             f"- Device: {device.device_kind} ({device.platform})",
