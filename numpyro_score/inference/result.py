@@ -15,7 +15,7 @@ from numpyro.infer import Predictive
 from numpyro.infer.autoguide import AutoDelta, AutoGuide
 
 from numpyro_score.energy import Energy
-from numpyro_score.inference.sandwich import Parametrisation, sandwich
+from numpyro_score.inference.sandwich import Curvature, Objective, Parametrisation, curvature
 
 if TYPE_CHECKING:
     from numpyro_score.inference.score_matching import ScoreMatching
@@ -75,11 +75,11 @@ class ScoreMatchingResult:
         Raises:
             SandwichError: for more than 2,000 parameters, or if the objective is not curved upwards at the estimates.
         """
-        return self._sandwich[1]
+        return jnp.asarray(self.curvature.covariance, jnp.result_type(float))
 
     def stderr(self) -> dict[str, Any]:
         """Sandwich standard errors of :attr:`estimates`, by site, in constrained space (delta method)."""
-        return self._sandwich[2]
+        return self.coordinates.stderr(self.covariance())
 
     def sample_posterior(self, rng_key: Array, n: int) -> dict[str, Any]:
         """Draws of the parameters, {site: (n, ...)}.
@@ -88,8 +88,7 @@ class ScoreMatchingResult:
         with the model's params at their estimates.
         """
         if self.is_point:
-            coordinates, covariance, _ = self._sandwich
-            return coordinates.draw(rng_key, covariance, n)
+            return self.coordinates.draw(rng_key, self.covariance(), n)
         draws = self._draw_from_guide(rng_key, n)
         params = {k: v for k, v in self.estimates.items() if k not in draws}
         return draws | jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *jnp.shape(v))), params)
@@ -130,15 +129,18 @@ class ScoreMatchingResult:
         return handlers.trace(handlers.seed(prior, jax.random.key(0))).get_trace(*self.args, **self.kwargs)
 
     @cached_property
-    def _sandwich(self) -> tuple[Parametrisation, Array, dict[str, Any]]:
-        coordinates = Parametrisation.of_sites(self._sites)
-        covariance = sandwich(
-            self.energy,
-            coordinates,
-            self.svi.score_loss,
-            self.svi.learning_rate,
-            self.svi.prior,
-            self.args,
-            self.kwargs,
+    def coordinates(self) -> Parametrisation:
+        """The unconstrained coordinates of the estimates."""
+        return Parametrisation.of_sites(self._sites)
+
+    @cached_property
+    def curvature(self) -> Curvature:
+        """Hessians, spread of the gradients and sandwich at the estimates; see :meth:`covariance`."""
+        return curvature(self._objective)
+
+    @cached_property
+    def _objective(self) -> Objective:
+        svi = self.svi
+        return Objective.of(
+            self.energy, self.coordinates, svi.score_loss, svi.learning_rate, svi.prior, self.args, self.kwargs
         )
-        return coordinates, covariance, coordinates.stderr(covariance)
