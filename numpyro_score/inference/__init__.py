@@ -1,5 +1,6 @@
 """Fitting: the generalised model, score matching, and its standard errors."""
 
+from numpyro_score.inference.calibration import calibrated_learning_rate
 from numpyro_score.inference.generalized import (
     LOSS_SITE,
     GeneralizedModel,
@@ -20,6 +21,7 @@ __all__ = [
     "SandwichError",
     "ScoreMatching",
     "ScoreMatchingResult",
+    "calibrated_learning_rate",
     "default_optimizer",
     "generalized_bayes",
     "optax_optimizer",

@@ -15,6 +15,7 @@ from numpyro.infer import Predictive
 from numpyro.infer.autoguide import AutoDelta, AutoGuide
 
 from numpyro_score.energy import Energy
+from numpyro_score.inference.calibration import calibrated_learning_rate
 from numpyro_score.inference.sandwich import Curvature, Objective, Parametrisation, curvature
 
 if TYPE_CHECKING:
@@ -51,6 +52,16 @@ class ScoreMatchingResult:
         """Whether the guide is a point estimate."""
         return isinstance(self.svi.guide, AutoDelta)
 
+    @property
+    def learning_rate(self) -> Any:
+        """The β that the fit used."""
+        return self.svi.learning_rate
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether the minimum depends on β: there are latent sites, or factors without data."""
+        return bool(self._latents) or bool(self.energy.penalties)
+
     @cached_property
     def estimates(self) -> dict[str, Any]:
         """Constrained point values by site, latents and model params alike; the guide's median where it is no point."""
@@ -80,6 +91,16 @@ class ScoreMatchingResult:
     def stderr(self) -> dict[str, Any]:
         """Sandwich standard errors of :attr:`estimates`, by site, in constrained space (delta method)."""
         return self.coordinates.stderr(self.covariance())
+
+    def calibrated_learning_rate(self) -> float:
+        """The β that gives the generalised posterior the spread of the estimates, whatever β the fit used.
+
+        See :func:`~numpyro_score.inference.calibrated_learning_rate` for the formula.
+
+        Raises:
+            SandwichError: as :meth:`covariance`, and if the losses alone or the rows' gradients do not determine it.
+        """
+        return calibrated_learning_rate(self.curvature)
 
     def sample_posterior(self, rng_key: Array, n: int) -> dict[str, Any]:
         """Draws of the parameters, {site: (n, ...)}.

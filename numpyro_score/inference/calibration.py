@@ -1,0 +1,150 @@
+"""The learning rate that gives a generalised posterior the spread of the estimates."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from numpyro.infer.autoguide import AutoDelta
+
+from numpyro_score import _trace
+from numpyro_score.inference.sandwich import Curvature, SandwichError
+from numpyro_score.losses import Loss
+
+if TYPE_CHECKING:
+    from numpyro_score.inference.result import ScoreMatchingResult
+    from numpyro_score.inference.score_matching import ScoreMatching
+
+__all__ = ["CalibratedRate", "calibrated_fit", "calibrated_learning_rate"]
+
+_MAX_FITS = 5
+_TOLERANCE = 0.02  # of β: 1% of the width of an interval
+
+
+def calibrated_learning_rate(curvature: Curvature) -> float:
+    r"""The β at which the generalised posterior is as informative as the estimates [Lyddon, Holmes & Walker 2019].
+
+    .. math:: \beta = \operatorname{tr}(H S^{-1} H) / \operatorname{tr}(H), \quad H = \sum_n w_n \nabla^2 \ell_n, \quad
+              S = N \operatorname{cov}_n(w_n \nabla \ell_n),
+
+    in unconstrained coordinates, of the losses alone. The precision of the estimates is HS⁻¹H and that of the
+    posterior βH, without the prior: β makes their traces equal, and with one parameter the two themselves. Both H and
+    S grow as N, so β does not. Weights of c in all rows divide β by c, and so cancel from the posterior.
+
+    Raises:
+        SandwichError: if H is not positive definite, or S is singular.
+    """
+    h, root, size = curvature.loss_hessian, curvature.root, curvature.size
+    p = len(h)
+    resolution = 10 * p * float(np.finfo(jax.numpy.result_type(float)).eps)
+    diagonal = np.diag(h)
+    if (diagonal <= 0).any() or np.linalg.eigvalsh(h / np.sqrt(np.outer(diagonal, diagonal)))[0] < resolution:
+        raise SandwichError(
+            f"The losses are not curved upwards at the estimates in all {p} parameters, so no learning rate is "
+            "calibrated: drop or fix parameters that the data do not determine, or pass learning_rate as a number."
+        )
+    # In units of the gradients, so that those that are equal in all rows but for rounding count as equal.
+    relative = root / np.where(size > 0, size, 1.0)
+    if len(root) < p or np.linalg.svd(relative, compute_uv=False)[-1] < resolution:
+        raise SandwichError(
+            f"The gradients of the rows do not spread in all {p} parameters, so no learning rate is calibrated: use "
+            "more rows than parameters, drop parameters whose gradient is the same in all rows, or pass learning_rate "
+            "as a number."
+        )
+    return float(np.sum(np.linalg.solve(root.T, h) ** 2) / np.trace(h))
+
+
+def calibrated_fit(
+    svi: ScoreMatching, run: Callable[..., ScoreMatchingResult], num_steps: int, **start: Any
+) -> ScoreMatchingResult:
+    """A fit at its own calibrated learning rate.
+
+    The rate depends on the estimates and, with a prior, the estimates on the rate, by O(1/N). So fits follow each
+    other, each from where the one before ended, until the rate is within 2% of the one that the fit used: as a rule
+    two, and one without a prior, where the rate does not move the minimum. A guide that is no point is fitted once,
+    at the rate of a point fit.
+
+    Args:
+        svi: made with `learning_rate="calibrated"`.
+        run: `run(svi, **start)` fits such an object, at another learning rate.
+        num_steps: how many such a fit takes, unless it is interrupted.
+        **start: where the first fit starts; where the guide's starts, if it is no point.
+
+    Raises:
+        SandwichError: if no rate can be calibrated.
+
+    Warns:
+        UserWarning: if the rate does not settle in five fits.
+    """
+    is_point = isinstance(svi.guide, AutoDelta)
+    point = svi if is_point else svi.point()
+    fit = run(point.at_learning_rate(1.0), **start if is_point else {})
+    for _ in range(_MAX_FITS):
+        if len(fit.losses) < num_steps:  # by Ctrl-C
+            if is_point:
+                return fit
+            raise KeyboardInterrupt
+        used, rate = float(fit.learning_rate), fit.calibrated_learning_rate()
+        if not fit.has_prior:
+            fit = replace(fit, svi=point.at_learning_rate(rate), losses=rate / used * fit.losses)
+            break
+        if abs(rate / used - 1) < _TOLERANCE:
+            break
+        fit = run(point.at_learning_rate(rate), init_params=fit.params)
+    else:
+        warnings.warn(
+            f"The learning rate has not settled: the last fit used {used:.4g} and led to {rate:.4g}. The prior and "
+            "the data disagree; take more steps, or pass learning_rate as a number.",
+            stacklevel=3,
+        )
+    return fit if is_point else run(svi.at_learning_rate(fit.learning_rate), **start)
+
+
+class CalibratedRate:
+    """The calibrated learning rate of a model's arguments, remembered while these stay the same."""
+
+    def __init__(self, model: Callable[..., Any], loss: Loss, data: str | None) -> None:
+        self.model, self.loss, self.data = model, loss, data
+        self._seen: tuple[Any, list[Any]] | None = None
+        self._rate = 0.0
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], observed: Callable[[], Any]) -> float:
+        """The rate of these arguments, from a point fit the first time.
+
+        `observed()` gives the data as the model has them now: it may hold them itself, and they may change.
+
+        Raises:
+            TypeError: if an argument is traced.
+            SandwichError: if no rate can be calibrated.
+        """
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            raise TypeError(
+                "learning_rate='calibrated' needs the values of the model's arguments, and they are traced by jit, "
+                "grad or vmap: take the number from fit.calibrated_learning_rate() of a ScoreMatching fit outside, and "
+                "pass it as learning_rate."
+            )
+        # Inside of the compiled parts of a sampler too these are numbers, and no handler around is to see the fit.
+        with _trace.Sealed(None), jax.ensure_compile_time_eval():
+            leaves.append(observed())
+            if self._seen is None or self._seen[0] != treedef or not all(map(_same, self._seen[1], leaves)):
+                self._rate = self._fit(args, kwargs)
+                self._seen = treedef, [np.copy(v) if isinstance(v, np.ndarray) else v for v in leaves]
+        return self._rate
+
+    def _fit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        from numpyro_score.inference.score_matching import ScoreMatching  # it stands on top of the generalised model
+
+        svi = ScoreMatching(self.model, loss=self.loss, learning_rate="calibrated", data=self.data)
+        return svi.run(jax.random.key(0), *args, progress_bar=False, **kwargs).learning_rate
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether two leaves are the same argument. A NumPy array may have changed in place, so its values count."""
+    if isinstance(old, np.ndarray):
+        return isinstance(new, np.ndarray) and old.dtype == new.dtype and np.array_equal(old, new)
+    return old is new or (not isinstance(old, jax.Array) and type(old) is type(new) and bool(old == new))
