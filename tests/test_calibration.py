@@ -57,6 +57,8 @@ def test_rate_of_a_gaussian_mean():
 
 def test_nuts():
     model = generalized_bayes(location, ISM(), "calibrated")
-    mcmc = MCMC(NUTS(model), num_warmup=300, num_samples=1000, num_chains=2, chain_method="vectorized", progress_bar=False)
+    mcmc = MCMC(
+        NUTS(model), num_warmup=300, num_samples=1000, num_chains=2, chain_method="vectorized", progress_bar=False
+    )
     mcmc.run(KEY, jnp.asarray(X))
-    print(mcmc.get_samples()["mu"].mean(), mcmc.get_samples()["mu"].var(), np.var(X)/N)
+    print(mcmc.get_samples()["mu"].mean(), mcmc.get_samples()["mu"].var(), np.var(X) / N)

@@ -7,6 +7,7 @@ from numpyro_score.inference.generalized import (
     generalized_bayes,
     prior_model,
 )
+from numpyro_score.inference.influence import diagonal_stderr, influence
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.sandwich import Parametrisation, SandwichError, sandwich
@@ -23,7 +24,9 @@ __all__ = [
     "ScoreMatchingResult",
     "calibrated_learning_rate",
     "default_optimizer",
+    "diagonal_stderr",
     "generalized_bayes",
+    "influence",
     "optax_optimizer",
     "prior_model",
     "sandwich",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,15 @@ from numpyro.infer.autoguide import AutoDelta, AutoGuide
 
 from numpyro_score.energy import Energy
 from numpyro_score.inference.calibration import calibrated_learning_rate
-from numpyro_score.inference.sandwich import Curvature, Objective, Parametrisation, curvature
+from numpyro_score.inference.influence import diagonal_stderr, influence
+from numpyro_score.inference.sandwich import MAX_PARAMETERS, Curvature, Objective, Parametrisation, curvature
 
 if TYPE_CHECKING:
     from numpyro_score.inference.score_matching import ScoreMatching
 
 __all__ = ["ScoreMatchingResult"]
+
+Function = Callable[[dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,50 @@ class ScoreMatchingResult:
         """
         return jnp.asarray(self.curvature.covariance, jnp.result_type(float))
 
-    def stderr(self) -> dict[str, Any]:
-        """Sandwich standard errors of :attr:`estimates`, by site, in constrained space (delta method)."""
-        return self.coordinates.stderr(self.covariance())
+    def stderr(self, of: Function | None = None, *, diagonal: bool = False) -> Any:
+        """Sandwich standard errors in constrained space (delta method): of :attr:`estimates`, by site.
+
+        Args:
+            of: a function of :attr:`estimates`; then the standard errors of what it returns, in the same structure.
+                Above 2,000 parameters this is the way: its systems with H are then solved by conjugate gradients,
+                one for each number that `of` returns.
+            diagonal: ignore all correlations between parameters, as if each were estimated with the others known.
+                For any number of parameters; see :func:`~numpyro_score.inference.diagonal_stderr`.
+
+        Raises:
+            SandwichError: as :meth:`covariance`; with `of`, as :meth:`influence`.
+
+        Example:
+            `fit.stderr(of=lambda e: e["scale"] ** 2)`, or `fit.stderr(of=lambda e: log_odds(e, x_new))`.
+        """
+        if diagonal and of is not None:
+            raise ValueError("stderr takes of=... or diagonal=True, not both.")
+        if diagonal:
+            return diagonal_stderr(self._objective)
+        if of is None:
+            return self.coordinates.stderr(self.covariance())
+        return jax.tree.map(lambda i: jnp.sqrt(jnp.sum(i**2, axis=0)), self.influence(of))
+
+    def influence(self, of: Function | None = None) -> Any:
+        r"""How much each row moves the estimates: by site, (N, ...), in constrained space (delta method).
+
+        .. math:: I_n = -\sqrt{\tfrac{N}{N-1}}\, J H^{-1} \beta\, (g_n - \bar g), \quad g_n = w_n \nabla \ell_n,
+
+        with J the Jacobian of the constrained values: the infinitesimal jackknife, scaled so that Σ_n I_n I_nᵀ is the
+        sandwich covariance. To first order in 1/N the estimates without row n are estimates − I_n; with a prior, they
+        are those in which row n's weight moves evenly to all rows.
+
+        Args:
+            of: a function of :attr:`estimates`; then the influence on what it returns, in the same structure, each
+                leaf (N, ...).
+
+        Raises:
+            SandwichError: as :meth:`covariance`. With `of` and more than 2,000 parameters, where H is not formed:
+                data of one row, or conjugate gradients that meet a direction in which the objective is not curved
+                upwards, or that do not converge.
+        """
+        dense = of is None or len(self.coordinates.position) <= MAX_PARAMETERS
+        return influence(self._objective, _all if of is None else of, self.curvature.hessian if dense else None)
 
     def calibrated_learning_rate(self) -> float:
         """The β that gives the generalised posterior the spread of the estimates, whatever β the fit used.
@@ -165,3 +210,7 @@ class ScoreMatchingResult:
         return Objective.of(
             self.energy, self.coordinates, svi.score_loss, svi.learning_rate, svi.prior, self.args, self.kwargs
         )
+
+
+def _all(estimates: dict[str, Any]) -> dict[str, Any]:
+    return estimates
