@@ -8,6 +8,7 @@ from numpyro_score.inference import (
     NonFiniteLossError,
     ScoreMatching,
     ScoreMatchingResult,
+    adjust_draws,
     generalized_bayes,
 )
 from numpyro_score.losses import DSM, ESM, FSM, ISM, SSM, KLContraction, geometric_levels, parzen_score
@@ -23,6 +24,7 @@ __all__ = [
     "NonFiniteLossError",
     "ScoreMatching",
     "ScoreMatchingResult",
+    "adjust_draws",
     "generalized_bayes",
     "geometric_levels",
     "parzen_score",

@@ -220,8 +220,7 @@ def test_all_of_many_parameters_are_refused_with_what_to_ask_for(wide):
 
 def test_functions_away_from_the_minimum_are_warned_about(wide):
     """By how many standard errors, as for all parameters."""
-    fit, w = wide[:2]
-    away = at(network, "w_auto_loc", w + 1.0)
+    away = at(network, "w_auto_loc", wide[1] + 1.0)
     with pytest.warns(UserWarning, match=r"the minimum is .* standard errors away in site 'of'"):
         away.stderr(of=log_density_ratio)
 

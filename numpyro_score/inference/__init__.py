@@ -1,6 +1,6 @@
 """Fitting: the generalised model, score matching, and its standard errors."""
 
-from numpyro_score.inference.calibration import calibrated_learning_rate
+from numpyro_score.inference.calibration import adjust_draws, calibrated_learning_rate
 from numpyro_score.inference.generalized import (
     LOSS_SITE,
     GeneralizedModel,
@@ -22,6 +22,7 @@ __all__ = [
     "SandwichError",
     "ScoreMatching",
     "ScoreMatchingResult",
+    "adjust_draws",
     "calibrated_learning_rate",
     "default_optimizer",
     "diagonal_stderr",

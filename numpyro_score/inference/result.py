@@ -151,13 +151,28 @@ class ScoreMatchingResult:
         """Draws of the parameters, {site: (n, ...)}.
 
         A point fit is drawn from N(estimate, sandwich) in unconstrained space; other guides from the guide itself,
-        with the model's params at their estimates.
+        with the model's params at their estimates. Deterministic sites are computed from the draws.
         """
         if self.is_point:
-            return self.coordinates.draw(rng_key, self.covariance(), n)
+            return self.with_deterministic(self.coordinates.draw(rng_key, self.covariance(), n))
         draws = self._draw_from_guide(rng_key, n)
         params = {k: v for k, v in self.estimates.items() if k not in draws}
-        return draws | jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *jnp.shape(v))), params)
+        return self.with_deterministic(draws | jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *jnp.shape(v))), params))
+
+    @property
+    def deterministic_sites(self) -> list[str]:
+        """The names of the model's deterministic sites."""
+        return [k for k, s in self._sites.items() if s["type"] == "deterministic"]
+
+    def with_deterministic(self, draws: dict[str, Any]) -> dict[str, Any]:
+        """Draws of the latent and param sites, {site: (n, ...)}, with the model's deterministic sites there."""
+        names = self.deterministic_sites
+
+        def run(values: dict[str, Any]) -> dict[str, Any]:
+            sites = self._run_prior(values)
+            return {k: sites[k]["value"] for k in names}
+
+        return {**draws, **jax.vmap(run)(draws)} if names else draws
 
     def to_arviz(self, rng_key: Array | None = None, num_samples: int = 1000) -> Any:
         """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
@@ -189,9 +204,11 @@ class ScoreMatchingResult:
     @cached_property
     def _sites(self) -> dict[str, Any]:
         """The parameter sites of the model at the estimates."""
+        return self._run_prior({**self.params, **self._latents})
+
+    def _run_prior(self, values: dict[str, Any]) -> dict[str, Any]:
         mutable = self.state.mutable_state or {}
-        values = {**self.params, **mutable, **self._latents}
-        prior = handlers.substitute(self.svi.prior, data=values)
+        prior = handlers.substitute(self.svi.prior, data={**mutable, **values})
         return handlers.trace(handlers.seed(prior, jax.random.key(0))).get_trace(*self.args, **self.kwargs)
 
     @cached_property

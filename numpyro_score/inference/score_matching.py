@@ -223,9 +223,7 @@ class ScoreMatching(SVI):
         """
         num_steps = _check_num_steps(self.num_steps if num_steps is None else num_steps)
         if isinstance(self.learning_rate, str):
-            options: dict[str, Any] = dict(
-                num_steps=num_steps, progress_bar=progress_bar, stable_update=stable_update
-            )
+            options: dict[str, Any] = dict(num_steps=num_steps, progress_bar=progress_bar, stable_update=stable_update)
 
             def run(svi: ScoreMatching, **start: Any) -> ScoreMatchingResult:
                 return svi.run(rng_key, *args, **options, **start, **kwargs)
