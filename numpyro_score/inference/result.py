@@ -96,7 +96,8 @@ class ScoreMatchingResult:
         """Sandwich standard errors in constrained space (delta method): of :attr:`estimates`, by site.
 
         Args:
-            of: a function of :attr:`estimates`; then the standard errors of what it returns, in the same structure.
+            of: a function of :attr:`estimates`, e.g. `lambda estimates: estimates["scale"] ** 2`; then the standard
+                errors of what it returns, an array or a pytree of arrays, in the same structure.
                 Above 2,000 parameters this is the way: its systems with H are then solved by conjugate gradients,
                 one for each number that `of` returns.
             diagonal: ignore all correlations between parameters, as if each were estimated with the others known.
@@ -104,9 +105,7 @@ class ScoreMatchingResult:
 
         Raises:
             SandwichError: as :meth:`covariance`; with `of`, as :meth:`influence`.
-
-        Example:
-            `fit.stderr(of=lambda e: e["scale"] ** 2)`, or `fit.stderr(of=lambda e: log_odds(e, x_new))`.
+            ValueError: for both `of` and `diagonal`.
         """
         if diagonal and of is not None:
             raise ValueError("stderr takes of=... or diagonal=True, not both.")
