@@ -16,6 +16,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.autoguide import AutoLaplaceApproximation
 from numpyro.infer.util import log_density
+from test_score_matching import counted_compilations
 
 from numpyro_score import ISM, ScoreMatching, adjust_draws, generalized_bayes
 from numpyro_score.inference import LOSS_SITE, SandwichError
@@ -77,6 +78,15 @@ def test_weights_cancel():
     fit = run(matcher(location), X, 3.0)
     np.testing.assert_allclose(fit.learning_rate, location_rate(X) / 3, rtol=1e-6)
     np.testing.assert_allclose(fit.estimates["mu"], location_posterior(X, location_rate(X))[0], rtol=1e-6)
+
+
+def test_second_run_compiles_nothing():
+    """Nor do the fits at other rates: β is an input of the compiled steps."""
+    run(matcher(location), X)
+    with counted_compilations() as compiled:
+        fit = run(matcher(location), 2 * X + 1)
+    assert not compiled
+    np.testing.assert_allclose(fit.learning_rate, location_rate(2 * X), rtol=1e-6)
 
 
 def quartic(x):

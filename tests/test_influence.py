@@ -140,6 +140,18 @@ def test_diagonal_errors():
     np.testing.assert_allclose([errors[k] for k in "abc"], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("support", [constraints.positive, constraints.real_vector, constraints.simplex])
+def test_diagonal_errors_by_way_of_the_jacobian(support):
+    """The root of the diagonal of J V Jᵀ, with the Jacobian by finite differences, for a site of three numbers."""
+    transform = dist.biject_to(support)
+    value, errors = jnp.array([0.3, -0.7, 0.5]), jnp.array([0.1, 0.2, 0.4])
+    step = 1e-6 * np.eye(3)
+    jacobian = np.array([(transform(value + s) - transform(value - s)) / 2e-6 for s in step]).T
+    expected = np.sqrt(np.diag(jacobian @ np.diag(errors**2) @ jacobian.T))
+    through = sys.modules["numpyro_score.inference.influence"]._through
+    np.testing.assert_allclose(through(transform, value, errors), expected, rtol=1e-7)
+
+
 def test_either_a_function_or_the_diagonal():
     with pytest.raises(ValueError, match=r"of=... or diagonal=True, not both"):
         fitted(200).stderr(of=ratio, diagonal=True)

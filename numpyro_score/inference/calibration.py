@@ -50,7 +50,8 @@ def calibrated_learning_rate(curvature: Curvature) -> float:
     if not (counts.any() and (diagonal > 0).all() and _lowest(h / np.sqrt(np.outer(diagonal, diagonal))) > resolution):
         raise SandwichError(
             f"The losses are not curved upwards at the estimates in all {p} parameters, so no learning rate is "
-            "calibrated: drop or fix parameters that the data do not determine, or pass learning_rate as a number."
+            "calibrated: drop or fix parameters that the data do not determine, enable double precision, or pass "
+            "learning_rate as a number."
         )
     # In units of the gradients, so that those that are equal in all rows but for rounding count as equal.
     relative = root / np.where(size > 0, size, 1.0)
