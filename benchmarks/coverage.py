@@ -44,7 +44,7 @@ class Case:
     model: Callable[..., Any]  # of the data, with all parameters sampled from wide priors
     truth: dict[str, Any]  # by site: of the data's law, or nearest to it
     sample: Callable[[np.random.Generator, int], np.ndarray]  # that many rows
-    rows: int = 500
+    rows: int = 1000
     loss: Loss = ISM()  # noqa: RUF009 - frozen
 
 

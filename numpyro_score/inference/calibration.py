@@ -44,7 +44,7 @@ def calibrated_learning_rate(curvature: Curvature) -> float:
     p = len(curvature.size)
     counts = (curvature.size > 0) | (np.diag(curvature.loss_hessian) != 0)
     h, size = curvature.loss_hessian[np.ix_(counts, counts)], curvature.size[counts]
-    root = np.linalg.qr(curvature.root[:, counts], mode="r")
+    root = np.asarray(np.linalg.qr(curvature.root[:, counts], mode="r"))
     resolution = 10 * p * float(np.finfo(jnp.result_type(float)).eps)
     diagonal = np.diag(h)
     if not (counts.any() and (diagonal > 0).all() and _lowest(h / np.sqrt(np.outer(diagonal, diagonal))) > resolution):
