@@ -1,4 +1,4 @@
-"""The learning rate that gives a generalised posterior the spread of the estimates."""
+"""Generalised posteriors with the spread of the estimates: a calibrated learning rate, and adjusted draws."""
 
 from __future__ import annotations
 
@@ -121,13 +121,14 @@ def adjust_draws(draws: dict[str, Any], fit: ScoreMatchingResult) -> dict[str, A
 
     in unconstrained coordinates, with H the Hessian of the whole objective and S the covariance of its gradient at the
     estimates [Ribatet, Cooley & Davison 2012; Shaby 2014]. Posterior draws have the covariance H⁻¹ to first order;
-    then θ* has C H⁻¹ Cᵀ = H⁻¹SH⁻¹, the sandwich. Of all such C this one, the principal root, is the only one that
-    does not depend on the choice of linear coordinates. Where H = S, as for a likelihood that is right, it is I. A
-    calibrated learning rate matches one number, the trace; this matches the whole covariance.
+    then θ* has C H⁻¹ Cᵀ = H⁻¹SH⁻¹, the sandwich. Other C have this too; the principal root, taken here, depends
+    neither on the order of the parameters nor on their units, and where H = S, as for a likelihood that is right, it is
+    I. A calibrated learning rate matches one number, the trace; this matches the whole covariance.
 
     Args:
-        draws: as `mcmc.get_samples()` gives them, {site: (n, ...)}, or grouped by chain, {site: (chains, n, ...)},
-            drawn from `generalized_bayes(model, loss, fit.learning_rate)`: at the β of the fit.
+        draws: as `mcmc.get_samples()` gives them, {site: (n, ...)}, or grouped by chain, {site: (chains, n, ...)}.
+            They have to be from `generalized_bayes(model, loss, fit.learning_rate)`, at the β of the fit: draws do not
+            say at which β they are, so this is not checked.
         fit: a fit of the same model to the same data.
 
     Returns:
