@@ -193,7 +193,12 @@ def render(results: dict[Case, dict[str, dict[str, np.ndarray]]], replications: 
         "- *β = 1*: what an uncalibrated posterior gives.",
         "",
         "The calibrated β matches one number, the trace of the precision. With several parameters some intervals are "
-        "too short and others too long; the adjusted draws are right for each.",
+        "too short and others too long; the adjusted draws are as good as the sandwich for each.",
+        "",
+        "All cases start from the same seed, so their data, and their chance errors, are related. The sandwich is a",
+        "formula for many rows: in closed form, over 20,000 data sets, its intervals hold the truth in 0.874, 0.860 and",
+        "0.873, and 0.890 (in the order of the table, with 500 rows), 0.881, 0.877 and 0.885, and 0.896 (1,000), 0.890,",
+        "0.882 and 0.886, and 0.895 (2,000). These figures were computed apart and are not written by the study.",
         "",
         machine.describe(),
         "",
