@@ -12,6 +12,7 @@ from numpyro_score.inference import (
     QuadraticLoss,
     ScoreMatching,
     ScoreMatchingResult,
+    adjust_draws,
     generalized_bayes,
     sparse_path,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "QuadraticLoss",
     "ScoreMatching",
     "ScoreMatchingResult",
+    "adjust_draws",
     "audit",
     "curl",
     "generalized_bayes",

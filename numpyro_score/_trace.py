@@ -13,7 +13,7 @@ from numpyro.primitives import Messenger
 Site = dict[str, Any]
 
 
-class _Sealed(Messenger):
+class Sealed(Messenger):
     """Keeps a run of the model away from every handler around it.
 
     `handlers.block` would let requests for random keys through, and an outer `seed` would then keep a key that
@@ -139,7 +139,7 @@ def run_model(
 ) -> Recorder:
     """Runs `model` with sites and plates set, seen by no handler around it."""
     recorder = Recorder()
-    with _Sealed(rng_key), recorder, _Pin(values, plates):
+    with Sealed(rng_key), recorder, _Pin(values, plates):
         model(*args, **kwargs)
     return recorder
 

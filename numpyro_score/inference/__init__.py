@@ -1,5 +1,6 @@
 """Fitting: the generalised model, score matching, and its standard errors."""
 
+from numpyro_score.inference.calibration import adjust_draws, calibrated_learning_rate
 from numpyro_score.inference.closed_form import ClosedFormError, Coordinates, FlatObjectiveError, Quadratic
 from numpyro_score.inference.generalized import (
     LOSS_SITE,
@@ -8,6 +9,7 @@ from numpyro_score.inference.generalized import (
     prior_model,
 )
 from numpyro_score.inference.generator import DenoisingGenerator, GeneratorResult, GeneratorState
+from numpyro_score.inference.influence import diagonal_stderr, influence
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.sandwich import Parametrisation, SandwichError, sandwich
@@ -35,8 +37,12 @@ __all__ = [
     "ScoreMatching",
     "ScoreMatchingResult",
     "SparsePath",
+    "adjust_draws",
+    "calibrated_learning_rate",
     "default_optimizer",
+    "diagonal_stderr",
     "generalized_bayes",
+    "influence",
     "optax_optimizer",
     "prior_model",
     "sandwich",

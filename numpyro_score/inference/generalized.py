@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from jaxtyping import Array
 from numpyro import handlers
@@ -16,6 +17,7 @@ from numpyro import handlers
 from numpyro_score import _trace
 from numpyro_score._arguments import refuse_empty
 from numpyro_score.energy import Energy
+from numpyro_score.inference.calibration import CalibratedRate
 from numpyro_score.losses import Loss, total_loss
 from numpyro_score.losses.base import check_settings
 
@@ -56,7 +58,10 @@ def generalized_bayes(
         model: a NumPyro model with an unnormalised density; see :class:`~numpyro_score.Energy` for the forms.
         loss: a pointwise objective, e.g. :class:`~numpyro_score.ISM`.
         learning_rate: β, how much one unit of loss counts against the prior. The default 1 has no claim to
-            calibrated uncertainty.
+            calibrated uncertainty. "calibrated" finds the rate of
+            :func:`~numpyro_score.inference.calibrated_learning_rate` by a point fit when the model first meets its
+            data, and remembers it for these; the data must be known then, not traced by `jit` or `vmap`. Param sites
+            are fitted along.
         data: the name of the site or argument that is the data, where several could be.
         rng_key: holds the loss's random numbers fixed at this key, under SVI too. By default SVI draws new ones every
             step, and MCMC holds them fixed at one key whatever key the run has: pass several here to see how much
@@ -67,6 +72,8 @@ def generalized_bayes(
 
     Raises:
         TypeError, ValueError: for a loss that is a class or not hashable, or a learning rate that is not positive.
+            Of the returned model, TypeError if a rate is to be calibrated on traced arguments, and `SandwichError` if
+            there is none.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -104,15 +111,21 @@ class GeneralizedModel:
             raise TypeError(f"loss must be a callable such as ISM(), got {loss!r}.")
         if not callable(model):
             raise TypeError(f"model must be a NumPyro model, a callable, got {type(model).__name__}.")
-        is_number = not isinstance(learning_rate, jax.core.Tracer) and jnp.ndim(learning_rate) == 0
-        if jnp.ndim(learning_rate) != 0 or (is_number and not learning_rate > 0):
+        if isinstance(learning_rate, str):
+            if learning_rate != "calibrated":
+                raise ValueError(f"learning_rate must be a positive number or 'calibrated', got '{learning_rate}'.")
+        elif jnp.ndim(learning_rate) != 0 or not (isinstance(learning_rate, jax.core.Tracer) or learning_rate > 0):
             raise ValueError(f"learning_rate must be one positive number, got {learning_rate}.")
         self.model, self.loss, self.learning_rate = model, loss, learning_rate
         self.data, self.rng_key = data, rng_key
+        self._calibrated = CalibratedRate(model, loss, data)
         functools.update_wrapper(self, model, updated=())  # its name and docstring, not its attributes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the loss is a factor of its own."""
+        learning_rate = self.learning_rate
+        if isinstance(learning_rate, str):
+            learning_rate = self._calibrated(args, kwargs, lambda: np.asarray(self.energy(*args, **kwargs).data))
         value, energy = _run_parameters(self.model, self.data, args, kwargs)
         if energy.is_concrete:
             energy.check()
@@ -123,7 +136,7 @@ class GeneralizedModel:
         total = jax.jit(functools.partial(total_loss, self.loss))(
             energy, jax.random.key(0) if rng_key is None else rng_key
         )
-        numpyro.factor(LOSS_SITE, -self.learning_rate * total)
+        numpyro.factor(LOSS_SITE, -learning_rate * total)
         return value
 
     def energy(self, *args: Any, **kwargs: Any) -> Energy:

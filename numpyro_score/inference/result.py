@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,16 @@ from numpyro.infer import Predictive
 from numpyro.infer.autoguide import AutoDelta, AutoGuide
 
 from numpyro_score.energy import Energy
-from numpyro_score.inference.sandwich import Parametrisation, sandwich
+from numpyro_score.inference.calibration import calibrated_learning_rate
+from numpyro_score.inference.influence import diagonal_stderr, influence
+from numpyro_score.inference.sandwich import MAX_PARAMETERS, Curvature, Objective, Parametrisation, curvature
 
 if TYPE_CHECKING:
     from numpyro_score.inference.score_matching import ScoreMatching
 
 __all__ = ["ScoreMatchingResult"]
+
+Function = Callable[[dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class ScoreMatchingResult:
         losses: the loss of every step, (S,).
         svi: the :class:`~numpyro_score.ScoreMatching` that made the fit.
         args, kwargs: the model's arguments.
+        interrupted: whether Ctrl-C ended the fit early.
     """
 
     params: dict[str, Any]
@@ -41,6 +47,7 @@ class ScoreMatchingResult:
     svi: ScoreMatching
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    interrupted: bool = False
 
     def __repr__(self) -> str:
         shapes = {k: jax.tree.map(jnp.shape, v) for k, v in self.params.items()}
@@ -50,6 +57,16 @@ class ScoreMatchingResult:
     def is_point(self) -> bool:
         """Whether the guide is a point estimate."""
         return isinstance(self.svi.guide, AutoDelta)
+
+    @property
+    def learning_rate(self) -> Any:
+        """The β that the fit used."""
+        return self.svi.learning_rate
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether the minimum depends on β: there are latent sites, or factors without data."""
+        return bool(self._latents) or bool(self.energy.penalties)
 
     @cached_property
     def estimates(self) -> dict[str, Any]:
@@ -75,24 +92,88 @@ class ScoreMatchingResult:
         Raises:
             SandwichError: for more than 2,000 parameters, or if the objective is not curved upwards at the estimates.
         """
-        return self._sandwich[1]
+        return jnp.asarray(self.curvature.covariance, jnp.result_type(float))
 
-    def stderr(self) -> dict[str, Any]:
-        """Sandwich standard errors of :attr:`estimates`, by site, in constrained space (delta method)."""
-        return self._sandwich[2]
+    def stderr(self, of: Function | None = None, *, diagonal: bool = False) -> Any:
+        """Sandwich standard errors in constrained space (delta method): of :attr:`estimates`, by site.
+
+        Args:
+            of: a function of :attr:`estimates`, e.g. `lambda estimates: estimates["scale"] ** 2`; then the standard
+                errors of what it returns, an array or a pytree of arrays, in the same structure.
+                Above 2,000 parameters this is the way: its systems with H are then solved by conjugate gradients,
+                one for each number that `of` returns.
+            diagonal: ignore all correlations between parameters, as if each were estimated with the others known.
+                For any number of parameters; see :func:`~numpyro_score.inference.diagonal_stderr`.
+
+        Raises:
+            SandwichError: as :meth:`covariance`; with `of`, as :meth:`influence`.
+            ValueError: for both `of` and `diagonal`.
+        """
+        if diagonal and of is not None:
+            raise ValueError("stderr takes of=... or diagonal=True, not both.")
+        if diagonal:
+            return diagonal_stderr(self._objective)
+        if of is None:
+            return self.coordinates.stderr(self.covariance())
+        return jax.tree.map(lambda i: jnp.sqrt(jnp.sum(i**2, axis=0)), self.influence(of))
+
+    def influence(self, of: Function | None = None) -> Any:
+        r"""How much each row moves the estimates: by site, (N, ...), in constrained space (delta method).
+
+        .. math:: I_n = -\sqrt{\tfrac{N}{N-1}}\, J H^{-1} \beta\, (g_n - \bar g), \quad g_n = w_n \nabla \ell_n,
+
+        with J the Jacobian of the constrained values: the infinitesimal jackknife, scaled so that Σ_n I_n I_nᵀ is the
+        sandwich covariance. To first order in 1/N the estimates without row n are estimates − I_n; with a prior, they
+        are those in which row n's weight moves evenly to all rows.
+
+        Args:
+            of: a function of :attr:`estimates`; then the influence on what it returns, in the same structure, each
+                leaf (N, ...).
+
+        Raises:
+            SandwichError: as :meth:`covariance`. With `of` and more than 2,000 parameters, where H is not formed:
+                data of one row, or conjugate gradients that meet a direction in which the objective is not curved
+                upwards, or that do not converge.
+        """
+        dense = of is None or len(self.coordinates.position) <= MAX_PARAMETERS
+        return influence(self._objective, _all if of is None else of, self.curvature.hessian if dense else None)
+
+    def calibrated_learning_rate(self) -> float:
+        """The β that gives the generalised posterior the spread of the estimates, whatever β the fit used.
+
+        See :func:`~numpyro_score.inference.calibrated_learning_rate` for the formula.
+
+        Raises:
+            SandwichError: as :meth:`covariance`, and if the losses alone or the rows' gradients do not determine it.
+        """
+        return calibrated_learning_rate(self.curvature)
 
     def sample_posterior(self, rng_key: Array, n: int) -> dict[str, Any]:
         """Draws of the parameters, {site: (n, ...)}.
 
         A point fit is drawn from N(estimate, sandwich) in unconstrained space; other guides from the guide itself,
-        with the model's params at their estimates.
+        with the model's params at their estimates. Deterministic sites are computed from the draws.
         """
         if self.is_point:
-            coordinates, covariance, _ = self._sandwich
-            return coordinates.draw(rng_key, covariance, n)
+            return self.with_deterministic(self.coordinates.draw(rng_key, self.covariance(), n))
         draws = self._draw_from_guide(rng_key, n)
         params = {k: v for k, v in self.estimates.items() if k not in draws}
-        return draws | jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *jnp.shape(v))), params)
+        return self.with_deterministic(draws | jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *jnp.shape(v))), params))
+
+    @property
+    def deterministic_sites(self) -> list[str]:
+        """The names of the model's deterministic sites."""
+        return [k for k, s in self._sites.items() if s["type"] == "deterministic"]
+
+    def with_deterministic(self, draws: dict[str, Any]) -> dict[str, Any]:
+        """Draws of the latent and param sites, {site: (n, ...)}, with the model's deterministic sites there."""
+        names = self.deterministic_sites
+
+        def run(values: dict[str, Any]) -> dict[str, Any]:
+            sites = self._run_prior(values)
+            return {k: sites[k]["value"] for k in names}
+
+        return {**draws, **jax.vmap(run)(draws)} if names else draws
 
     def to_arviz(self, rng_key: Array | None = None, num_samples: int = 1000) -> Any:
         """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
@@ -124,22 +205,37 @@ class ScoreMatchingResult:
     @cached_property
     def _sites(self) -> dict[str, Any]:
         """The parameter sites of the model at the estimates."""
+        return self._run_prior({**self.params, **self._latents})
+
+    def _run_prior(self, values: dict[str, Any]) -> dict[str, Any]:
         mutable = self.state.mutable_state or {}
-        values = {**self.params, **mutable, **self._latents}
-        prior = handlers.substitute(self.svi.prior, data=values)
+        prior = handlers.substitute(self.svi.prior, data={**mutable, **values})
         return handlers.trace(handlers.seed(prior, jax.random.key(0))).get_trace(*self.args, **self.kwargs)
 
     @cached_property
-    def _sandwich(self) -> tuple[Parametrisation, Array, dict[str, Any]]:
-        coordinates = Parametrisation.of_sites(self._sites)
-        covariance = sandwich(
+    def coordinates(self) -> Parametrisation:
+        """The unconstrained coordinates of the estimates."""
+        return Parametrisation.of_sites(self._sites)
+
+    @cached_property
+    def curvature(self) -> Curvature:
+        """Hessians, spread of the gradients and sandwich at the estimates; see :meth:`covariance`."""
+        return curvature(self._objective)
+
+    @cached_property
+    def _objective(self) -> Objective:
+        svi = self.svi
+        return Objective.of(
             self.energy,
-            coordinates,
-            self.svi.score_loss,
-            self.svi.learning_rate,
-            self.svi.prior,
+            self.coordinates,
+            svi.score_loss,
+            svi.learning_rate,
+            svi.prior,
             self.args,
             self.kwargs,
             self.state.rng_key,
         )
-        return coordinates, covariance, coordinates.stderr(covariance)
+
+
+def _all(estimates: dict[str, Any]) -> dict[str, Any]:
+    return estimates

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,77 @@ class Parametrisation:
         return jax.vmap(self.constrain)(self.position + noise @ root.T)
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("position", "transforms", "energy", "arrays", "learning_rate", "rng_key"),
+    meta_fields=("unravel", "loss", "prior", "static"),
+)
+@dataclass(frozen=True)
+class Objective:
+    r"""What a fit minimises, :math:`\beta\sum_n w_n \ell_n(\theta) - \log\pi_0(\theta)`, of one unconstrained vector.
+
+    A pytree, so that compiled functions of it serve all data of the same shapes. A stochastic loss is taken at the
+    random numbers of one key.
+    """
+
+    position: Any  # of the estimates, (P,)
+    transforms: Any
+    energy: Any
+    arrays: Any
+    learning_rate: Any
+    rng_key: Any
+    unravel: Any
+    loss: Any
+    prior: Any
+    static: Any
+
+    @classmethod
+    def of(
+        cls,
+        energy: Energy,
+        coordinates: Parametrisation,
+        loss: Loss,
+        learning_rate: Any,
+        prior: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        rng_key: Array,
+    ) -> Objective:
+        """At the estimates; `prior` is the model's parameters alone, as :func:`prior_model` makes it."""
+        arrays, static = split_arrays((args, kwargs))
+        c = coordinates
+        return cls(c.position, c.transforms, energy, arrays, learning_rate, rng_key, c.unravel, loss, prior, static)
+
+    def constrain(self, vector: Array) -> dict[str, Any]:
+        """Constrained values by site."""
+        return Parametrisation(self.transforms, self.position, self.unravel).constrain(vector)
+
+    def rows(self, vector: Array) -> Array:
+        """The weighted loss of each row, w_n ℓ_n, (N,): without β."""
+        values, weights = row_losses(self.loss, self.energy.with_params(self.constrain(vector)), self.rng_key)
+        return weights * values
+
+    def penalty(self, vector: Array) -> Array:
+        """The log prior, negative."""
+        args, kwargs = join_arrays(self.arrays, self.static)
+        seeded = handlers.seed(self.prior, jax.random.key(0))
+        return -jnp.asarray(log_density(seeded, args, kwargs, self.constrain(vector))[0])
+
+    def __call__(self, vector: Array) -> Array:
+        """The value of the objective."""
+        return self.learning_rate * jnp.sum(self.rows(vector)) + self.penalty(vector)
+
+
+class Curvature(NamedTuple):
+    """Second-order facts of an objective at its minimum, in unconstrained coordinates and double precision."""
+
+    hessian: np.ndarray  # (P, P), of the whole objective: β Σ w_n ∇²ℓ_n − ∇² log π₀
+    loss_hessian: np.ndarray  # (P, P), of the losses alone, without β: Σ w_n ∇²ℓ_n
+    root: np.ndarray  # (min(N, P), P): rootᵀ root = S = N cov_n(w_n ∇ℓ_n), without β
+    size: np.ndarray  # (P,), root mean square of w_n ∇ℓ_n times √N: what `root` is small or large against
+    covariance: np.ndarray  # (P, P), the sandwich β² H⁻¹SH⁻¹
+
+
 def sandwich(
     energy: Energy,
     coordinates: Parametrisation,
@@ -99,53 +170,65 @@ def sandwich(
     Warns:
         UserWarning: if the minimum is further away than three standard errors.
     """
-    p = len(coordinates.position)
+    objective = Objective.of(energy, coordinates, loss, learning_rate, prior, args, kwargs, rng_key)
+    return jnp.asarray(curvature(objective).covariance, jnp.result_type(float))
+
+
+def curvature(objective: Objective) -> Curvature:
+    """Hessians, spread of the gradients and sandwich of an objective at its position.
+
+    Raises:
+        SandwichError: as :func:`sandwich`.
+
+    Warns:
+        UserWarning: as :func:`sandwich`.
+    """
+    p = len(objective.position)
     if p > MAX_PARAMETERS:
         raise SandwichError(
-            f"The sandwich covariance is dense and the model has {p} parameters: it stops at {MAX_PARAMETERS}."
+            f"The sandwich covariance is dense and the model has {p} parameters: it stops at {MAX_PARAMETERS}. Use "
+            "stderr(of=...) for functions of them, or stderr(diagonal=True), which ignores correlations."
         )
-    if energy.num_rows < 2:
-        raise SandwichError(
-            "The sandwich covariance needs the spread over rows, and the data are one row: use NUTS instead."
-        )
-    arrays, static = split_arrays((args, kwargs))
-    gradient, hessian, gradients = _derivatives(
-        coordinates.position,
-        coordinates.transforms,
-        energy,
-        arrays,
-        learning_rate,
-        rng_key,
-        unravel=coordinates.unravel,
-        loss=loss,
-        prior=prior,
-        static=static,
-    )
-    lowest = float(jnp.linalg.eigvalsh(hessian)[0])
+    check_rows(objective.energy)
+    loss_hessian, prior_hessian, gradients, prior_gradient = _derivatives(objective)
+    beta = float(objective.learning_rate)
+    lowest = float(jnp.linalg.eigvalsh(beta * loss_hessian + prior_hessian)[0])
     if not lowest > 0:
         raise SandwichError(
             f"The objective is not curved upwards at the estimates (lowest eigenvalue of its Hessian {lowest:.3g} for "
             f"{p} parameters): take more steps, or drop or shrink parameters that the data do not determine."
         )
     # Solved in double precision on the host: H is often badly scaled, and P is small.
-    h, g = np.asarray(hessian, np.float64), np.asarray(gradients, np.float64)
-    centred = g - g.mean(axis=0)
-    half = np.linalg.solve(h, centred.T)
-    covariance = half @ half.T * (len(g) / (len(g) - 1))
-    _warn_if_not_converged(np.linalg.solve(h, np.asarray(gradient, np.float64)), covariance, coordinates)
-    return jnp.asarray(covariance, jnp.result_type(float))
+    loss_hessian, g = np.asarray(loss_hessian, np.float64), np.asarray(gradients, np.float64)
+    hessian = beta * loss_hessian + np.asarray(prior_hessian, np.float64)
+    gradient = beta * g.sum(axis=0) + np.asarray(prior_gradient, np.float64)
+    root = np.linalg.qr(g - g.mean(axis=0), mode="r") * (len(g) / (len(g) - 1)) ** 0.5
+    half = beta * np.linalg.solve(hessian, root.T)
+    covariance = half @ half.T
+    newton_step = objective.unravel(jnp.asarray(np.linalg.solve(hessian, gradient), objective.position.dtype))
+    errors = objective.unravel(jnp.asarray(np.sqrt(np.diag(covariance)), objective.position.dtype))
+    warn_if_not_converged(newton_step, errors)
+    return Curvature(hessian, loss_hessian, root, np.sqrt(np.sum(g**2, axis=0)), covariance)
 
 
-def _warn_if_not_converged(newton_step: np.ndarray, covariance: np.ndarray, coordinates: Parametrisation) -> None:
+def check_rows(energy: Energy) -> None:
+    """Raises SandwichError for data of one row."""
+    if energy.num_rows < 2:
+        raise SandwichError(
+            "The sandwich covariance needs the spread over rows, and the data are one row: use NUTS instead."
+        )
+
+
+def warn_if_not_converged(newton_step: dict[str, Any], errors: dict[str, Any]) -> None:
     """Standard errors are those of the minimum. A stochastic loss leaves a fit within about one of them."""
-    errors = np.abs(newton_step) / np.sqrt(np.maximum(np.diag(covariance), 1e-30))
-    errors = np.where(np.diag(covariance) > 0, errors, 0.0)
-    if errors.max() > 3:
-        sites = {k: ravel_pytree(v)[0] for k, v in coordinates.unravel(jnp.asarray(errors)).items()}
-        name = max(sites, key=lambda k: float(jnp.max(sites[k], initial=0.0)))
+    steps, errors = ({k: ravel_pytree(v)[0] for k, v in tree.items()} for tree in (newton_step, errors))
+    ratios = {k: jnp.where(errors[k] > 0, jnp.abs(steps[k]) / errors[k], 0.0) for k in steps}
+    furthest = {k: float(jnp.max(r, initial=0.0)) for k, r in ratios.items()}
+    name = max(furthest, key=lambda k: furthest[k])
+    if furthest[name] > 3:
         warnings.warn(
-            f"The fit has not converged: the minimum is {errors.max():.1f} standard errors away in site '{name}'. Take "
-            "more steps, or another optimiser such as optax.lbfgs().",
+            f"The fit has not converged: the minimum is {furthest[name]:.1f} standard errors away in site '{name}'. "
+            "Take more steps, or another optimiser such as optax.lbfgs().",
             stacklevel=5,
         )
 
@@ -161,37 +244,20 @@ def _delta_method(position: Array, transforms: Any, covariance: Array, unravel: 
     return ravel_pytree(constrain(position))[1](jnp.sqrt(jnp.sum(jacobian * (covariance @ jacobian), axis=0)))
 
 
-@partial(jax.jit, static_argnames=("unravel", "loss", "prior", "static"))
-def _derivatives(
-    position: Array,
-    transforms: Any,
-    energy: Energy,
-    arrays: Any,
-    learning_rate: Any,
-    rng_key: Array,
-    *,
-    unravel: Any,
-    loss: Loss,
-    prior: Any,
-    static: Any,
-) -> tuple[Array, Array, Array]:
-    """Gradient (P,) and Hessian (P, P) of the objective, and the gradient of each row's weighted loss (N, P)."""
-    args, kwargs = join_arrays(arrays, static)
+@jax.jit
+def _derivatives(objective: Objective) -> tuple[Array, Array, Array, Array]:
+    """Hessians of the losses and of the penalty (P, P), gradients of the rows (N, P) and of the penalty (P,)."""
+    position = objective.position
 
-    constrain = Parametrisation(transforms, position, unravel).constrain
+    def losses(vector: Array) -> Array:
+        return jnp.sum(objective.rows(vector))
 
-    def rows(vector: Array) -> Array:
-        values, weights = row_losses(loss, energy.with_params(constrain(vector)), rng_key)
-        return learning_rate * weights * values
+    def along(direction: Array) -> tuple[Array, Array, Array]:
+        def move(f: Callable[[Array], Array]) -> Array:
+            return jax.jvp(f, (position,), (direction,))[1]
 
-    def objective(vector: Array) -> Array:
-        log_prior, _ = log_density(handlers.seed(prior, jax.random.key(0)), args, kwargs, constrain(vector))
-        return jnp.sum(rows(vector)) - log_prior
+        return move(jax.grad(losses)), move(jax.grad(objective.penalty)), move(objective.rows)
 
-    def along(direction: Array) -> tuple[Array, Array]:
-        _, second = jax.jvp(jax.grad(objective), (position,), (direction,))
-        _, first = jax.jvp(rows, (position,), (direction,))
-        return second, first
-
-    hessian, gradients = jax.lax.map(along, jnp.eye(len(position)), batch_size=8)
-    return jax.grad(objective)(position), 0.5 * (hessian + hessian.T), gradients.T
+    hessian, prior_hessian, gradients = jax.lax.map(along, jnp.eye(len(position)), batch_size=8)
+    prior_gradient = jax.grad(objective.penalty)(position)
+    return 0.5 * (hessian + hessian.T), 0.5 * (prior_hessian + prior_hessian.T), gradients.T, prior_gradient

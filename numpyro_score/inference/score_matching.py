@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from numpyro_score._arguments import join_arrays, split_arrays
 from numpyro_score._check import evaluate_for_check
 from numpyro_score.energy import Energy
+from numpyro_score.inference.calibration import calibrated_fit
 from numpyro_score.inference.closed_form import ClosedFormError, FlatObjectiveError, solve
 from numpyro_score.inference.generalized import generalized_bayes, prior_model
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
@@ -92,7 +93,9 @@ class ScoreMatching(SVI):
             rate that falls to zero over the run.
         loss: a pointwise objective. Default: ISM up to 64 dimensions, SSM above.
         num_steps: steps of `run`.
-        learning_rate: β of :func:`~numpyro_score.generalized_bayes`. It is not the optimiser's step size.
+        learning_rate: β of :func:`~numpyro_score.generalized_bayes`. It is not the optimiser's step size. "calibrated"
+            fits at the β of :func:`~numpyro_score.inference.calibrated_learning_rate`, which the result reports as its
+            `learning_rate`: as a rule in two runs of `num_steps`, the second at the rate that the first led to.
         data: the name of the site or argument that is the data, where several could be.
 
     Example:
@@ -127,10 +130,11 @@ class ScoreMatching(SVI):
         self.prior = prior_model(model, data)
         generalized = generalized_bayes(model, self.score_loss, learning_rate, data=data)
         default_guide = guide is None
+        self._guide_class = guide if inspect.isclass(guide) and issubclass(guide, AutoGuide) else None
         if guide is None:
             guide = AutoDelta(self.prior)
-        elif inspect.isclass(guide) and issubclass(guide, AutoGuide):
-            guide = guide(generalized)  # type: ignore[call-arg]
+        elif self._guide_class is not None:
+            guide = self._guide_class(generalized)  # type: ignore[call-arg]
         elif not callable(guide):
             raise TypeError(
                 f"guide must be a guide function or an autoguide, got {guide!r}: write e.g. guide=AutoNormal."
@@ -150,6 +154,24 @@ class ScoreMatching(SVI):
         # Compiled functions of this object: it traces its model once for arguments of the same shapes.
         self._evaluate = jax.jit(partial(evaluate_for_check))
         self._advance = jax.jit(self._advance_impl, static_argnames=("static", "stable_update"))
+
+    def at_learning_rate(self, learning_rate: float) -> ScoreMatching:
+        """The same with another β. It shares the compiled steps, unless its guide holds the density."""
+        if self._guide_class is not None:
+            return self._with(self._guide_class, learning_rate)
+        new = copy.copy(self)
+        new.learning_rate = learning_rate
+        new.model = generalized_bayes(self.score_model, self.score_loss, learning_rate, data=self.data)
+        return new
+
+    def point(self) -> ScoreMatching:
+        """The same with a point estimate for a guide."""
+        return self._with(None, self.learning_rate)
+
+    def _with(self, guide: Any, learning_rate: Any) -> ScoreMatching:
+        optim = None if self._default_optim else self.optim
+        options = dict(num_steps=self.num_steps, learning_rate=learning_rate, data=self.data)
+        return ScoreMatching(self.score_model, guide, optim, self.score_loss, **options)
 
     def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """The initial `SVIState`, as SVI's; checks the data and the density at the initial parameters.
@@ -206,8 +228,16 @@ class ScoreMatching(SVI):
 
         Raises:
             NonFiniteLossError: the loss became NaN or infinite; the exception holds the last finite state.
+            SandwichError: if the learning rate is to be calibrated and cannot be.
         """
         num_steps = _check_num_steps(self.num_steps if num_steps is None else num_steps)
+        if isinstance(self.learning_rate, str):
+            options: dict[str, Any] = dict(num_steps=num_steps, progress_bar=progress_bar, stable_update=stable_update)
+
+            def run(svi: ScoreMatching, **start: Any) -> ScoreMatchingResult:
+                return svi.run(rng_key, *args, **options, **start, **kwargs)
+
+            return calibrated_fit(self, run, init_state=init_state, init_params=init_params)
         rng_key = jax.random.key(0) if rng_key is None else rng_key
         _check_key(rng_key)
         if init_state is None or self.constrain_fn is None:
@@ -233,6 +263,7 @@ class ScoreMatching(SVI):
             arrays,
             start,
             num_steps,
+            self.learning_rate,
             static=static,
             stable_update=stable_update,
         )
@@ -265,7 +296,10 @@ class ScoreMatching(SVI):
                 f"Interrupted after {done} of {num_steps} steps; this is the fit so far.",
                 stacklevel=2,
             )
-        return ScoreMatchingResult(self.get_params(state), state, np.concatenate(losses)[:done], self, args, kwargs)
+        found = np.concatenate(losses)[:done]
+        return ScoreMatchingResult(
+            self.get_params(state), state, found, self, args, kwargs, interrupted=done < num_steps
+        )
 
     def _check(self, energy: Energy) -> None:
         if energy.is_concrete:
@@ -278,6 +312,7 @@ class ScoreMatching(SVI):
         arrays: Any,
         start: Any,
         total: Any,
+        learning_rate: Any,
         state: Any,
         n: Any,
         *,
@@ -288,6 +323,7 @@ class ScoreMatching(SVI):
         # What would otherwise be baked into the compiled loop comes in as arguments.
         svi = copy.copy(self)
         svi.constrain_fn = partial(transform_fn, transforms)
+        svi.model = generalized_bayes(self.score_model, self.score_loss, learning_rate, data=self.data)
         if self._default_optim:
             svi.optim = default_optimizer(total, start)
         args, kwargs = join_arrays(arrays, static)
