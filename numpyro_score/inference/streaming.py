@@ -55,7 +55,7 @@ class QuadraticLoss:
 
     Attributes:
         data: Γ, g and c of the rows; calling it with θ gives Σ_n w_n ℓ_n times β.
-        prior: those of minus the log prior, without Laplace priors' |θ|.
+        prior: those of minus the log prior, without the absolute values of Laplace priors.
         penalties: w, (P,): 1/scale of a coordinate's Laplace prior, 0 where it has none.
         num_rows: N.
         coordinates: which site each coordinate belongs to.
@@ -127,7 +127,7 @@ class QuadraticLoss:
 
     @property
     def total(self) -> Quadratic:
-        """The rows and the prior together, without |θ|."""
+        """The rows and the prior together, without the absolute values of Laplace priors."""
         return self.data + self.prior
 
     def solve(self) -> QuadraticFit:
