@@ -130,10 +130,7 @@ def strongest(estimates, errors, top=8) -> list[str]:
 def new_rows(key, estimates, num_samples):
     """Draws (4 · num_samples, 12) from the fitted model, by NumPyro's NUTS on the same function without data."""
     fitted = handlers.substitute(model, data=estimates)
-    mcmc = MCMC(
-        NUTS(fitted), num_warmup=500, num_samples=num_samples, num_chains=4, chain_method="vectorized",
-        progress_bar=False,
-    )  # fmt: skip
+    mcmc = MCMC(NUTS(fitted), num_warmup=500, num_samples=num_samples, num_chains=4, chain_method="vectorized")
     mcmc.run(key)
     return np.asarray(mcmc.get_samples()["x"].reshape(-1, M))
 
@@ -175,31 +172,36 @@ def graph(axes, estimates, errors, title):
 
 
 def against_truth(axes, estimates, errors, title):
-    """Entries of K, with 90% intervals, against what they should be."""
+    """Entries of K, with 90% intervals, against what they should be; equal truths are set side by side."""
     true = truth()
-    shift = np.random.default_rng(0).uniform(-0.07, 0.07, M + len(ROWS))  # few distinct truths: set the points apart
-    axes.plot([-0.8, 1.9], [-0.8, 1.9], color="0.6", lw=1, zorder=0)
-    start = 0
     for name, label, color in (("coupling", "couplings", "tab:green"), ("diagonal", "diagonal", "tab:purple")):
-        x = true[name] + shift[start : start + len(true[name])]
-        start += len(x)
-        axes.errorbar(x, estimates[name], yerr=HALF * errors[name], fmt="o", ms=3.5, lw=1, color=color, label=label)
-    axes.set(xlabel="true entry of $K$", title=title)
-    axes.set_xticks([-0.4, 0, 1, 1.5])
+        for value in np.unique(true[name]):
+            these = true[name] == value
+            x = value + np.linspace(-0.15, 0.15, these.sum())
+            bars = HALF * errors[name][these]
+            axes.errorbar(x, estimates[name][these], yerr=bars, fmt="o", ms=4, lw=1.2, color=color, label=label)
+            axes.plot(x[[0, -1]], [value, value], color="0.1", lw=2.5, zorder=3)
+            label = None
+    axes.plot([], [], color="0.1", lw=2.5, label="truth")
+    axes.set(xlabel="true entry of $K$", title=title, xticks=[-0.4, 0, 1, 1.5])
     axes.spines[["top", "right"]].set_visible(False)
 
 
+@matplotlib.rc_context({"font.size": 12})
 def picture(fits, new, x, path):
     """The graphs of the truth and two fits, the fits' entries against the truth, and the draws against the data."""
     figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(15, 10.5))
     titles = ("score matching on $x > 0$", "Gaussian graph, support ignored")
-    graph(a, truth(), None, "truth: red competes, blue attracts")
+    graph(a, truth(), None, "truth\nred competes, blue attracts, width: strength")
     for axes, fit, title in zip((b, c), fits, titles, strict=True):
-        graph(axes, *fit[1:], f"{title}\n90% intervals without zero; dashed: false")
+        counts = judge(*fit[1:])
+        found, false = counts["edges found, of 16"], counts["false edges, of 50"]
+        graph(axes, *fit[1:], f"{title}\n{found} of 16 edges, {false} of 50 false (dashed)")
     for axes, fit, title in zip((d, e), fits, titles, strict=True):
         against_truth(axes, *fit[1:], title)
     d.set_ylabel("estimate, with 90% interval")
-    d.legend(frameon=False, loc="upper left")
+    d.sharey(e)
+    e.legend(frameon=False, loc="upper left")
     f.axline((0, 0), slope=1, color="0.6", lw=1, zorder=0)
     f.scatter(np.corrcoef(x.T)[ROWS, COLS], np.corrcoef(new.T)[ROWS, COLS], s=22, color="tab:green")
     f.set(xlabel="correlation in the data", ylabel="in draws from the fitted model", title="NUTS on the fitted model")
@@ -215,7 +217,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="two data sets of 500 rows")
     quick = parser.parse_args().quick
     begin = time.perf_counter()
