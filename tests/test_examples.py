@@ -17,7 +17,7 @@ import scipy.stats
 import xarray as xr
 from models import assert_mean, assert_variance, improper
 from numpyro import handlers
-from numpyro.infer.util import log_density
+from numpyro.infer.util import log_density, potential_energy
 from scipy.special import logsumexp
 from sklearn.datasets import load_wine
 
@@ -129,6 +129,21 @@ def test_truth_of_the_graph_is_proper_on_the_orthant_only():
     attraction = np.where(np.eye(12, dtype=bool), 0, np.minimum(k, 0))
     assert (np.diag(k) + attraction.sum(1) > 0).all()
     assert (k[np.triu_indices(12, 1)] != 0).sum() == 16
+
+
+def test_graph_density_is_the_formula():
+    """f(x) = −½ xᵀKx + ηᵀx on data; without data, of new rows, with the log Jacobian of x = eᵘ, where NUTS moves."""
+    graph = load_script("truncated_graph")
+    params = graph.truth() | {"field": np.linspace(-1, 1, 12)}
+    x, k = np.random.default_rng(0).gamma(2.0, 0.5, (7, 12)), graph.interactions(graph.truth())
+    f = x @ params["field"] - 0.5 * np.einsum("ni,ij,nj->n", x, k, x)
+    energy = Energy(graph.model, params, x.astype(np.float32))
+    np.testing.assert_allclose(energy.log_density(x), f, rtol=1e-4)
+    fitted = handlers.substitute(graph.model, data=params)
+    for row, value in zip(x, f, strict=True):
+        at = {"x": jnp.asarray(np.log(row), jnp.float32)[None]}
+        new = potential_energy(fitted, (), {}, at)
+        np.testing.assert_allclose(-new, value + np.log(row).sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_gibbs_draws_have_the_law(rows=20_000):
