@@ -92,8 +92,7 @@ def fit_all(data, support):
 
 def judge(estimates, errors) -> dict[str, float]:
     """How one fit compares with the truth."""
-    true = truth()
-    edge = true["coupling"] != 0
+    true, edge = truth(), truth()["coupling"] != 0
     inside = {k: np.abs(estimates[k] - v) < HALF * errors[k] for k, v in true.items()}
     seen = np.abs(estimates["coupling"]) > HALF * errors["coupling"]
     return {
