@@ -95,4 +95,4 @@ import sys
 from importlib.metadata import version
 names = "jax", "numpyro", "optax", "arviz", "folx", "flax", "equinox", "numpy"
 print("Python", sys.version.split()[0] + ":", ", ".join(f"{name} {version(name)}" for name in names))'
-inside sh -c 'cd /src && exec .venv/bin/python -m pytest "$@"' pytest "$@"
+inside sh -c 'cd /src && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"' pytest "$@"
