@@ -112,7 +112,7 @@ def audit(
         ValueError: for fewer than two draws, or a model without parameters.
 
     Example:
-        >>> import jax.numpy as jnp, numpyro
+        >>> import jax, jax.numpy as jnp, numpyro
         >>> from numpyro_score import SSM, audit
         >>> def model(x):
         ...     k = numpyro.param("k", jnp.array([[2.0, 0.5], [0.5, 1.0]]))

@@ -80,8 +80,9 @@ class DenoisingGenerator:
         >>> x = 2.0 + jax.random.normal(jax.random.key(0), (1000, 1))
         >>> target = ScoreMatching(model, loss=DSM(0.5)).run(jax.random.key(1), x, progress_bar=False).energy
         >>> base = dist.Normal(0.0, 1.0).expand([1]).to_event(1)
-        >>> shift = DenoisingGenerator(model, lambda p, z: z + p, 0.5, base, optim=optax.adam(0.05))
-        >>> fit = shift.run(jax.random.key(2), target, jnp.zeros(1), num_steps=300, progress_bar=False)
+        >>> optim = optax.adam(optax.cosine_decay_schedule(0.05, 600))
+        >>> shift = DenoisingGenerator(model, lambda p, z: z + p, 0.5, base, optim=optim)
+        >>> fit = shift.run(jax.random.key(2), target, jnp.zeros(1), num_steps=600, progress_bar=False)
         >>> bool(abs(fit.params[0] - x.mean()) < 0.1)
         True
     """
