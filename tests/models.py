@@ -1,6 +1,8 @@
 """Models and comparisons that several test files share."""
 
 import functools
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import numpyro
@@ -11,6 +13,16 @@ from numpyro_score import Energy
 
 # Compiles in half the time, where the compiled function runs once.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.cache
+def load_script(name):
+    """A script of `examples/` as a module."""
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def improper(*event_shape):

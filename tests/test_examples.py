@@ -1,8 +1,5 @@
 """The parts of the examples that can be checked without running them whole."""
 
-import functools
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +12,7 @@ import optax
 import pytest
 import scipy.stats
 import xarray as xr
-from models import assert_mean, assert_variance, improper
+from models import assert_mean, assert_variance, improper, load_script
 from numpyro import handlers
 from numpyro.infer.util import log_density, potential_energy
 from scipy.special import logsumexp
@@ -26,11 +23,7 @@ from numpyro_score import Energy, ScoreMatching
 
 @pytest.fixture(scope="module")
 def quickstart():
-    path = Path(__file__).parents[1] / "examples" / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("quickstart")
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +103,6 @@ def test_picture_shows_the_edges(quickstart, tmp_path):
 
 
 # -- truncated_graph.py and noise_levels.py --------------------------------------------------------
-
-
-@functools.cache
-def load_script(name):
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_truth_of_the_graph_is_proper_on_the_orthant_only():

@@ -1,23 +1,17 @@
 """The example of natural images, in parts and in its short setting."""
 
-import importlib.util
-from pathlib import Path
-
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from models import load_script
 from numpyro import handlers
 from numpyro.infer.util import log_density
 
 
 @pytest.fixture(scope="module")
 def images():
-    path = Path(__file__).parents[1] / "examples" / "natural_image_filters.py"
-    spec = importlib.util.spec_from_file_location("natural_image_filters", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("natural_image_filters")
 
 
 def test_experts_density_is_the_formula(images):
