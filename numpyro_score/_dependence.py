@@ -67,7 +67,7 @@ def _through(eqn: JaxprEqn, into: list[int]) -> list[int]:
     if name in _CALLS and len(inner) == 1:
         return _marks(inner[0], into)
     if name == "scan":
-        return _through_scan(inner[0], into, eqn.params["num_consts"], eqn.params["num_carry"])
+        return _through_scan(eqn, inner[0], into)
     if name == "cond" and not into[0]:
         return [_any(m) for m in zip(*(_marks(branch, into[1:]) for branch in inner), strict=True)]
     if inner and not name.startswith("scatter"):  # some other operation with functions inside, in which steps may hide
@@ -79,8 +79,13 @@ def _through(eqn: JaxprEqn, into: list[int]) -> list[int]:
     ]
 
 
-def _through_scan(body: Jaxpr, into: list[int], num_consts: int, num_carry: int) -> list[int]:
-    stop = num_consts + num_carry
+def _through_scan(eqn: JaxprEqn, body: Jaxpr, into: list[int]) -> list[int]:
+    # Inputs are constants, carry and sequences, outputs carry and sequences, and a sequence has one axis more than its
+    # elements inside. JAX's own counts of them have changed names.
+    num_carry = sum(v.aval.ndim == w.aval.ndim for v, w in zip(eqn.outvars, body.outvars, strict=True))  # type: ignore[attr-defined]
+    num_xs = sum(v.aval.ndim != w.aval.ndim for v, w in zip(eqn.invars, body.invars, strict=True))  # type: ignore[attr-defined]
+    stop = len(into) - num_xs
+    num_consts = stop - num_carry
     consts, carry, xs = into[:num_consts], into[num_consts:stop], into[stop:]
     while True:
         out = _marks(body, consts + carry + xs)
