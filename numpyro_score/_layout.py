@@ -82,7 +82,7 @@ class Layout(NamedTuple):
         return self._replace(arrays=tuple(map(resize, self.arrays)), row_shape=(n,))
 
 
-def _plural(n: int, noun: str) -> str:
+def plural(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
@@ -249,7 +249,7 @@ def find_rows(
                 )
             raise ValueError(
                 f"Site '{outside}' of shape {shape} depends on the data but stands outside the plate '{plate}' of "
-                f"{_plural(size, 'row')}: move it into the plate and give it one value per row."
+                f"{plural(size, 'row')}: move it into the plate and give it one value per row."
             )
         by_dim = sorted((frames[terms[0]][p], p) for p in shared)
         return (

@@ -1,9 +1,11 @@
 """Models and comparisons that several test files share."""
 
+import contextlib
 import functools
 import importlib.util
 from pathlib import Path
 
+import jax
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -23,6 +25,22 @@ def load_script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def counted_compilations():
+    """Yields a list that grows by one with every program that XLA compiles."""
+    found = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def improper(*event_shape):

@@ -10,13 +10,13 @@ import numpyro.distributions as dist
 import optax
 import pytest
 import scipy.optimize
+from models import counted_compilations
 from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.autoguide import AutoLaplaceApproximation
 from numpyro.infer.util import log_density
-from test_score_matching import counted_compilations
 
 from numpyro_score import ISM, ScoreMatching, adjust_draws, generalized_bayes
 from numpyro_score.inference import LOSS_SITE, SandwichError

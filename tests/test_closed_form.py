@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from jax import lax
-from models import FAST_COMPILE, improper
+from models import FAST_COMPILE, counted_compilations, improper
 from numpyro.distributions import constraints
 from numpyro.infer.autoguide import AutoDelta
 
@@ -184,17 +184,8 @@ def test_result_is_that_of_a_converged_optimiser():
 
 def test_second_fit_compiles_nothing(small):
     """New data of the same shape are inputs of the compiled functions."""
-    found = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with counted_compilations() as found:
         fit = run(small[0], 2 * X)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert not found
     assert_sites_close(fit.estimates, maximum_likelihood(2 * X), atol=1e-10)
 

@@ -1,6 +1,5 @@
 """Fitting by `ScoreMatching.run`: closed forms, NumPyro's own SVI, and what happens when a fit goes wrong."""
 
-import contextlib
 import inspect
 import signal
 
@@ -15,6 +14,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.example_libraries import optimizers
+from models import counted_compilations
 from numpyro.contrib.module import eqx_module, flax_module, nnx_module
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
@@ -76,22 +76,6 @@ def assert_sites_close(actual, expected, rtol):
     assert set(actual) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(actual[name], value, rtol=rtol, err_msg=name)
-
-
-@contextlib.contextmanager
-def counted_compilations():
-    """Yields a list that grows by one with every program that XLA compiles."""
-    found = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # -- closed forms -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from numpyro_score._layout import plural
 from numpyro_score.energy import Energy
 from numpyro_score.inference.generalized import generalized_bayes
 from numpyro_score.losses import DSM, FSM, ISM, SSM, Loss
@@ -181,7 +182,7 @@ class _Bench:
         if isinstance(loss, SSM):
             own = (found.inflation**2 - 1) * loss.num_projections
             enough = max(math.ceil(own / 0.1025), 1)  # √1.1025 = 1.05
-            return f"{_describe(loss)}: {_plural(enough, 'projection')} would widen standard errors by at most 5 %."
+            return f"{_describe(loss)}: {plural(enough, 'projection')} would widen standard errors by at most 5 %."
         if isinstance(loss, FSM):
             best = self._best_step(loss)
             return f"{_describe(loss)}: the gradient is most exact at an epsilon of about {best:.2g}."
@@ -276,7 +277,3 @@ def _describe(loss: Loss) -> str:
 
 def _figure(value: float) -> str:
     return f"{value:.3g}"
-
-
-def _plural(n: int, noun: str) -> str:
-    return f"{n} {noun}" + ("" if n == 1 else "s")

@@ -12,7 +12,7 @@ from numpyro_score.inference.generator import DenoisingGenerator, GeneratorResul
 from numpyro_score.inference.influence import diagonal_stderr, influence
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
-from numpyro_score.inference.sandwich import Parametrisation, SandwichError, sandwich
+from numpyro_score.inference.sandwich import Curvature, Objective, Parametrisation, SandwichError, curvature
 from numpyro_score.inference.score_matching import DefaultLoss, NonFiniteLossError, ScoreMatching
 from numpyro_score.inference.sparse import SparsePath, sparse_path
 from numpyro_score.inference.streaming import GradientSpread, QuadraticFit, QuadraticLoss
@@ -21,6 +21,7 @@ __all__ = [
     "LOSS_SITE",
     "ClosedFormError",
     "Coordinates",
+    "Curvature",
     "DefaultLoss",
     "DenoisingGenerator",
     "FlatObjectiveError",
@@ -29,6 +30,7 @@ __all__ = [
     "GeneratorState",
     "GradientSpread",
     "NonFiniteLossError",
+    "Objective",
     "Parametrisation",
     "Quadratic",
     "QuadraticFit",
@@ -39,12 +41,12 @@ __all__ = [
     "SparsePath",
     "adjust_draws",
     "calibrated_learning_rate",
+    "curvature",
     "default_optimizer",
     "diagonal_stderr",
     "generalized_bayes",
     "influence",
     "optax_optimizer",
     "prior_model",
-    "sandwich",
     "sparse_path",
 ]

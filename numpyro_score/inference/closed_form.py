@@ -21,6 +21,7 @@ from numpyro.infer.util import transform_fn
 from numpyro_score import _trace
 from numpyro_score._arguments import join_arrays, split_arrays
 from numpyro_score._dependence import is_constant, is_quadratic
+from numpyro_score._supports import base_constraint
 from numpyro_score.energy import Energy
 from numpyro_score.inference.generalized import GeneralizedModel, prior_model
 from numpyro_score.inference.gram import score_gram
@@ -65,9 +66,7 @@ class Coordinates:
             if site["type"] == "param" or (site["type"] == "sample" and not site["is_observed"])
         }
         for name, support in supports.items():
-            base = support
-            while isinstance(base, constraints.independent):
-                base = base.base_constraint
+            base = base_constraint(support)
             if not isinstance(base, _BOXES) or isinstance(base, type(constraints.circular)):
                 raise ClosedFormError(
                     f"Site '{name}' has support {type(base).__name__.strip('_').lower()}, which has no coordinates in "

@@ -143,7 +143,7 @@ def diagonal_stderr(objective: Objective) -> dict[str, Any]:
     r"""Standard errors by site that ignore all correlations, for any number of parameters.
 
     In unconstrained coordinates :math:`\sqrt{S_{jj}} / H_{jj}` for each parameter j, with H and S as in
-    :func:`~numpyro_score.inference.sandwich`; the delta method takes them to constrained space. They are those of
+    :func:`~numpyro_score.inference.curvature`; the delta method takes them to constrained space. They are those of
     fits in which all other parameters are known. Costs P derivatives of the losses and no (P, P) matrix.
 
     Raises:

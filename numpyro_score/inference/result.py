@@ -87,7 +87,7 @@ class ScoreMatchingResult:
         """The sandwich covariance H⁻¹SH⁻¹ of the estimates, (P, P), in unconstrained space.
 
         The order of the P coordinates is that of `jax.flatten_util.ravel_pytree` of the sites' unconstrained values:
-        sites in alphabetical order. See :func:`numpyro_score.inference.sandwich.sandwich` for the formula.
+        sites in alphabetical order. See :func:`numpyro_score.inference.curvature` for the formula.
 
         Raises:
             SandwichError: for more than 2,000 parameters, or if the objective is not curved upwards at the estimates.

@@ -21,7 +21,7 @@ from numpyro_score._arguments import join_arrays, split_arrays
 from numpyro_score.energy import Energy
 from numpyro_score.losses import Loss, row_losses
 
-__all__ = ["MAX_PARAMETERS", "Parametrisation", "SandwichError", "sandwich"]
+__all__ = ["MAX_PARAMETERS", "Curvature", "Objective", "Parametrisation", "SandwichError", "curvature"]
 
 
 class SandwichError(ValueError):
@@ -144,24 +144,17 @@ class Curvature(NamedTuple):
     covariance: np.ndarray  # (P, P), the sandwich β² H⁻¹SH⁻¹
 
 
-def sandwich(
-    energy: Energy,
-    coordinates: Parametrisation,
-    loss: Loss,
-    learning_rate: Any,
-    prior: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    rng_key: Array,
-) -> Float[Array, "p p"]:
-    r"""The sandwich covariance of the minimiser of :math:`\beta\sum_n w_n \ell_n(\theta) - \log\pi_0(\theta)`, (P, P).
+def curvature(objective: Objective) -> Curvature:
+    r"""Hessians, spread of the gradients and sandwich covariance of an objective at its minimum.
+
+    The sandwich of the minimiser of :math:`\beta\sum_n w_n \ell_n(\theta) - \log\pi_0(\theta)` is
 
     .. math:: H^{-1} S H^{-1}, \quad H = \nabla^2 \text{objective}, \quad
               S = N \operatorname{cov}_n(\beta w_n \nabla \ell_n),
 
     in unconstrained coordinates [Godambe 1960; Huber 1967]. Without a prior this is the H⁻¹SH⁻¹/N of per-row means.
     The prior bends H but, as it is not random, adds nothing to S. A stochastic loss is taken at the random numbers of
-    `rng_key`, whose noise S then contains. Costs P gradients.
+    the objective's `rng_key`, whose noise S then contains. Costs P gradients.
 
     Raises:
         SandwichError: for more than MAX_PARAMETERS parameters, fewer than two rows, or an H that is not positive
@@ -169,19 +162,6 @@ def sandwich(
 
     Warns:
         UserWarning: if the minimum is further away than three standard errors.
-    """
-    objective = Objective.of(energy, coordinates, loss, learning_rate, prior, args, kwargs, rng_key)
-    return jnp.asarray(curvature(objective).covariance, jnp.result_type(float))
-
-
-def curvature(objective: Objective) -> Curvature:
-    """Hessians, spread of the gradients and sandwich of an objective at its position.
-
-    Raises:
-        SandwichError: as :func:`sandwich`.
-
-    Warns:
-        UserWarning: as :func:`sandwich`.
     """
     p = len(objective.position)
     if p > MAX_PARAMETERS:
