@@ -29,8 +29,8 @@ __all__ = [
 RowFunction = Callable[[Array], Array]
 
 
-def value_score(f: RowFunction, x: Float[Array, "n d"]) -> tuple[Float[Array, "n"], Float[Array, "n d"]]:
-    """Value and score ∇f of each row, by one reverse pass: (N, D) to ((N,), (N, D))."""
+def value_score(f: RowFunction, x: Float[Array, "*n d"]) -> tuple[Float[Array, "*n"], Float[Array, "*n d"]]:
+    """Value and score ∇f of each row, by one reverse pass: (..., D) to ((...), (..., D))."""
     value, pull = jax.vjp(f, x)
     return value, pull(jnp.ones_like(value))[0]
 
