@@ -350,4 +350,4 @@ def test_while_loop():
 def test_shapes_are_checked():
     """The annotated shapes are checked while the tests run."""
     with pytest.raises(jaxtyping.TypeCheckError):
-        operators.value_score(lambda x: x.sum(-1), jnp.ones((2, 3, 4)))
+        operators.value_score_laplacian(lambda x: x.sum(-1), jnp.ones((2, 3, 4)))
