@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -74,12 +75,29 @@ def named_arrays(model: Callable[..., Any], static: Static) -> tuple[dict[str, i
     return {k: v for k, v in {**named, **kwargs}.items() if isinstance(v, int)}, first
 
 
+def is_given(model: Callable[..., Any], static: Static, name: str) -> bool | None:
+    """Whether the arguments give a value to the model's argument `name`; None if it has none of this name."""
+    model = _innermost(model)
+    if isinstance(model, functools.partial) and name in model.keywords:
+        return True
+    treedef, rest = static
+    args, kwargs = jax.tree.unflatten(treedef, rest)
+    signature = inspect.signature(model)
+    if name not in signature.parameters:
+        return True if name in kwargs else None
+    return name in signature.bind_partial(*args, **kwargs).arguments
+
+
 def takes_keyword(model: Callable[..., Any], name: str) -> bool:
     """Whether `model` can be called with the keyword `name`; handlers around it are looked through."""
-    while isinstance(model, Messenger) and model.fn is not None:
-        model = model.fn
-    parameters = inspect.signature(model).parameters
+    parameters = inspect.signature(_innermost(model)).parameters
     named = parameters.get(name)
     if named is not None and named.kind in (named.POSITIONAL_OR_KEYWORD, named.KEYWORD_ONLY):
         return True
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _innermost(model: Callable[..., Any]) -> Callable[..., Any]:
+    while isinstance(model, Messenger) and model.fn is not None:
+        model = model.fn
+    return model

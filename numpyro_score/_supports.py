@@ -61,6 +61,8 @@ class Support(NamedTuple):
         """Data to coordinates."""
         if self.kind == "simplex":
             return jnp.sqrt(value)
+        if self.kind == "sphere":  # data of less precision than the computation has are not quite on it
+            return value / jnp.linalg.norm(value, axis=-1, keepdims=True)
         return value if self.constraint is None else biject_to(self.constraint).inv(value)
 
     def to_data(self, coordinates: Array) -> Array:

@@ -13,7 +13,14 @@ from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
 from numpyro_score import _check, _layout, _trace, operators
-from numpyro_score._arguments import join_arrays, named_arrays, refuse_empty, split_arrays, takes_keyword
+from numpyro_score._arguments import (
+    is_given,
+    join_arrays,
+    named_arrays,
+    refuse_empty,
+    split_arrays,
+    takes_keyword,
+)
 from numpyro_score._layout import DataArray, Layout
 
 __all__ = ["Energy"]
@@ -240,6 +247,10 @@ class Energy:
         new._layout = new._read_layout()
         return new
 
+    def is_given(self, name: str) -> bool | None:
+        """Whether the model's argument `name` was given, or is at its default; None if there is none of this name."""
+        return is_given(self.model, self._static, name)
+
     def with_params(self, params: dict[str, Any]) -> Energy:
         """The same density at other values of the given sites, of the same shapes."""
         return self._replace(params={**self.params, **params})
@@ -305,7 +316,7 @@ class Energy:
     def _over_rows(self, f: Callable[..., Any], x: Any) -> Any:
         """Applies a function of (M, D) rows to x of any leading shape."""
         x = jnp.asarray(x, self._dtype)
-        if x.ndim == 0 or x.shape[-1] != self.dim:
+        if x.ndim == 0 or x.shape[-1] != self.dim or x.size == 0:
             raise ValueError(f"x has shape {x.shape}, but a row has {self.dim} numbers: pass (..., {self.dim}).")
         if self.resizable:
             rows = f(x.reshape(-1, self.dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 from numpyro_score import _supports, operators
 from numpyro_score.energy import Energy
 
-__all__ = ["exact_terms", "require_flat", "sliced_terms"]
+__all__ = ["check_boundary_weight", "data_frame", "exact_terms", "require_flat", "sliced_terms"]
 
 Weight = Callable[[Array], Array]
 
@@ -28,7 +29,7 @@ def exact_terms(energy: Energy, boundary_weight: Weight | None = None) -> tuple[
             itself, at most 1, if not given.
     """
     x = energy.data
-    frame = _frame(energy, x, boundary_weight)
+    frame = data_frame(energy, x, boundary_weight)
     # The forward Laplacian differentiates values, which a score term does not have.
     return operators.value_score_laplacian(energy._log_density, x, frame, forward=energy.has_density)[1:]
 
@@ -42,7 +43,7 @@ def sliced_terms(
     cheaper: only derivatives along v are taken.
     """
     x, f = energy.data, energy._log_density
-    frame = _frame(energy, x, boundary_weight)
+    frame = data_frame(energy, x, boundary_weight)
     along = v if frame is None else frame.apply(v)
     if score:
         slope, curvature = operators.score_and_directional(f, x, along)
@@ -67,7 +68,32 @@ def require_flat(energy: Energy, owner: str) -> None:
             )
 
 
-def _frame(energy: Energy, x: Array, boundary_weight: Weight | None) -> _supports.Frame | None:
+def check_boundary_weight(owner: str, weight: Weight | None) -> None:
+    """Raises unless `weight` is None or vanishes at the boundary, which is what makes the normaliser drop out."""
+    if weight is None:
+        return
+    if not callable(weight):
+        raise TypeError(f"{owner} needs a boundary_weight that is a function of distances, got {weight!r}.")
+    with jax.ensure_compile_time_eval():
+        distance = jnp.array([0.0, 1.0])
+        try:
+            h, _ = jax.jvp(weight, (distance,), (jnp.ones(2),))
+        except jax.errors.TracerArrayConversionError as error:
+            raise TypeError(f"{owner}'s boundary_weight cannot be traced by JAX: write it with jax.numpy.") from error
+        if jnp.shape(h) != (2,):
+            raise ValueError(
+                f"{owner}'s boundary_weight gave shape {jnp.shape(h)} for distances of shape (2,): return one number "
+                "for each."
+            )
+        if not (abs(h[0]) < 1e-6 and 0 < h[1] < math.inf):
+            raise ValueError(
+                f"{owner}'s boundary_weight is {h[0]:g} at distance 0 and {h[1]:g} at 1: it must be zero at the "
+                "boundary and positive inside, e.g. lambda distance: jnp.minimum(distance, 1.0)."
+            )
+
+
+def data_frame(energy: Energy, x: Array, boundary_weight: Weight | None) -> _supports.Frame | None:
+    """The frame (A, b) of the support at rows x (N, D); None on R^D, where A = I and b = 0."""
     if energy._layout.flat:
         return None
     lower, upper = energy.bounds(x.shape[0])

@@ -13,7 +13,9 @@ from numpyro_score.energy import AnyArray, Energy
 __all__ = ["curl", "score_factor"]
 
 
-def score_factor(name: str, x: Float[AnyArray, "*batch d"], s: Float[AnyArray, "*batch d"]) -> None:
+def score_factor(
+    name: str, x: Float[AnyArray, "*batch_and_event"], s: Float[AnyArray, "*batch_and_event"], *, event_dim: int = 1
+) -> None:
     """Adds to a model a term whose derivative in the data x is the vector s.
 
     It stands where `numpyro.factor` would, when a network gives the score directly and no energy exists:
@@ -29,18 +31,21 @@ def score_factor(name: str, x: Float[AnyArray, "*batch d"], s: Float[AnyArray, "
 
     Args:
         name: the name of the site.
-        x: the data, as the observed site returns them, (..., D) with the plate's batch shape.
+        x: the data, as the observed site returns them: the plate's batch shape, then `event_dim` dimensions.
         s: their score, of the same shape; a function of x.
+        event_dim: the dimensions of one row: 1 for (..., D), 0 for numbers, 2 for images (..., 8, 8).
 
     Raises:
-        ValueError: if the shapes differ or have no last dimension.
+        ValueError: if the shapes differ or have fewer than `event_dim` dimensions.
     """
-    if jnp.shape(x) != jnp.shape(s) or jnp.ndim(x) == 0:
+    if jnp.shape(x) != jnp.shape(s) or not 0 <= event_dim <= jnp.ndim(x):
         raise ValueError(
-            f"score_factor '{name}' got data of shape {jnp.shape(x)} and a score of shape {jnp.shape(s)}: give both "
-            "the same shape, (..., D)."
+            f"score_factor '{name}' got data of shape {jnp.shape(x)} and a score of shape {jnp.shape(s)} with "
+            f"event_dim={event_dim}: give both the same shape, that of the plate and then that of a row."
         )
-    unit = ScoreUnit(_unknown_integral(jnp.asarray(x), jnp.asarray(s)))
+    x, s = jnp.asarray(x), jnp.asarray(s)
+    rows = (*x.shape[: x.ndim - event_dim], -1)
+    unit = ScoreUnit(_unknown_integral(x.reshape(rows), s.reshape(rows)))
     numpyro.sample(name, unit, obs=unit.sample(None), infer={"is_auxiliary": True})
 
 

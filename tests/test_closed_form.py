@@ -1,5 +1,6 @@
 """Objectives that are quadratic in the parameters: what is recognised, and the solutions against closed forms."""
 
+import dataclasses
 import sys
 
 import jax
@@ -580,8 +581,32 @@ def test_what_has_no_sparse_path(sparse, batches):
         QuadraticLoss.of(generalized_bayes(hierarchy, ISM()), KEY, y)
 
 
+def test_parameters_that_enter_together():
+    """f = −½ Σ k_j x_j² has g = −N for every k_j: with equal scales k_j = (N − λ)⁺/Σ x_j², all from one knot on."""
+
+    def model(x):
+        k = numpyro.sample("k", dist.Laplace(0.0, 1.0).expand([4]).to_event(1))
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(4), obs=x)
+            numpyro.factor("energy", -0.5 * jnp.sum(k * x**2, -1))
+
+    x = X[:160]
+    quadratic = QuadraticLoss.of(generalized_bayes(model, ISM()), KEY, jnp.asarray(x))
+    for smallest in (10.0, 3.6, 0.1):  # a path ends where it was asked to, in the last digit too
+        path = sparse_path(quadratic, smallest)
+        for penalty in (200.0, 100.0, smallest):
+            expected = max(160 - penalty, 0.0) / np.sum(x**2, 0)
+            np.testing.assert_allclose(path.vector(penalty), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_batches_of_different_rates_are_refused(batches):
+    """β multiplies the losses, and is one for all rows."""
+    with pytest.raises(ValueError, match="different learning rates"):
+        batches[2] + dataclasses.replace(batches[2], learning_rate=0.5)
+
+
 def test_missing_extra_is_named(sparse, monkeypatch):
     """Without scikit-learn the message says how to get it."""
-    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"numpyro-score\[sparse\]"):
         sparse_path(sparse[1])

@@ -110,6 +110,43 @@ def test_default_step(bits, sliced, denoising):
             assert np.sqrt(np.mean(error**2)) < denoising * np.std(exact), np.sqrt(np.mean(error**2))
 
 
+def separable(a, x):
+    return -jnp.sum(a * x**4, -1)
+
+
+def test_default_step_on_columns_of_different_scales():
+    """It follows the narrowest column, whose part of the loss is the largest."""
+    scale, a = np.array([300.0, 1.0, 1.0]), np.array([1e-10, 0.1, 0.1])
+    loss = SSM(variance_reduced=False)
+    with jax.enable_x64(True):
+        exact = values(loss, separable, a, ROWS * scale, jax.random.split(KEY())[0])
+    found = values(FSM(), separable, a.astype(np.float32), (ROWS * scale).astype(np.float32), KEY())
+    assert np.sqrt(np.mean((found - exact) ** 2)) < 1e-2 * np.std(exact)
+
+
+def lifted(c, x):
+    return c - 0.5 * jnp.sum(x**2, -1)
+
+
+def test_constants_and_offsets_that_swallow_the_differences(x64):
+    """The default step is looked at as well: an energy or data far from zero are refused in float32."""
+    with jax.enable_x64(False):
+        x = ROWS.astype(np.float32)
+        FSM().check(energy_of(lifted, np.float32(10.0), x))
+        FSM().check(energy_of(centred, np.float32(10.0), x + np.float32(10.0)))
+        for energy in (
+            energy_of(lifted, np.float32(1e6), x),
+            energy_of(centred, np.float32(1e5), x + np.float32(1e5)),
+        ):
+            with pytest.raises(ValueError, match=r"loses everything to rounding.*centre the data, take constants"):
+                FSM().check(energy)
+    FSM().check(energy_of(lifted, 1e6, ROWS))
+
+
+def centred(c, x):
+    return -0.5 * jnp.sum((x - c) ** 2, -1)
+
+
 def test_steps_lost_to_rounding_are_refused():
     """In float32 a step of 1e-4 leaves nothing of second differences; the message gives one that does."""
     x = ROWS.astype(np.float32)
@@ -119,7 +156,7 @@ def test_steps_lost_to_rounding_are_refused():
             x = numpyro.sample("x", improper(3), obs=x)
             numpyro.factor("energy", rugged(numpyro.param("k", K), x))
 
-    with pytest.raises(ValueError, match=r"FSM\(epsilon=0.0001\) in float32.*take epsilon of at least 0.0"):
+    with pytest.raises(ValueError, match=r"FSM with epsilon=0.0001 in float32.*take epsilon of at least 0.0"):
         FSM(1e-4)(energy_of(rugged, K.astype(np.float32), x), KEY())
     with pytest.raises(ValueError, match="loses everything to rounding"):
         ScoreMatching(model, loss=FSM(1e-4)).run(KEY(), x, progress_bar=False)

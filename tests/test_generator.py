@@ -7,6 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from numpyro.distributions import constraints
 
 from numpyro_score import DSM, DenoisingGenerator, Energy, ScoreMatching
 
@@ -104,3 +105,26 @@ def test_what_is_refused(fitted):
         generator.run(jax.random.key(1), broken, START, num_steps=1500, progress_bar=False)
     more = generator.run(jax.random.key(1), target, START, num_steps=1500, progress_bar=False, init_state=fit.state)
     assert more.divergences.mean() < 0.02 * fit.divergences[:10].mean()
+
+
+def bounded(x):
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.positive, (), (2,)), obs=x)
+        numpyro.factor("energy", -jnp.sum(x, -1))
+
+
+def test_samples_that_the_target_cannot_have(unchecked):
+    """A generator's samples are real vectors of the target's width."""
+    make = lambda model, generator=affine: DenoisingGenerator(model, generator, SIGMA, BASE)  # noqa: E731
+    key, x = jax.random.key(0), np.ones((3, 2), np.float32)
+    target = Energy(normal, {"mean": MEAN, "root": COV}, x)
+    with pytest.raises(NotImplementedError, match="site 'x' of the target is not"):
+        make(normal).run(key, Energy(bounded, {}, x), START)
+    with pytest.raises(NotImplementedError, match="site 'x' of the critic is not"):
+        make(bounded).run(key, target, START)
+    with pytest.raises(ValueError, match=r"samples of shape \(256, 1\), but the target's rows have 2"):
+        make(normal, lambda p, z: z[:, :1]).run(key, target, START)
+    with pytest.raises(TypeError, match=r"must be an Energy, such as fit.energy, got function"):
+        make(normal).run(key, normal, START)
+    with pytest.raises(ValueError, match="num_steps of at least 1, got 0"):
+        make(normal).run(key, target, START, num_steps=0)

@@ -312,7 +312,8 @@ def test_optimum_of_dsm(sigma, form):
         (lambda: SSM(num_projections=0), "num_projections of at least 1, got 0"),
         (lambda: SSM(num_projections=-3), "num_projections of at least 1, got -3"),
         (lambda: SSM(projection="normal"), "'normal'.*'rademacher', 'gaussian' or 'sphere'"),
-        (lambda: DSM(sigma=()), "at least one noise level"),
+        (lambda: DSM(sigma=()), r"one noise level or a sequence.*shape \(0,\)"),
+        (lambda: DSM(sigma=((0.1, 0.2),)), r"one noise level or a sequence.*shape \(1, 2\)"),
         (lambda: DSM(sigma=(1.0, 0.0)), "positive sigma.*got 0"),
         (lambda: DSM(sigma=(1.0, 0.5), levels="each"), "'each'.*'sampled' or 'all'"),
         (lambda: geometric_levels(0.1, 1.0, 5), "largest > smallest"),
@@ -346,6 +347,8 @@ def test_settings_out_of_range(make, message, unchecked):
         lambda: DSM(None),
         lambda: FSM(epsilon="small"),
         lambda: KLContraction([1.0]),
+        lambda: KLContraction(1.0, 2.5),
+        lambda: KLContraction(1.0, True),
         lambda: ESM(2.0),
     ],
 )

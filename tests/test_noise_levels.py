@@ -1,5 +1,7 @@
 """Denoising at many levels, and explicit score matching against Parzen densities."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,3 +146,21 @@ def test_parzen_target_is_denoising_up_to_a_constant(x64):
 def test_explicit_target_of_another_shape():
     with pytest.raises(ValueError, match=r"gave shape \(3,\) for rows of shape \(3, 2\)"):
         ESM(lambda x: x[:, 0])(Energy(widening, {"a": 1.0}, np.zeros((3, 2))), jax.random.key(0))
+
+
+def test_sigma_is_passed_or_given_never_both_nor_neither():
+    """A model of the noise level is not left at its default without a word."""
+    x, key = np.zeros((4, 2)), jax.random.key(0)
+    with pytest.raises(TypeError, match=r"takes 'sigma'.*write DSM\(\(0.5,\)\)"):
+        DSM(0.5)(Energy(widening, {"a": 1.0}, x), key)
+    with pytest.raises(TypeError, match=r"arguments give 'sigma'.*leave it out"):
+        DSM(LEVELS)(Energy(widening, {"a": 1.0}, x, sigma=0.5), key)
+    single = DSM((0.5,), weighting=jnp.ones_like)(Energy(widening, {"a": 1.0}, x), key)
+    assert single.shape == DSM(0.5)(Energy(widening, {"a": 1.0}, x, 0.5), key).shape == (4,)
+    assert DSM(0.5)(Energy(functools.partial(widening, sigma=0.5), {"a": 1.0}, x), key).shape == (4,)
+
+
+def test_parzen_score_of_other_rows():
+    """Rows of another width are refused, not broadcast."""
+    with pytest.raises(ValueError, match="3 columns, and asked at rows with 1"):
+        parzen_score(np.zeros((5, 3)), 1.0)(jnp.zeros((4, 1)))

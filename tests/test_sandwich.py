@@ -13,7 +13,7 @@ import scipy.stats
 from numpyro import handlers
 from numpyro.distributions import constraints
 
-from numpyro_score import ScoreMatching
+from numpyro_score import ISM, GradientSpread, QuadraticLoss, ScoreMatching, generalized_bayes
 from numpyro_score.inference import SandwichError
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -119,11 +119,10 @@ def test_weights_enter_gradients_not_counts(laplace_fit):
 
 
 def test_masked_rows_do_not_count(laplace_fit):
-    """Rows of weight zero, which may hold NaN, leave all but the n/(n − 1) of the number of rows as it was."""
+    """Rows of weight zero, which may hold NaN, leave all as it was."""
     x = np.concatenate([quantiles(LAPLACE), np.full(N, np.nan)])
     fit = fitted(precision_model, x, mask=jnp.arange(2 * N) < N)
-    ratio = (2 * N / (2 * N - 1)) / (N / (N - 1))
-    np.testing.assert_allclose(fit.covariance(), ratio * laplace_fit.covariance(), rtol=1e-5)
+    np.testing.assert_allclose(fit.covariance(), laplace_fit.covariance(), rtol=1e-5)
 
 
 def test_prior_bends_the_objective_but_adds_no_noise():
@@ -298,3 +297,51 @@ def test_too_many_parameters(size):
     expected = "not curved upwards" if size == 2000 else "has 2001 parameters: it stops at 2000"
     with pytest.raises(SandwichError, match=expected):
         fit.covariance()
+
+
+# -- rows without weight, and numbers out of the range of single precision ---------------------------
+
+
+def shrunk(x, mask=True):
+    """N(μ, 9) with a prior that pulls μ far from the data."""
+    mu = numpyro.sample("mu", dist.Normal(0.0, 0.3))
+    with numpyro.plate("rows", len(x)), handlers.mask(mask=mask):
+        x = numpyro.sample("x", FLAT, obs=x)
+        numpyro.factor("energy", -0.5 * (x - mu) ** 2 / 9.0)
+
+
+def test_masked_rows_are_no_rows():
+    """With a prior the mean gradient is not zero, so that rows without one would look like spread."""
+    x = np.random.default_rng(0).normal(5.0, 1.0, 100)
+    alone = fitted(shrunk, x)
+    mask = np.arange(400) % 4 == 0
+    padded = np.full(400, np.nan)
+    padded[mask] = x
+    fit = fitted(shrunk, padded, jnp.asarray(mask))
+    np.testing.assert_allclose(fit.stderr()["mu"], alone.stderr()["mu"], rtol=1e-9)
+    np.testing.assert_allclose(fit.calibrated_learning_rate(), alone.calibrated_learning_rate(), rtol=1e-9)
+    influence = fit.influence()["mu"]
+    np.testing.assert_allclose(influence[mask], alone.influence()["mu"], rtol=1e-9)
+    np.testing.assert_array_equal(influence[~mask], np.zeros(300))
+    np.testing.assert_allclose(fit.stderr(diagonal=True)["mu"], alone.stderr(diagonal=True)["mu"], rtol=1e-9)
+    target = generalized_bayes(shrunk, ISM())
+    batch = QuadraticLoss.of(target, KEY, jnp.asarray(padded), jnp.asarray(mask))
+    spread = GradientSpread.of(target, batch.solve().estimates, KEY, jnp.asarray(padded), jnp.asarray(mask))
+    assert batch.num_rows == spread.num_rows == 100
+    np.testing.assert_allclose(batch.stderr(spread)["mu"], alone.stderr()["mu"], rtol=1e-9)
+    with pytest.raises(SandwichError, match="1 of 400 rows have a weight"):
+        fitted(shrunk, padded, jnp.asarray(np.arange(400) == 0))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e10])
+def test_variances_beyond_single_precision(scale):
+    """The standard error of τ̂ scales as the inverse square of the data, in units of any size."""
+    x = quantiles(GAUSSIAN, 100)
+    errors = []
+    for s in (1.0, scale):
+        with jax.enable_x64(False):
+            fit = ScoreMatching(precision_model).run(KEY, jnp.asarray(s * x, np.float32), "k", progress_bar=False)
+            errors.append(fit.stderr()["k"] * s**2)
+            draws = fit.sample_posterior(KEY, 2000)["k"] * s**2
+            np.testing.assert_allclose(np.std(draws), errors[-1], rtol=0.1)
+    np.testing.assert_allclose(errors[1], errors[0], rtol=1e-4)

@@ -128,3 +128,21 @@ def test_scores_are_checked():
         Energy(of_score(undefined), {"theta": K}, X).check()
     with pytest.raises(ValueError, match="Rows of 'x' interact"):
         Energy(of_score(lambda theta, x: x.mean(0) - x), {"theta": K}, X).check()
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3)], ids=str)
+def test_scores_of_numbers_and_of_images(shape, x64):
+    """`event_dim` says how many dimensions a row has; s = −ax has the loss ½a²‖x‖² − aD."""
+
+    def model(x):
+        a = numpyro.param("a", 1.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(*shape), obs=x)
+            score_factor("score", x, -a * x, event_dim=len(shape))
+
+    x = np.random.default_rng(2).normal(size=(5, *shape))
+    found = ISM()(Energy(model, {"a": 2.0}, x), jax.random.key(0))
+    expected = 2.0 * np.sum(x.reshape(5, -1) ** 2, -1) - 2.0 * np.prod(shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    with pytest.raises(ValueError, match=f"event_dim={len(shape) + 2}: give both the same shape"):
+        score_factor("score", x, x, event_dim=len(shape) + 2)

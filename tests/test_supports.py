@@ -17,7 +17,7 @@ from models import FAST_COMPILE, assert_mean
 from numpyro.distributions import biject_to, constraints
 from scipy.special import roots_legendre
 
-from numpyro_score import DSM, FSM, ISM, SSM, Energy, KLContraction, ScoreMatching
+from numpyro_score import DSM, ESM, FSM, ISM, SSM, Energy, KLContraction, ScoreMatching
 from numpyro_score.losses import row_losses, total_loss
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -443,3 +443,62 @@ def test_fit_of_the_truncated_normal():
     error = float(fit.stderr()["mu"])
     np.testing.assert_allclose(error, np.sqrt(2.795459 / 4000), rtol=0.15)
     assert abs(fit.estimates["mu"]) < 5 * error
+
+
+# -- explicit score matching -------------------------------------------------------------------------
+
+
+def projected(theta, x):
+    return x @ theta
+
+
+def tilted(theta, x):
+    return -0.5 * (x - theta) ** 2
+
+
+@pytest.mark.parametrize("support", ["sphere", "half-line"])
+def test_explicit_differs_by_a_constant(support):
+    """E_p[ESM − ISM] is the same at every θ if the target is p's score, of which only what is tangent counts."""
+    if support == "sphere":
+        angle = np.arange(200) * np.pi / 100
+        x, truth, other = np.stack([np.cos(angle), np.sin(angle)], -1), np.array([0.5, 1.0]), np.array([-0.3, 0.4])
+        model, weights = on(constraints.sphere, projected, 2), np.exp(x @ truth)
+        target = lambda x: truth - x * (x @ truth)[:, None]  # noqa: E731
+    else:
+        node, weights = roots_legendre(50)
+        x, truth, other = np.concatenate([0.5 * (node + 1), 1 + 4 * (node + 1)]), 0.4, -0.5  # h has a kink at 1
+        model = on(constraints.positive, tilted)
+        weights = np.concatenate([0.5 * weights, 4 * weights]) * np.exp(-0.5 * (x - truth) ** 2)
+        target = lambda x: truth - x  # noqa: E731
+    gaps = [
+        np.average(values(ESM(target), model, theta, x) - values(ISM(), model, theta, x), weights=weights)
+        for theta in (truth, other)
+    ]
+    np.testing.assert_allclose(*gaps, rtol=1e-8)
+    np.testing.assert_allclose(values(ESM(target), model, truth, x), np.zeros(len(x)), atol=1e-20)
+
+
+def test_unit_vectors_of_single_precision():
+    """They are not on the sphere in double precision until they are scaled."""
+    z = np.random.default_rng(0).normal(size=(50, 3))
+    z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
+    energy = Energy(on(constraints.sphere, projected, 3), {"theta": MU}, z)
+    energy.check()
+    np.testing.assert_allclose(np.linalg.norm(energy.data, axis=1), np.ones(50), rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (jnp.ones_like, ValueError, "is 1 at distance 0.*zero at the boundary"),
+        (lambda d: -d, ValueError, "-1 at 1.*positive inside"),
+        (lambda d: jnp.sum(d), ValueError, r"shape \(\) for distances of shape \(2,\)"),
+        (lambda d: np.minimum(d, 1.0), TypeError, "write it with jax.numpy"),
+        ("distance", TypeError, "a function of distances, got 'distance'"),
+    ],
+)
+@pytest.mark.parametrize("make", [ISM, lambda w: SSM(boundary_weight=w)], ids=["ISM", "SSM"])
+def test_weights_that_do_not_vanish_at_the_boundary(make, weight, error, message, unchecked):
+    """The normaliser drops out only if the weight is zero there, so that any other is refused."""
+    with pytest.raises(error, match=message):
+        make(weight)

@@ -110,7 +110,7 @@ def audit(
         **kwargs: the model's keyword arguments.
 
     Raises:
-        ValueError: for fewer than two draws, or a model without parameters.
+        ValueError: for no loss, fewer than two rows or draws, or a model without parameters.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro
@@ -123,9 +123,12 @@ def audit(
         >>> [round(row.spread, 1) for row in report.rows]  # √(2 Σ_{i≠j} K_ij² / M)
         [1.0, 0.5]
     """
-    if num_draws < 2:
-        raise ValueError(f"audit needs num_draws of at least 2, got {num_draws}.")
+    for name, number in {"num_rows": num_rows, "num_draws": num_draws}.items():
+        if number < 2:
+            raise ValueError(f"audit needs {name} of at least 2, got {number}.")
     losses = tuple(loss) if isinstance(loss, Sequence) else (loss,)
+    if not losses:
+        raise ValueError("audit needs at least one loss, e.g. SSM(), got none.")
     rng_key = jax.random.key(0) if rng_key is None else rng_key
     energy = generalized_bayes(model, losses[0], data=data).energy(*args, **kwargs)
     if params is not None:

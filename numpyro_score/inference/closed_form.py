@@ -161,7 +161,8 @@ class Quadratic:
             names = " and ".join(f"'{name}'" for name in sites)
             raise FlatObjectiveError(
                 f"The data do not determine site {names}: the objective is flat along a direction there, to rounding. "
-                "Drop parameters, give them a prior such as dist.Normal, or take more rows."
+                "Drop parameters, give them a prior such as dist.Normal, or take more rows; if the data lie far from "
+                "zero, centre them or enable float64."
             ) from None
         return lambda v: (scale * np.linalg.solve(scaled, (scale * v.T).T).T).T
 

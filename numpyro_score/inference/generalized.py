@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jaxtyping import Array
@@ -19,7 +18,7 @@ from numpyro_score._arguments import refuse_empty
 from numpyro_score.energy import Energy
 from numpyro_score.inference.calibration import CalibratedRate
 from numpyro_score.losses import Loss, total_loss
-from numpyro_score.losses.base import check_settings
+from numpyro_score.losses.base import check_settings, positive
 
 __all__ = ["LOSS_SITE", "GeneralizedModel", "generalized_bayes", "prior_model"]
 
@@ -114,8 +113,8 @@ class GeneralizedModel:
         if isinstance(learning_rate, str):
             if learning_rate != "calibrated":
                 raise ValueError(f"learning_rate must be a positive number or 'calibrated', got '{learning_rate}'.")
-        elif jnp.ndim(learning_rate) != 0 or not (isinstance(learning_rate, jax.core.Tracer) or learning_rate > 0):
-            raise ValueError(f"learning_rate must be one positive number, got {learning_rate}.")
+        else:
+            positive("generalized_bayes", "learning_rate", learning_rate)
         self.model, self.loss, self.learning_rate = model, loss, learning_rate
         self.data, self.rng_key = data, rng_key
         self._calibrated = CalibratedRate(model, loss, data)

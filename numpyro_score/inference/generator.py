@@ -20,6 +20,7 @@ from numpyro_score.energy import Energy
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.score_matching import ScoreMatching
 from numpyro_score.losses import DSM
+from numpyro_score.losses.base import at_least_one, positive
 
 __all__ = ["DenoisingGenerator", "GeneratorResult", "GeneratorState"]
 
@@ -99,11 +100,9 @@ class DenoisingGenerator:
         critic_steps: int = 5,
         batch_size: int = 256,
     ) -> None:
-        if critic_steps < 1 or batch_size < 2:
-            raise ValueError(
-                f"DenoisingGenerator needs critic_steps of at least 1 and batch_size of at least 2, got {critic_steps} "
-                f"and {batch_size}."
-            )
+        at_least_one("DenoisingGenerator", "critic_steps", critic_steps)
+        at_least_one("DenoisingGenerator", "batch_size", batch_size)
+        positive("DenoisingGenerator", "sigma", sigma)
         if len(base.event_shape) != 1:
             raise ValueError(
                 f"DenoisingGenerator needs a base with one event dimension, got event_shape {base.event_shape}: write "
@@ -118,7 +117,9 @@ class DenoisingGenerator:
     def init(self, rng_key: Array, params: Any) -> GeneratorState:
         """The state at generator parameters `params`, with the critic at its model's initial values."""
         rng_key, sample_key, critic_key = jax.random.split(rng_key, 3)
-        critic = self.critic.init(critic_key, self.sample(sample_key, params, self.batch_size))
+        x = self.sample(sample_key, params, self.batch_size)
+        _require_real("critic", self.critic.model.energy(x))
+        critic = self.critic.init(critic_key, x)
         return GeneratorState(params, self.optim.init(params), critic, rng_key)
 
     def sample(self, rng_key: Array, params: Any, n: int) -> Float[Array, "n d"]:
@@ -163,9 +164,21 @@ class DenoisingGenerator:
             init_state: go on from there instead of from `params`.
 
         Raises:
-            ValueError: if the target cannot be evaluated at other rows than its own.
+            ValueError: if the target cannot be evaluated at other rows than its own, or the generator's samples are no
+                rows of it.
+            NotImplementedError: for a target or critic whose data are bounded.
             FloatingPointError: as soon as a divergence is not finite.
         """
+        at_least_one("DenoisingGenerator.run", "num_steps", num_steps)
+        if not isinstance(target, Energy):
+            raise TypeError(f"The target must be an Energy, such as fit.energy, got {type(target).__name__}.")
+        _require_real("target", target)
+        shape = jax.eval_shape(lambda: self.sample(rng_key, params, self.batch_size)).shape
+        if shape != (self.batch_size, target.dim):
+            raise ValueError(
+                f"The generator gave samples of shape {shape}, but the target's rows have {target.dim} numbers: return "
+                f"({self.batch_size}, {target.dim}) for that many z."
+            )
         if not target.resizable:
             raise ValueError(
                 "The target is bound to its own rows: pass the data as an argument and let the plate follow its "
@@ -200,3 +213,12 @@ class DenoisingGenerator:
     def _critic_energy(self, critic: SVIState, x: Array) -> Energy:
         fit = ScoreMatchingResult(self.critic.get_params(critic), critic, np.zeros(0), self.critic, (x,), {})
         return fit.energy
+
+
+def _require_real(what: str, energy: Energy) -> None:
+    for a in energy._layout.arrays:
+        if a.support.kind != "real":
+            raise NotImplementedError(
+                f"The generator's samples are real, and site '{a.name}' of the {what} is not: transform the data to "
+                "the real line in the model, with the Jacobian as a factor."
+            )

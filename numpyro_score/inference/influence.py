@@ -27,9 +27,10 @@ def influence(objective: Objective, of: Callable[[dict[str, Any]], Any], hessian
     .. math:: I_n = -\sqrt{\tfrac{N}{N-1}}\, \nabla g^\top H^{-1} \beta\,
               \bigl(w_n \nabla\ell_n - \tfrac1N \sum_m w_m \nabla\ell_m\bigr),
 
-    with H the Hessian of the whole objective and g the function: the infinitesimal jackknife [Jaeckel 1972; Efron
-    1982], scaled so that :math:`\sum_n I_n I_n^\top` is the sandwich covariance. It costs one solve with H for each
-    number that `of` returns, and one derivative of the losses along its solution.
+    for the N rows whose weight is not zero, and 0 for the others, with H the Hessian of the whole objective and g the
+    function: the infinitesimal jackknife [Jaeckel 1972; Efron 1982], scaled so that :math:`\sum_n I_n I_n^\top` is the
+    sandwich covariance. It costs one solve with H for each number that `of` returns, and one derivative of the losses
+    along its solution.
 
     Args:
         objective: at its minimum.
@@ -45,7 +46,7 @@ def influence(objective: Objective, of: Callable[[dict[str, Any]], Any], hessian
     Warns:
         UserWarning: if the minimum is further away than three standard errors.
     """
-    check_rows(objective.energy)
+    used = jnp.asarray(check_rows(objective))
     values = of(objective.constrain(objective.position))
     if not all(jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in jax.tree.leaves(values)):
         raise TypeError(f"of must return arrays of floats, differentiable in the estimates; it returned {values}.")
@@ -55,7 +56,8 @@ def influence(objective: Objective, of: Callable[[dict[str, Any]], Any], hessian
     else:  # whoever formed the Hessian has looked at the convergence
         directions, newton_step = jnp.asarray(np.linalg.solve(hessian, jacobian.T).T, jacobian.dtype), None
     rows = -objective.learning_rate * _along(objective, directions)
-    rows = (rows - rows.mean(axis=0)) * (len(rows) / (len(rows) - 1)) ** 0.5
+    n = used.sum()
+    rows = jnp.where(used[:, None], (rows - rows.sum(axis=0) / n) * (n / (n - 1)) ** 0.5, 0.0)
     unravel = ravel_pytree(values)[1]
     if newton_step is not None:
         errors = jnp.sqrt(jnp.sum(rows**2, axis=0))
@@ -149,7 +151,7 @@ def diagonal_stderr(objective: Objective) -> dict[str, Any]:
     Raises:
         SandwichError: for data of one row, or if some H_jj is not positive.
     """
-    check_rows(objective.energy)
+    check_rows(objective)
     curvature, spread = _diagonals(objective)
     worst = {k: float(jnp.min(ravel_pytree(v)[0], initial=jnp.inf)) for k, v in objective.unravel(curvature).items()}
     name = min(worst, key=lambda k: worst[k])
@@ -166,7 +168,7 @@ def diagonal_stderr(objective: Objective) -> dict[str, Any]:
 @jax.jit
 def _diagonals(objective: Objective) -> tuple[Float[Array, "p"], Float[Array, "p"]]:
     """The diagonals of H and S."""
-    position = objective.position
+    position, used = objective.position, objective.used()
 
     def of(index: Array) -> tuple[Array, Array]:
         direction = jax.nn.one_hot(index, len(position), dtype=position.dtype)
@@ -177,7 +179,8 @@ def _diagonals(objective: Objective) -> tuple[Float[Array, "p"], Float[Array, "p
         gradients, seconds = twice(objective.rows)
         beta = objective.learning_rate
         curvature = beta * jnp.sum(seconds) + twice(objective.penalty)[1]
-        return curvature, len(gradients) * beta**2 * jnp.var(gradients, ddof=1)
+        n = jnp.sum(used)
+        return curvature, n * beta**2 * jnp.var(gradients, where=used) * n / (n - 1)
 
     return jax.lax.map(of, jnp.arange(len(position)), batch_size=8)
 

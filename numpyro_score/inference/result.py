@@ -114,7 +114,7 @@ class ScoreMatchingResult:
         if diagonal:
             return diagonal_stderr(self._objective)
         if of is None:
-            return self.coordinates.stderr(self.covariance())
+            return self.coordinates.stderr(self.curvature.covariance)
         return jax.tree.map(lambda i: jnp.sqrt(jnp.sum(i**2, axis=0)), self.influence(of))
 
     def influence(self, of: Function | None = None) -> Any:
@@ -155,7 +155,7 @@ class ScoreMatchingResult:
         with the model's params at their estimates. Deterministic sites are computed from the draws.
         """
         if self.is_point:
-            return self.with_deterministic(self.coordinates.draw(rng_key, self.covariance(), n))
+            return self.with_deterministic(self.coordinates.draw(rng_key, self.curvature.covariance, n))
         draws = self._draw_from_guide(rng_key, n)
         params = {k: v for k, v in self.estimates.items() if k not in draws}
         return self.with_deterministic(draws | jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *jnp.shape(v))), params))

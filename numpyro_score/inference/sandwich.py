@@ -60,16 +60,15 @@ class Parametrisation:
         """Constrained values by site."""
         return transform_fn(self.transforms, self.unravel(vector))
 
-    def stderr(self, covariance: Float[Array, "p p"]) -> dict[str, Any]:
+    def stderr(self, covariance: np.ndarray) -> dict[str, Any]:
         """Standard errors in constrained space by the delta method, in the sites' own shapes."""
-        return _delta_method(self.position, self.transforms, covariance, self.unravel)
+        root = _root(covariance)
+        return _delta_method(self.position, self.transforms, jnp.asarray(root, self.position.dtype), self.unravel)
 
-    def draw(self, rng_key: Array, covariance: Float[Array, "p p"], n: int) -> dict[str, Any]:
+    def draw(self, rng_key: Array, covariance: np.ndarray, n: int) -> dict[str, Any]:
         """N draws from N(position, covariance), constrained: {site: (n, ...)}."""
+        root = jnp.asarray(_root(covariance), self.position.dtype)
         noise = jax.random.normal(rng_key, (n, len(self.position)))
-        # Not Cholesky: where the data leave a direction free, the covariance is singular.
-        variances, axes = jnp.linalg.eigh(covariance)
-        root = axes * jnp.sqrt(jnp.maximum(variances, 0.0))
         return jax.vmap(self.constrain)(self.position + noise @ root.T)
 
 
@@ -123,6 +122,10 @@ class Objective:
         values, weights = row_losses(self.loss, self.energy.with_params(self.constrain(vector)), self.rng_key)
         return weights * values
 
+    def used(self) -> Array:
+        """Which rows have a weight, (N,): the others, masked ones for instance, are no data."""
+        return self.energy.usable()[1] != 0
+
     def penalty(self, vector: Array) -> Array:
         """The log prior, negative."""
         args, kwargs = join_arrays(self.arrays, self.static)
@@ -152,9 +155,9 @@ def curvature(objective: Objective) -> Curvature:
     .. math:: H^{-1} S H^{-1}, \quad H = \nabla^2 \text{objective}, \quad
               S = N \operatorname{cov}_n(\beta w_n \nabla \ell_n),
 
-    in unconstrained coordinates [Godambe 1960; Huber 1967]. Without a prior this is the H⁻¹SH⁻¹/N of per-row means.
-    The prior bends H but, as it is not random, adds nothing to S. A stochastic loss is taken at the random numbers of
-    the objective's `rng_key`, whose noise S then contains. Costs P gradients.
+    over the N rows whose weight is not zero, in unconstrained coordinates [Godambe 1960; Huber 1967]. Without a prior
+    this is the H⁻¹SH⁻¹/N of per-row means. The prior bends H but, as it is not random, adds nothing to S. A stochastic
+    loss is taken at the random numbers of the objective's `rng_key`, whose noise S then contains. Costs P gradients.
 
     Raises:
         SandwichError: for more than MAX_PARAMETERS parameters, fewer than two rows, or an H that is not positive
@@ -169,7 +172,7 @@ def curvature(objective: Objective) -> Curvature:
             f"The sandwich covariance is dense and the model has {p} parameters: it stops at {MAX_PARAMETERS}. Use "
             "stderr(of=...) for functions of them, or stderr(diagonal=True), which ignores correlations."
         )
-    check_rows(objective.energy)
+    used = check_rows(objective)
     loss_hessian, prior_hessian, gradients, prior_gradient = _derivatives(objective)
     beta = float(objective.learning_rate)
     lowest = float(jnp.linalg.eigvalsh(beta * loss_hessian + prior_hessian)[0])
@@ -179,7 +182,7 @@ def curvature(objective: Objective) -> Curvature:
             f"{p} parameters): take more steps, or drop or shrink parameters that the data do not determine."
         )
     # Solved in double precision on the host: H is often badly scaled, and P is small.
-    loss_hessian, g = np.asarray(loss_hessian, np.float64), np.asarray(gradients, np.float64)
+    loss_hessian, g = np.asarray(loss_hessian, np.float64), np.asarray(gradients, np.float64)[used]
     hessian = beta * loss_hessian + np.asarray(prior_hessian, np.float64)
     gradient = beta * g.sum(axis=0) + np.asarray(prior_gradient, np.float64)
     root = np.linalg.qr(g - g.mean(axis=0), mode="r") * (len(g) / (len(g) - 1)) ** 0.5
@@ -191,12 +194,20 @@ def curvature(objective: Objective) -> Curvature:
     return Curvature(hessian, loss_hessian, root, np.sqrt(np.sum(g**2, axis=0)), covariance)
 
 
-def check_rows(energy: Energy) -> None:
-    """Raises SandwichError for data of one row."""
-    if energy.num_rows < 2:
-        raise SandwichError(
-            "The sandwich covariance needs the spread over rows, and the data are one row: use NUTS instead."
-        )
+def check_rows(objective: Objective) -> np.ndarray:
+    """Which rows have a weight, (N,).
+
+    Raises:
+        SandwichError: for fewer than two of them.
+    """
+    used = np.asarray(_used(objective))
+    if used.sum() < 2:
+        what = "the data are one row" if len(used) == 1 else f"{used.sum()} of {len(used)} rows have a weight"
+        raise SandwichError(f"The sandwich covariance needs the spread over rows, and {what}: use NUTS instead.")
+    return used
+
+
+_used = jax.jit(Objective.used)
 
 
 def warn_if_not_converged(newton_step: dict[str, Any], errors: dict[str, Any]) -> None:
@@ -213,15 +224,25 @@ def warn_if_not_converged(newton_step: dict[str, Any], errors: dict[str, Any]) -
         )
 
 
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """R with R Rᵀ the covariance, in double precision, as variances may be beyond the range of single."""
+    covariance = np.asarray(covariance, np.float64)
+    scale = np.sqrt(np.diag(covariance))
+    scale = np.where(scale > 0, scale, 1.0)
+    # Not Cholesky: where the data leave a direction free, the covariance is singular.
+    variances, axes = np.linalg.eigh(covariance / np.outer(scale, scale))
+    return scale[:, None] * axes * np.sqrt(np.maximum(variances, 0.0))
+
+
 @partial(jax.jit, static_argnames="unravel")
-def _delta_method(position: Array, transforms: Any, covariance: Array, unravel: Any) -> dict[str, Any]:
+def _delta_method(position: Array, transforms: Any, root: Array, unravel: Any) -> dict[str, Any]:
     constrain = Parametrisation(transforms, position, unravel).constrain
 
     def row(direction: Array) -> Array:
         return jax.jvp(lambda v: ravel_pytree(constrain(v))[0], (position,), (direction,))[1]
 
-    jacobian = jax.lax.map(row, jnp.eye(len(position)), batch_size=64)  # (P, Q)
-    return ravel_pytree(constrain(position))[1](jnp.sqrt(jnp.sum(jacobian * (covariance @ jacobian), axis=0)))
+    images = jax.lax.map(row, root.T, batch_size=64)  # (P, Q), of the covariance's principal axes
+    return ravel_pytree(constrain(position))[1](jnp.linalg.norm(images, axis=0))
 
 
 @jax.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +69,10 @@ def sparse_path(quadratic: QuadraticLoss, smallest: float = 1.0) -> SparsePath:
     .. math:: \hat\theta(\lambda) = \arg\min_\theta
               \tfrac12\theta^\top\Gamma\theta + g^\top\theta + \lambda\sum_j w_j|\theta_j|
 
-    with w = 1/scale of the Laplace prior; parameters with other priors or none are not penalised by λ. The path is
-    piecewise linear and is followed from knot to knot by least-angle regression [Efron et al. 2004], with
-    scikit-learn; under score matching it is the estimator of Lin, Drton & Shojaie [2016].
+    with w = 1/scale of the Laplace prior (where several parameters enter at exactly the same penalty, they are told
+    apart in its seventh digit); parameters with other priors or none are not penalised by λ. The path is piecewise
+    linear and is followed from knot to knot by least-angle regression [Efron et al. 2004], with scikit-learn; under
+    score matching it is the estimator of Lin, Drton & Shojaie [2016].
 
     Args:
         quadratic: the objective, of a model with at least one Laplace prior centred at zero.
@@ -82,10 +84,8 @@ def sparse_path(quadratic: QuadraticLoss, smallest: float = 1.0) -> SparsePath:
         ClosedFormError: if the quadratic is so close to flat that the path could not be followed.
         FlatObjectiveError: if the data do not determine the parameters that are not penalised.
     """
-    try:
-        from sklearn.linear_model import lars_path_gram
-    except ImportError as error:
-        raise ImportError("sparse_path needs scikit-learn: pip install 'numpyro-score[sparse]'.") from error
+    if importlib.util.find_spec("sklearn") is None:
+        raise ImportError("sparse_path needs scikit-learn: pip install 'numpyro-score[sparse]'.")
     weights, total = quadratic.penalties, quadratic.total
     sparse, free = np.flatnonzero(weights > 0), np.flatnonzero(weights == 0)
     if not sparse.size:
@@ -103,22 +103,18 @@ def sparse_path(quadratic: QuadraticLoss, smallest: float = 1.0) -> SparsePath:
         inverse = total.restrict(free).solver(lambda i: quadratic.coordinates.site_of(int(free[i])))
         follow, offset = -inverse(coupling), -inverse(total.linear[free])
         hessian, linear = hessian + coupling.T @ follow, linear + coupling.T @ offset
-    # In units of 1/w all penalties are one; the overall size is that which scikit-learn's thresholds expect.
-    gram, slope = hessian / np.outer(weights[sparse], weights[sparse]), linear / weights[sparse]
-    size = float(np.diag(gram).mean())
-    penalties, _, path = lars_path_gram(
-        -slope / size,
-        gram / size,
-        n_samples=1,
-        alpha_min=smallest / size,
-        method="lasso",
-        max_iter=20 * sparse.size + 20,
-    )
-    path = np.where(
-        np.abs(path) > 1e-12 * np.abs(path).max(initial=0.0), path, 0.0
-    )  # what left leaves a rounding behind
-    penalties, path = penalties * size, path.T / weights[sparse]
-    _require_optimal(hessian, linear, weights[sparse], penalties, path, smallest)
+    penalties, path = _follow(hessian, linear, weights[sparse], smallest)
+    if _first_wrong(hessian, linear, weights[sparse], penalties, path, smallest) is not None:
+        # Coordinates that enter at exactly the same penalty are stepped over: tell them apart in the seventh digit,
+        # by multiples of the golden ratio, less the whole numbers, which are as far apart as can be.
+        apart = weights[sparse] * (1.0 + 1e-7 * (np.arange(sparse.size) * 0.6180339887498949 % 1.0))
+        penalties, path = _follow(hessian, linear, apart, smallest)
+    wrong = _first_wrong(hessian, linear, weights[sparse], penalties, path, smallest)
+    if wrong is not None:
+        raise ClosedFormError(
+            f"The path could be followed down to the penalty {penalties[max(wrong - 1, 0)]:.3g} only, as the quadratic "
+            "is close to flat there: take a larger `smallest`, or more rows."
+        )
 
     vectors = np.zeros((len(penalties), len(weights)))
     vectors[:, sparse] = path
@@ -127,17 +123,38 @@ def sparse_path(quadratic: QuadraticLoss, smallest: float = 1.0) -> SparsePath:
     return SparsePath(penalties, vectors, quadratic.coordinates)
 
 
-def _require_optimal(
+def _follow(hessian: np.ndarray, linear: np.ndarray, weights: np.ndarray, end: float) -> tuple[np.ndarray, np.ndarray]:
+    """Knots λ (L,) and minimisers there (L, P)."""
+    from sklearn.linear_model import lars_path_gram
+
+    # In units of 1/w all penalties are one; the overall size is that which scikit-learn's thresholds expect.
+    gram, slope = hessian / np.outer(weights, weights), linear / weights
+    size = float(np.diag(gram).mean())
+    penalties, _, path = lars_path_gram(
+        -slope / size,
+        gram / size,
+        n_samples=1,
+        alpha_min=end / size,
+        method="lasso",
+        max_iter=20 * len(weights) + 20,
+    )
+    penalties *= size
+    if np.isclose(penalties[-1], end, rtol=1e-12, atol=0.0):
+        penalties[-1] = end
+    # What left the path leaves a rounding behind.
+    path = np.where(np.abs(path) > 1e-12 * np.abs(path).max(initial=0.0), path, 0.0)
+    return penalties, path.T / weights
+
+
+def _first_wrong(
     hessian: np.ndarray, linear: np.ndarray, weights: np.ndarray, penalties: np.ndarray, path: np.ndarray, end: float
-) -> None:
-    """Checks that the path is of minimisers: −(Γθ + g)_j is λ w_j sign θ_j, or at most λ w_j in size at θ_j = 0."""
+) -> int | None:
+    """The first knot that is no minimiser: −(Γθ + g)_j is λ w_j sign θ_j, or at most λ w_j in size at θ_j = 0."""
     pull = -(path @ hessian + linear) / weights  # (L, P)
     rounding = 1e-6 * max(float(np.abs(linear / weights).max(initial=0.0)), float(penalties[0]))
     penalty = penalties[:, None]
     active = path != 0
     wrong = np.where(active, np.abs(pull - penalty * np.sign(path)), np.abs(pull) - penalty) > rounding
-    if wrong.any() or penalties[-1] > max(end, 0.0) + rounding:
-        raise ClosedFormError(
-            f"The path could be followed down to the penalty {penalties[max(int(np.argmax(wrong.any(1))) - 1, 0)]:.3g} "
-            "only, as the quadratic is close to flat there: take a larger `smallest`, or more rows."
-        )
+    if wrong.any():
+        return int(np.argmax(wrong.any(1)))
+    return len(penalties) if penalties[-1] > max(end, 0.0) + rounding else None

@@ -57,8 +57,9 @@ class QuadraticLoss:
         data: Γ, g and c of the rows; calling it with θ gives Σ_n w_n ℓ_n times β.
         prior: those of minus the log prior, without the absolute values of Laplace priors.
         penalties: w, (P,): 1/scale of a coordinate's Laplace prior, 0 where it has none.
-        num_rows: N.
+        num_rows: N, the rows whose weight is not zero.
         coordinates: which site each coordinate belongs to.
+        learning_rate: β.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -81,6 +82,7 @@ class QuadraticLoss:
     penalties: Float[np.ndarray, "p"]
     num_rows: int
     coordinates: Coordinates
+    learning_rate: Any = 1.0
 
     @classmethod
     def of(cls, target: GeneralizedModel, rng_key: Array, *args: Any, **kwargs: Any) -> QuadraticLoss:
@@ -100,10 +102,11 @@ class QuadraticLoss:
             ValueError: for data that score matching cannot take.
         """
         coordinates, energy = _start(target, args, kwargs)
+        rate = target.learning_rate
         energy.check(_evaluate)
         check_settings(target.loss, energy)
         expansion = expand(target, coordinates, energy, rng_key, args, kwargs)
-        return cls(expansion.data, expansion.prior, expansion.penalties, energy.num_rows, coordinates)
+        return cls(expansion.data, expansion.prior, expansion.penalties, _rows_used(energy), coordinates, rate)
 
     def __add__(self, other: QuadraticLoss) -> QuadraticLoss:
         if not isinstance(other, QuadraticLoss):
@@ -119,6 +122,11 @@ class QuadraticLoss:
             raise ValueError(
                 f"The batches differ in their parameters or priors: sites {sorted(self.coordinates.supports)} and "
                 f"{sorted(other.coordinates.supports)}; use one model whose priors do not depend on the batch."
+            )
+        if self.learning_rate != other.learning_rate:
+            raise ValueError(
+                f"The batches have different learning rates, {self.learning_rate} and {other.learning_rate}: take one "
+                "for all."
             )
         return replace(self, data=self.data + other.data, num_rows=self.num_rows + other.num_rows)
 
@@ -193,7 +201,7 @@ class GradientSpread:
         inputs = Inputs(energy, arrays, target.learning_rate, rng_key)
         theta = Coordinates(coordinates.supports, {k: estimates[k] for k in coordinates.supports}).ravel()
         outer, total = jax.device_get(_spread(theta, inputs, problem=problem))
-        return cls(np.asarray(outer, np.float64), np.asarray(total, np.float64), energy.num_rows)
+        return cls(np.asarray(outer, np.float64), np.asarray(total, np.float64), _rows_used(energy))
 
     def __add__(self, other: GradientSpread) -> GradientSpread:
         if not isinstance(other, GradientSpread):
@@ -226,6 +234,13 @@ def _start(target: GeneralizedModel, args: tuple[Any, ...], kwargs: dict[str, An
     if any(s["type"] == "plate" and len(s["value"]) != s["args"][0] for s in sites.values()):
         raise ValueError("The model subsamples a plate: leave subsample_size out and pass batches instead.")
     return Coordinates.of_sites(sites), found[0]
+
+
+def _rows_used(energy: Energy) -> int:
+    return int(np.count_nonzero(np.asarray(_weights(energy)[1])))
+
+
+_weights = jax.jit(Energy.data_and_weights)
 
 
 @partial(jax.jit, static_argnames="problem")

@@ -9,12 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
 
-__all__ = ["Loss", "check_settings", "positive", "row_losses", "rows_in_cache", "total_loss"]
+__all__ = ["Loss", "at_least_one", "check_settings", "positive", "row_losses", "rows_in_cache", "total_loss"]
 
 
 @runtime_checkable
@@ -35,10 +36,21 @@ def positive(owner: str, name: str, value: Any) -> None:
     """Raises unless `value` is one positive number, or traced, so that nothing can be said."""
     if isinstance(value, jax.core.Tracer):
         return
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    is_number = isinstance(value, numbers.Real) or (
+        isinstance(value, np.ndarray | jax.Array) and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.number)
+    )
+    if isinstance(value, bool) or not is_number:
         raise TypeError(f"{owner} needs one positive number as {name}, got {value!r}.")
     if not 0 < float(value) < math.inf:
         raise ValueError(f"{owner} needs a positive {name}, got {value}.")
+
+
+def at_least_one(owner: str, name: str, value: Any) -> None:
+    """Raises unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{owner} needs an integer {name}, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{owner} needs {name} of at least 1, got {value}.")
 
 
 def check_settings(loss: Loss, energy: Energy) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import positive, rows_in_cache
+from numpyro_score.losses.base import at_least_one, positive, rows_in_cache
 from numpyro_score.objective import require_flat
 
 __all__ = ["DSM", "geometric_levels"]
@@ -36,7 +36,8 @@ class DSM:
     describes p_σ. Noise is drawn afresh for every row and every call. Returns (N,) values.
 
     With several levels the value is Σ_i λ(σ_i) DSM(σ_i), and the model takes the level of each row as the keyword
-    `sigma`, of shape (N,): `def model(x, sigma=1.0)`. Its score at x and σ is then that of p_σ.
+    `sigma`, of shape (N,): `def model(x, sigma=1.0)`. Its score at x and σ is then that of p_σ. A tuple of one level,
+    DSM((0.5,)), passes it as well; DSM(0.5) does not, and refuses a model whose `sigma` is not given otherwise.
 
     Args:
         sigma: σ, in the units of the data; or several, e.g. :func:`~numpyro_score.geometric_levels`.
@@ -48,7 +49,7 @@ class DSM:
 
     Raises:
         ValueError, TypeError: if sigma is not made of positive numbers; for several levels, if the model takes no
-            `sigma`.
+            `sigma` or its arguments give one already; for one level, if the model's `sigma` is left at its default.
     """
 
     sigma: float | Array | tuple[float, ...]
@@ -62,8 +63,8 @@ class DSM:
             self.sigma, str | jax.core.Tracer
         ):
             levels = tuple(np.asarray(self.sigma, float).reshape(-1).tolist())
-            if not levels:
-                raise ValueError("DSM needs at least one noise level, got none.")
+            if not levels or np.ndim(self.sigma) > 1:
+                raise ValueError(f"DSM needs one noise level or a sequence of some, got shape {np.shape(self.sigma)}.")
             # A single level in an array is a number.
             object.__setattr__(self, "sigma", levels if np.ndim(self.sigma) else levels[0])
         for level in self.sigma if isinstance(self.sigma, tuple) else (self.sigma,):
@@ -75,10 +76,21 @@ class DSM:
         """One value per row of the energy's data, (N,)."""
         require_flat(energy, "DSM")
         x = energy.data
+        given = energy.is_given("sigma")
         if not isinstance(self.sigma, tuple):
+            if given is False:
+                raise TypeError(
+                    "The model takes 'sigma', which DSM with a single number does not pass: write DSM((0.5,)) if it is "
+                    "the noise level, or give its value among the model's arguments."
+                )
             level = jnp.asarray(self.sigma, x.dtype)
             values = self._denoise(energy, rng_key, level)
             return values if self.weighting is None else self.weighting(level) * values
+        if given:
+            raise TypeError(
+                "The model's arguments give 'sigma', which DSM with several levels passes: leave it out, or take one "
+                "level."
+            )
         weighting = jnp.square if self.weighting is None else self.weighting
         levels = jnp.asarray(self.sigma, x.dtype)
         level_key, noise_key = jax.random.split(rng_key)
@@ -124,6 +136,7 @@ def geometric_levels(largest: float, smallest: float, num: int) -> tuple[float, 
     """
     positive("geometric_levels", "largest", largest)
     positive("geometric_levels", "smallest", smallest)
+    at_least_one("geometric_levels", "num", num)
     if not largest > smallest or num < 2:
         raise ValueError(
             f"geometric_levels needs largest > smallest and at least two levels, got {largest}, {smallest} and {num}."

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import AnyArray, Energy
 from numpyro_score.losses.base import positive
+from numpyro_score.objective import data_frame
 
 __all__ = ["ESM", "parzen_score"]
 
@@ -22,8 +23,14 @@ class ESM:
     The mean over draws of the target is the Fisher divergence itself: the Hyvärinen objective plus ½ E‖t‖². The rows
     must be draws of the law whose score is t. Costs one score and its gradient. Returns (N,) values.
 
+    On other supports it is ½‖A(s − t)‖² with the A of :class:`~numpyro_score.ISM`'s objective there: on a sphere only
+    what is tangent counts, and rows near a boundary weigh less. It then differs from ISM by a constant, as on R^D.
+
     Args:
-        target_score: t, a function of rows (N, D) that returns (N, D), e.g. :func:`~numpyro_score.parzen_score`.
+        target_score: t, a function of rows (N, D) that returns (N, D), e.g. :func:`~numpyro_score.parzen_score`, in
+            the coordinates of :meth:`~numpyro_score.Energy.flatten`: on a simplex it is the score of √x, Jacobian
+            included.
+        boundary_weight: as in :class:`~numpyro_score.ISM`. It need not vanish at the boundary here.
 
     Raises:
         TypeError: if target_score is not callable.
@@ -31,6 +38,7 @@ class ESM:
     """
 
     target_score: Callable[[Array], Array]
+    boundary_weight: Callable[[Array], Array] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.target_score):
@@ -44,7 +52,9 @@ class ESM:
             raise ValueError(
                 f"ESM's target_score gave shape {target.shape} for rows of shape {x.shape}: return one for each row."
             )
-        return 0.5 * jnp.sum((energy.score(x) - target) ** 2, axis=-1)
+        difference = energy.score(x) - target
+        frame = data_frame(energy, x, self.boundary_weight)
+        return 0.5 * jnp.sum((difference if frame is None else frame.apply(difference)) ** 2, axis=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +63,12 @@ class _ParzenScore:
     sigma: float
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        if x.shape[-1] != self.data.shape[-1]:
+            raise ValueError(
+                f"parzen_score was made of data with {self.data.shape[-1]} columns, and asked at rows with "
+                f"{x.shape[-1]}: give both as many."
+            )
+
         def of_row(row: Array) -> Array:
             away = (self.data - row) / self.sigma
             return jax.nn.softmax(-0.5 * jnp.sum(away**2, axis=-1)) @ away / self.sigma

@@ -29,19 +29,21 @@ class FSM:
       plain :class:`~numpyro_score.DSM` and estimates J of the data blurred by σ, + O(ε²).
 
     They cost 3 and 2 densities and one gradient of those in θ. Rounding in f is divided by ε² or ε: the default step
-    balances it against the O(ε²), and is about 2 % of the data's spread in float32. In float64 it is about 1e-4 of
-    it, and the values agree with those of derivatives to some 7 digits. Returns (N,) values, the mean over projections.
+    balances it against the O(ε²), and is about 2 % of the data's spread in float32. In float64 it is about 1e-4 of it,
+    and the values agree with those of derivatives to some 7 digits. The step is one for all columns, and the default
+    follows the one of least spread: standardise columns of very different units. Returns (N,) values, the mean over
+    projections.
 
     Args:
         epsilon: ε, in the units of the data; ‖εv‖ is ε√D. Default: 2 η^¼ spread/√D (sliced) or 2 η^⅓ spread/√D
-            (denoising), with η the machine precision and spread the root mean square deviation of the rows at hand.
+            (denoising), with η the machine precision and spread the least standard deviation of a column.
         sigma: σ of the denoising form, in the units of the data.
         num_projections: M, directions per row.
         projection: the law of v, as in :class:`~numpyro_score.SSM`.
 
     Raises:
-        ValueError: for a setting out of range; and, as soon as the data are known, for an epsilon so small that
-            rounding leaves nothing of the differences.
+        ValueError: for a setting out of range; and, as soon as the data are known, where rounding leaves nothing of
+            the differences.
     """
 
     epsilon: float | Array | None = None
@@ -84,20 +86,22 @@ class FSM:
             ValueError: if the rounding error of a difference quotient is as large as the loss of a Gaussian of the
                 data's spread.
         """
-        if self.epsilon is None or isinstance(self.epsilon, jax.core.Tracer):
+        if isinstance(self.epsilon, jax.core.Tracer):
             return
         x = energy.usable()[0].data
-        spread, size = _spread(x), float(jnp.median(jnp.abs(energy.log_density(x))))
+        epsilon, spreads = float(self.step(x)), _spreads(x)
+        # What rounding of f itself, and of x where its offset is large, are proportional to.
+        size = float(jnp.median(jnp.abs(energy.log_density(x))) + jnp.linalg.norm(x.mean(axis=0) / spreads))
         eta, order = float(jnp.finfo(x.dtype).eps), 2 if self.sigma is None else 1
-        # Of the second difference against tr ∇s, of the first against v·s, both as for N(0, spread² I).
-        error = (4 if order == 2 else 1) * eta * size / self.epsilon**order
-        natural = energy.dim / spread**2 if order == 2 else math.sqrt(energy.dim) / spread
+        # Of the second difference against tr ∇s, of the first against v·s, both as for a Gaussian of these spreads.
+        error = (4 if order == 2 else 1) * eta * size / epsilon**order
+        natural = float(jnp.sum(spreads**-2.0)) ** (order / 2)
         if error > natural:
-            least = (error / natural) ** (1 / order) * self.epsilon * 10 ** (1 / order)
+            least = (error / natural) ** (1 / order) * epsilon * 10 ** (1 / order)
             raise ValueError(
-                f"FSM(epsilon={self.epsilon:g}) in {x.dtype} loses everything to rounding: for log densities of about "
+                f"FSM with epsilon={epsilon:.3g} in {x.dtype} loses everything to rounding: for log densities of about "
                 f"{size:.3g} the difference quotient is wrong by {error:.2g}; take epsilon of at least {least:.1g}, "
-                "leave it out, or enable float64."
+                "centre the data, take constants off the energy, or enable float64."
             )
 
     def step(self, x: Float[Array, "n d"]) -> Array | float:
@@ -105,14 +109,15 @@ class FSM:
         if self.epsilon is not None:
             return self.epsilon
         eta = float(jnp.finfo(x.dtype).eps)
-        return 2 * eta ** (1 / 4 if self.sigma is None else 1 / 3) * _spread(x) / math.sqrt(x.shape[-1])
+        return 2 * eta ** (1 / 4 if self.sigma is None else 1 / 3) * jnp.min(_spreads(x)) / math.sqrt(x.shape[-1])
 
 
-def _spread(x: Array) -> Array:
-    """The root mean square deviation of a coordinate; for a single row the size of its numbers."""
+def _spreads(x: Float[Array, "n d"]) -> Float[Array, "d"]:
+    """The standard deviation of each column; where rows agree to rounding, the size of all the numbers."""
     x = jax.lax.stop_gradient(x)
-    deviation = jnp.sqrt(jnp.mean((x - x.mean(axis=0)) ** 2))
-    size = jnp.sqrt(jnp.mean(x**2))
-    # Rows that agree to rounding have no spread.
-    deviation = jnp.where(deviation > 1e-3 * size, deviation, size)
-    return jnp.where(deviation > 0, deviation, 1.0)
+    deviation, size = x.std(axis=0), jnp.sqrt(jnp.mean(x**2))
+    varies = deviation > 10 * jnp.finfo(x.dtype).eps * jnp.abs(x).max(axis=0)
+    # A column that does not vary says nothing, unless none does.
+    largest = jnp.max(jnp.where(varies, deviation, 0.0))
+    other = jnp.where(largest > 0, largest, jnp.where(size > 0, size, 1.0))
+    return jnp.where(varies, deviation, other)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.objective import exact_terms
+from numpyro_score.objective import check_boundary_weight, exact_terms
 
 __all__ = ["ISM"]
 
@@ -36,9 +36,15 @@ class ISM:
         boundary_weight: h, an increasing function of the distance to the boundary, zero at zero and with a finite
             limit. Default: the distance, at most 1. The estimates are consistent for any such h; their variance
             depends on it, and with data far from unit scale on the cap.
+
+    Raises:
+        ValueError, TypeError: for a boundary_weight that does not vanish at zero, or is no function of JAX arrays.
     """
 
     boundary_weight: Callable[[Array], Array] | None = None
+
+    def __post_init__(self) -> None:
+        check_boundary_weight("ISM", self.boundary_weight)
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""

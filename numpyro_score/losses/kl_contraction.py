@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import positive
+from numpyro_score.losses.base import at_least_one, positive
 from numpyro_score.objective import require_flat
 
 __all__ = ["KLContraction"]
@@ -48,8 +48,7 @@ class KLContraction:
 
     def __post_init__(self) -> None:
         positive("KLContraction", "time", self.time)
-        if self.num_samples < 1:
-            raise ValueError(f"KLContraction needs num_samples of at least 1, got {self.num_samples}.")
+        at_least_one("KLContraction", "num_samples", self.num_samples)
         if not (math.isfinite(self.stabiliser) and self.stabiliser >= 0):
             raise ValueError(f"KLContraction needs a stabiliser of at least 0, got {self.stabiliser}.")
 
@@ -61,7 +60,7 @@ class KLContraction:
         away = jax.random.normal(away_key, x.shape, x.dtype)
         half = jax.random.normal(back_key, (m - m // 2, *x.shape), x.dtype)
         back = jnp.concatenate([half, -half])[:m]
-        f = energy.log_density(jnp.concatenate([x[None], x + math.sqrt(self.time) * (away + back)]))
+        f = energy.log_density(jnp.concatenate([x[None], x + jnp.sqrt(self.time) * (away + back)]))
         contrasts = f[1:] - f[0]
         if self.stabiliser:
             contrasts = jnp.concatenate([contrasts, jnp.full_like(f[:1], math.log(self.stabiliser))])

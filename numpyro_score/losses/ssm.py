@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import rows_in_cache
-from numpyro_score.objective import sliced_terms
+from numpyro_score.losses.base import at_least_one, rows_in_cache
+from numpyro_score.objective import check_boundary_weight, sliced_terms
 
 __all__ = ["SSM"]
 
@@ -41,7 +40,7 @@ class SSM:
         boundary_weight: as in :class:`~numpyro_score.ISM`, for data with a boundary.
 
     Raises:
-        ValueError, TypeError: for fewer than one projection or an unknown law.
+        ValueError, TypeError: for fewer than one projection, an unknown law, or a boundary_weight as ISM refuses it.
     """
 
     num_projections: int = 1
@@ -51,6 +50,7 @@ class SSM:
 
     def __post_init__(self) -> None:
         check_projections("SSM", self.num_projections, self.projection)
+        check_boundary_weight("SSM", self.boundary_weight)
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
@@ -68,10 +68,7 @@ class SSM:
 
 def check_projections(owner: str, num_projections: int, projection: str) -> None:
     """Raises ValueError for fewer than one projection or an unknown law, TypeError for a number that is no integer."""
-    if isinstance(num_projections, bool) or not isinstance(num_projections, numbers.Integral):
-        raise TypeError(f"{owner} needs an integer num_projections, got {num_projections!r}.")
-    if num_projections < 1:
-        raise ValueError(f"{owner} needs num_projections of at least 1, got {num_projections}.")
+    at_least_one(owner, "num_projections", num_projections)
     if projection not in ("rademacher", "gaussian", "sphere"):
         raise ValueError(f"{owner} has no projection {projection!r}: use 'rademacher', 'gaussian' or 'sphere'.")
 
