@@ -35,7 +35,7 @@ class KernelState(NamedTuple):
     """
 
     z: Any  # position in unconstrained space, a pytree of (*chains, ...)
-    chain: ChainState | MomentumState  # the same position as rows (*chains, D), and what is known there
+    chain: Any  # ChainState or MomentumState: the same position as rows (*chains, D), and what is known there
     i: Int[Array, "*chains"]  # steps taken, warm-up included
     step_size: Float[Array, "*chains"]  # h of the last step
     temperature: Float[Array, "*chains"]  # T
@@ -253,7 +253,7 @@ def check_number(name: str, value: Any, holds: Callable[[Any], bool], range_: st
         raise ValueError(f"{name} must be one {range_} number, got {value}.")
 
 
-def _check_start(target: ModelPotential | None, z: Any, chain: ChainState, batch: tuple[int, ...]) -> None:
+def _check_start(target: ModelPotential | None, z: Any, chain: Any, batch: tuple[int, ...]) -> None:
     if not np.any(chain.diverging):
         return
     which = int(np.argmax(chain.diverging))

@@ -6,14 +6,14 @@ All follow one convention, the Euler–Maruyama step of dX = ∇f dt + √(2T) d
 
 The other common form, with step ε/2 and noise √ε, is ε = 2h. At temperature T = 0 it is gradient ascent.
 
-A chain whose log density or score is no longer finite has run away. It is flagged `diverging` from there on, and
-carries its infinities and NaN along: no finite number is put in their place.
+A chain whose log density or score is no longer finite has run away. It is flagged `diverging` from there on, and is NaN
+from its next step: no number is put in place of what is not one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +63,11 @@ class MomentumState(NamedTuple):
     momentum: Float[Array, "*batch d"]
 
 
-State = TypeVar("State", ChainState, MomentumState)
-
-
 class Chains(NamedTuple):
-    """A transition of independent chains, each row for itself."""
+    """A transition of independent chains, each row for itself; a state is a `ChainState` or a `MomentumState`."""
 
-    init: Callable[[Float[Array, "*batch d"]], ChainState | MomentumState]  # from a position
-    step: Callable[[Array, State], State]  # from a random key and a state
+    init: Callable[[Float[Array, "*batch d"]], Any]  # from positions to a state
+    step: Callable[[Array, Any], Any]  # from a random key and a state to the next state
 
 
 def langevin_chains(log_density: LogDensity, step_size: float | Array, temperature: float | Array = 1.0) -> Chains:
@@ -126,7 +123,9 @@ def sghmc_chains(
 def start(evaluate: Evaluate, rng_key: Array, x: Float[Array, "*batch d"]) -> ChainState:
     """Chains at the rows x."""
     value, score = evaluate(rng_key, x)
-    return ChainState(x, value, score, jnp.ones_like(value), ~_finite(value, score))
+    finite = jnp.isfinite(value) & jnp.isfinite(score).all(axis=-1)
+    # Where the value overflows before its gradient does, a chain would go on.
+    return ChainState(x, value, jnp.where(finite[..., None], score, jnp.nan), jnp.ones_like(value), ~finite)
 
 
 def start_with_momentum(evaluate: Evaluate, rng_key: Array, x: Float[Array, "*batch d"]) -> MomentumState:
@@ -191,7 +190,3 @@ def sghmc_step(
 
 def _exact(log_density: LogDensity) -> Evaluate:
     return lambda rng_key, x: value_score(log_density, x)
-
-
-def _finite(value: Float[Array, "*batch"], score: Float[Array, "*batch d"]) -> Bool[Array, "*batch"]:
-    return jnp.isfinite(value) & jnp.isfinite(score).all(axis=-1)
