@@ -124,8 +124,7 @@ def start(evaluate: Evaluate, rng_key: Array, x: Float[Array, "*batch d"]) -> Ch
     """Chains at the rows x."""
     value, score = evaluate(rng_key, x)
     finite = jnp.isfinite(value) & jnp.isfinite(score).all(axis=-1)
-    # Where the value overflows before its gradient does, a chain would go on.
-    return ChainState(x, value, jnp.where(finite[..., None], score, jnp.nan), jnp.ones_like(value), ~finite)
+    return ChainState(x, value, score, jnp.ones_like(value), ~finite)
 
 
 def start_with_momentum(evaluate: Evaluate, rng_key: Array, x: Float[Array, "*batch d"]) -> MomentumState:
@@ -139,6 +138,7 @@ def langevin_step(
     """One step of x' = x + h ∇f(x) + √(2hT) z; the score kept in the state is that at x, or an estimate of it."""
     noise_key, evaluate_key = jax.random.split(rng_key)
     noise = jax.random.normal(noise_key, state.x.shape, state.x.dtype)
+    step_size = _nan_where(state.diverging, step_size)
     x = state.x + step_size * state.score + jnp.sqrt(2.0 * step_size * temperature) * noise
     new = start(evaluate, evaluate_key, x)
     return new._replace(diverging=new.diverging | state.diverging)
@@ -182,10 +182,15 @@ def sghmc_step(
     """
     noise_key, evaluate_key = jax.random.split(rng_key)
     noise = jax.random.normal(noise_key, state.x.shape, state.x.dtype)
-    root = jnp.sqrt(step_size)
+    root = jnp.sqrt(_nan_where(state.diverging, step_size))
     momentum = (1.0 - friction) * state.momentum + root * state.score + jnp.sqrt(2.0 * friction * temperature) * noise
     new = start(evaluate, evaluate_key, state.x + root * momentum)
     return MomentumState(*new._replace(diverging=new.diverging | state.diverging), momentum)
+
+
+def _nan_where(diverging: Bool[Array, "*batch"], step_size: float | Array) -> Array:
+    """An energy may overflow before its gradient does; the chain is not to go on."""
+    return jnp.where(diverging[..., None], jnp.nan, step_size)
 
 
 def _exact(log_density: LogDensity) -> Evaluate:

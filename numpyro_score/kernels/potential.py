@@ -19,8 +19,8 @@ __all__ = ["ModelPotential", "is_concrete"]
 
 Site = dict[str, Any]
 
-# Up to this share of a plate, rows are drawn with replacement, which is a hundred times as fast as without, as NumPyro
-# draws them, and needs no memory of the plate's size. The variance of the estimates is at most 1 / (1 − share) as large.
+# Up to this share of a plate, rows are drawn with replacement, which needs no loop over the rows and no memory of the
+# plate's size, as NumPyro's draws without replacement do. It makes the variance 1 / (1 − share) as large, or less.
 MAX_SHARE_WITH_REPLACEMENT = 0.1
 
 
@@ -76,7 +76,7 @@ class ModelPotential:
         self.check_names(values, what)
         return unconstrain_fn(_on_first_rows(self.model), self.args, self.kwargs, values)
 
-    def check_names(self, values: dict[str, Array], what: str) -> None:
+    def check_names(self, values: dict[str, Any], what: str) -> None:
         """Raises ValueError unless there is a value for each latent site."""
         if set(values) != set(self.latents):
             raise ValueError(

@@ -70,8 +70,8 @@ class SGLD(_StochasticGradientKernel):
     other common form, with step ε/2 and noise √ε, is ε = 2h.
 
     Rows of subsampled plates, and other random numbers of the model such as a loss's projections, are drawn anew at
-    every step and by each chain for itself; rows with replacement, if they are at most a tenth of the plate. Param sites
-    stay at their initial values.
+    every step and by each chain for itself. Rows are drawn with replacement if they are at most a tenth of the plate,
+    which is much faster. Param sites stay at their initial values.
 
     There is no Metropolis step: the law of the draws is off by O(h). On a quadratic U of curvature a, with gradient
     noise of variance V, a coordinate has the variance (T + hV/2) / (a (1 − ha/2)) instead of T/a, and runs away for
