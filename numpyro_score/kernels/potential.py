@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpyro import handlers
+from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, find_valid_initial_params, potential_energy, unconstrain_fn
 from numpyro.primitives import Messenger
 
@@ -37,7 +38,9 @@ class ModelPotential:
 
     def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
         self.args, self.kwargs = args, kwargs or {}
-        sites = handlers.trace(_on_first_rows(model)).get_trace(*args, **self.kwargs)
+        # Improper sites cannot be drawn, but they can be started.
+        started = handlers.substitute(_on_first_rows(model), substitute_fn=init_to_uniform())
+        sites = handlers.trace(started).get_trace(*args, **self.kwargs)
         frozen = {k: s["value"] for k, s in sites.items() if s["type"] in ("param", "mutable")}
         self.model = handlers.substitute(model, data=frozen) if frozen else model
         self.plates = {k: s["value"] for k, s in sites.items() if s["type"] == "plate" and _is_subsampled(s)}
