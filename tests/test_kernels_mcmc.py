@@ -95,7 +95,7 @@ def test_warm_restart_goes_on(name):
 @every_kernel
 def test_vectorized_chains_have_the_law(name):
     """In one batch, from given positions and by raw keys; the chains are independent."""
-    chains = 20_000
+    chains = 10_000
     init_params = {"s": jnp.zeros(chains), "w": jnp.zeros((chains, 2))}
     mcmc = MCMC(
         KERNELS[name](model), num_warmup=30, num_samples=1, num_chains=chains, chain_method="vectorized",
