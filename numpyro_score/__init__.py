@@ -16,6 +16,7 @@ from numpyro_score.inference import (
     generalized_bayes,
     sparse_path,
 )
+from numpyro_score.kernels import MALA, SGHMC, SGLD, cyclical_schedule, polynomial_schedule
 from numpyro_score.losses import DSM, ESM, FSM, ISM, SSM, KLContraction, geometric_levels, parzen_score
 from numpyro_score.score_terms import curl, score_factor
 
@@ -24,6 +25,9 @@ __all__ = [
     "ESM",
     "FSM",
     "ISM",
+    "MALA",
+    "SGHMC",
+    "SGLD",
     "SSM",
     "ClosedFormError",
     "DenoisingGenerator",
@@ -37,9 +41,11 @@ __all__ = [
     "adjust_draws",
     "audit",
     "curl",
+    "cyclical_schedule",
     "generalized_bayes",
     "geometric_levels",
     "parzen_score",
+    "polynomial_schedule",
     "score_factor",
     "sparse_path",
     "to_arviz",

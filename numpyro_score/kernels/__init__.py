@@ -1,5 +1,28 @@
-"""Markov chain kernels."""
+"""Langevin kernels for `numpyro.infer.MCMC`, and their transitions as pure functions of many chains."""
 
-from numpyro_score.kernels.langevin import Chains, ChainState, langevin_chains, mala_chains
+from numpyro_score.kernels.base import KernelState
+from numpyro_score.kernels.langevin import (
+    Chains,
+    ChainState,
+    MomentumState,
+    langevin_chains,
+    mala_chains,
+    sghmc_chains,
+)
+from numpyro_score.kernels.samplers import MALA, SGHMC, SGLD
+from numpyro_score.kernels.schedules import cyclical_schedule, polynomial_schedule
 
-__all__ = ["ChainState", "Chains", "langevin_chains", "mala_chains"]
+__all__ = [
+    "MALA",
+    "SGHMC",
+    "SGLD",
+    "ChainState",
+    "Chains",
+    "KernelState",
+    "MomentumState",
+    "cyclical_schedule",
+    "langevin_chains",
+    "mala_chains",
+    "polynomial_schedule",
+    "sghmc_chains",
+]
