@@ -4,7 +4,9 @@ __version__ = "0.1.0.dev0"
 
 from numpyro_score.diagnostics import audit, to_arviz
 from numpyro_score.energy import Energy
+from numpyro_score.flows import HamiltonianFlow, LangevinFlow, fit_flow, learned_flow
 from numpyro_score.inference import (
+    AdversarialDynamicsEmbedding,
     ClosedFormError,
     DenoisingGenerator,
     GradientSpread,
@@ -25,11 +27,14 @@ __all__ = [
     "FSM",
     "ISM",
     "SSM",
+    "AdversarialDynamicsEmbedding",
     "ClosedFormError",
     "DenoisingGenerator",
     "Energy",
     "GradientSpread",
+    "HamiltonianFlow",
     "KLContraction",
+    "LangevinFlow",
     "NonFiniteLossError",
     "QuadraticLoss",
     "ScoreMatching",
@@ -37,8 +42,10 @@ __all__ = [
     "adjust_draws",
     "audit",
     "curl",
+    "fit_flow",
     "generalized_bayes",
     "geometric_levels",
+    "learned_flow",
     "parzen_score",
     "score_factor",
     "sparse_path",
