@@ -298,7 +298,8 @@ class AdversarialDynamicsEmbedding:
             return flow_step(flow, flow_optim, log_density, self.num_samples, params, optimizer, key)
 
         def follow(carry: Any, key: Array) -> tuple[Any, None]:
-            return ascend(*carry, key)[:2], None
+            params, optimizer, _ = ascend(carry[0], carry[1], key)
+            return (params, optimizer), None
 
         params, optimizer = state.flow_params, state.flow_optimizer
         if self.flow_steps > 1:
@@ -355,8 +356,8 @@ class AdversarialDynamicsEmbedding:
         name = type(self).__name__
         if not energy.has_density:
             raise TypeError(
-                f"{name} needs values of the density, which the score_factor '{energy._layout.score_terms[0]}' has not: "
-                "use ScoreMatching, or declare an energy with numpyro.factor."
+                f"Site '{energy._layout.score_terms[0]}' is a score_factor, whose density is unknown, but {name} needs "
+                "it: use ScoreMatching, or declare an energy with numpyro.factor."
             )
         require_flat(energy, name)
         if not energy.resizable and energy.num_rows > 1:
