@@ -4,7 +4,7 @@ __version__ = "0.1.0.dev0"
 
 from numpyro_score.diagnostics import audit, to_arviz
 from numpyro_score.energy import Energy
-from numpyro_score.flows import HamiltonianFlow, LangevinFlow, fit_flow, learned_flow
+from numpyro_score.flows import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
 from numpyro_score.inference import (
     AdversarialDynamicsEmbedding,
     ClosedFormError,
@@ -35,6 +35,7 @@ __all__ = [
     "HamiltonianFlow",
     "KLContraction",
     "LangevinFlow",
+    "LearnedFlow",
     "NonFiniteLossError",
     "QuadraticLoss",
     "ScoreMatching",
@@ -45,7 +46,6 @@ __all__ = [
     "fit_flow",
     "generalized_bayes",
     "geometric_levels",
-    "learned_flow",
     "parzen_score",
     "score_factor",
     "sparse_path",

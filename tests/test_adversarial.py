@@ -12,7 +12,7 @@ import pytest
 from models import FAST_COMPILE, assert_mean, counted_compilations, improper
 from numpyro.distributions import constraints
 
-from numpyro_score import AdversarialDynamicsEmbedding, HamiltonianFlow, learned_flow, score_factor
+from numpyro_score import AdversarialDynamicsEmbedding, HamiltonianFlow, LearnedFlow, score_factor
 from numpyro_score.inference import NonFiniteLossError
 
 KEY = jax.random.key(0)
@@ -55,7 +55,7 @@ def mle_and_errors(x):
 def test_recovers_a_precision_matrix(dim, steps, rows, num_steps):
     """The maximum of the likelihood is in closed form; the bound is within 0.1 of the fitted model's log Z."""
     x = draw(dim, rows)
-    ade = AdversarialDynamicsEmbedding(normal, learned_flow(dim, steps, annealed=True), num_steps=num_steps)
+    ade = AdversarialDynamicsEmbedding(normal, LearnedFlow(dim, steps, annealed=True), num_steps=num_steps)
     fit = ade.run(KEY, x, progress_bar=False)
     found = np.asarray(fit.estimates["precision"])
     mle, stderr = mle_and_errors(x)
@@ -96,14 +96,13 @@ def test_model_gradient_has_mean_zero_at_the_truth(x64):
     ade = AdversarialDynamicsEmbedding(model, exact, optax.sgd(1.0), optax.sgd(0.0), num_samples=100)
     state = ade.init(KEY, jnp.zeros((100, 2)))
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     def gradient(key):
         data_key, key = jax.random.split(key)
         x = jax.random.normal(data_key, (100, 2)) @ root.T
         new, terms = ade.update(state._replace(rng_key=key), x)
         return ade.get_params(state)["precision"] - ade.get_params(new)["precision"], terms
 
-    gradients, terms = jax.lax.map(gradient, jax.random.split(KEY, 2000))
+    gradients, terms = jax.jit(lambda keys: jax.lax.map(gradient, keys))(jax.random.split(KEY, 2000))
     assert_mean(gradients, 0.0)
     # Of 100 rows and 100 draws: 2 · 100 Var(½ xᵢxⱼ), known in closed form, so that the scale is right, too.
     variance = 50 * (np.outer(np.diag(cov), np.diag(cov)) + cov**2)
@@ -115,7 +114,7 @@ def test_model_gradient_has_mean_zero_at_the_truth(x64):
 def test_flow_gradient_is_that_of_the_bound(x64):
     """By finite differences at fixed θ and the step's own key."""
     x = jnp.asarray(draw(2, 50), jnp.float64)
-    flow = learned_flow(2, 3, annealed=True)
+    flow = LearnedFlow(2, 3, annealed=True)
     ade = AdversarialDynamicsEmbedding(normal, flow, optax.sgd(0.0), optax.sgd(1.0), num_samples=20)
     state = ade.init(KEY, x)
     update = jax.jit(ade.update, compiler_options=FAST_COMPILE)
@@ -136,7 +135,7 @@ def test_flow_gradient_is_that_of_the_bound(x64):
 def test_prior_subsampling_and_inner_steps(x64):
     """A posterior mode in closed form: τ̂ = (N D) / (Σ‖x‖² + 2 rate); subsampled rows count for all."""
     x = jnp.asarray(2.0 * np.random.default_rng(1).normal(size=(60, 2)))
-    flow = learned_flow(2, 1)
+    flow = LearnedFlow(2, 1)
     options = dict(flow_steps=2, num_samples=64, num_steps=800)
     ade = AdversarialDynamicsEmbedding(scaled, flow, **options)
     rate = 40.0
@@ -161,9 +160,14 @@ def test_prior_subsampling_and_inner_steps(x64):
     assert_mean(part - whole.mean(), 0.0, errors=5 * np.sqrt(1 + whole.var() / part.var()))
 
 
+@functools.cache
+def small():
+    return AdversarialDynamicsEmbedding(normal, num_steps=20)
+
+
 def test_second_run_compiles_nothing_and_goes_on():
     x = draw(2, 50)
-    ade = AdversarialDynamicsEmbedding(normal, num_steps=20)
+    ade = small()
     first = ade.run(KEY, x, progress_bar=False)
     with counted_compilations() as compiled:
         second = ade.run(jax.random.key(1), x + 1.0, init_state=first.state, progress_bar=False)
@@ -172,7 +176,7 @@ def test_second_run_compiles_nothing_and_goes_on():
 
 
 def test_interrupted_run_keeps_what_there_is(monkeypatch):
-    ade = AdversarialDynamicsEmbedding(normal, num_steps=50)
+    ade = small()
     real, calls = ade._advance, []
 
     def interrupted(*args, **kwargs):
@@ -181,8 +185,8 @@ def test_interrupted_run_keeps_what_there_is(monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    ade._advance = interrupted
-    with pytest.warns(UserWarning, match="Interrupted after 9 of 50"):
+    monkeypatch.setattr(ade, "_advance", interrupted)
+    with pytest.warns(UserWarning, match="Interrupted after 9 of 20"):
         fit = ade.run(KEY, draw(2, 50), progress_bar=False)
     assert fit.interrupted and len(fit.losses) == 9
 
@@ -199,7 +203,7 @@ def run(model, x, *args, error=ValueError, match="", num_steps=200, **options):
 
 def test_what_is_refused():
     x = draw(2, 20)
-    run(normal, x, learned_flow(3), match="base has 3 dimensions, but a row of the data has 2")
+    run(normal, x, LearnedFlow(3), match="base has 3 dimensions, but a row of the data has 2")
 
     def bounded(x):
         with numpyro.plate("rows", len(x)):
@@ -213,7 +217,7 @@ def test_what_is_refused():
         tau = numpyro.param("tau", 1.0)
         with numpyro.plate("rows", len(x)):
             x = numpyro.sample("x", improper(2), obs=x)
-            score_factor("net", lambda y: -tau * y, x)
+            score_factor("net", x, -tau * x)
 
     run(score_only, x, error=TypeError, match="'net' is a score_factor")
 

@@ -14,7 +14,7 @@ from models import FAST_COMPILE, assert_mean, energy_of
 from numpyro.infer import SVI, Trace_ELBO
 from scipy.integrate import quad
 
-from numpyro_score import HamiltonianFlow, LangevinFlow, fit_flow, learned_flow
+from numpyro_score import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
 from numpyro_score.flows import Phase, Scaling, leapfrog, leapfrog_inverse, summarize_weights
 
 D = 2
@@ -326,7 +326,7 @@ def log_weights(name, num_steps=16, refreshment=0.3, langevin=False):
     step_size = {"ring, D=2": 0.12, "correlated, D=10": 0.4}.get(name, 0.25)
     beta = jnp.arange(1, num_steps + 1) / num_steps
     if langevin:
-        flow = LangevinFlow(base, log_density, 0.5 / num_steps, num_steps, annealing=beta)
+        flow = LangevinFlow(base, log_density, 0.15, num_steps, annealing=beta)
     else:
         options = dict(annealing=beta, refreshment=refreshment)
         flow = HamiltonianFlow(base, log_density, step_size, num_steps, **options)
@@ -383,7 +383,7 @@ def test_fit_finds_the_normaliser():
         return -0.5 * jnp.sum(((x - mean) / sd) ** 2, -1)
 
     truth = 3 * NORMAL + float(jnp.log(sd).sum())
-    fit = fit_flow(learned_flow(3, 3, annealed=True), log_density, jax.random.key(0), num_steps=600)
+    fit = fit_flow(LearnedFlow(3, 3, annealed=True), log_density, jax.random.key(0), num_steps=600)
     assert fit.bounds.shape == (600,) and fit.params["flow_step_size"].shape == (3, 3)
     log_weights = np.asarray(jax.jit(lambda key: fit.flow.log_weights(key, (4000,)))(jax.random.key(1)), np.float64)
     assert -0.05 < log_weights.mean() - truth < 5 * log_weights.std() / 4000**0.5
@@ -423,7 +423,7 @@ def test_what_flows_refuse(unchecked):
 def test_what_fits_refuse():
     key = jax.random.key(0)
     with pytest.raises(FloatingPointError, match="at step"):
-        fit_flow(learned_flow(1, 2), lambda x: jnp.exp(x[..., 0] ** 2), key, num_steps=50)
+        fit_flow(LearnedFlow(1, 2), lambda x: jnp.exp(x[..., 0] ** 2), key, num_steps=50)
     with pytest.raises(ValueError, match=r"no numpyro.param"):
         fit_flow(lambda f: HamiltonianFlow(normal(1.0), f, 0.1, 1), coupled, key)
 

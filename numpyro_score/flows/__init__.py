@@ -1,7 +1,7 @@
 """Flows along the score of a density: their entropy is exact, so that they bound its normaliser."""
 
 from numpyro_score.flows.dynamics import DynamicsFlow, Trajectory
-from numpyro_score.flows.fit import FlowFit, FlowFunction, fit_flow, learned_flow
+from numpyro_score.flows.fit import FlowFit, FlowFunction, LearnedFlow, fit_flow
 from numpyro_score.flows.hamiltonian import HamiltonianFlow
 from numpyro_score.flows.langevin import LangevinFlow
 from numpyro_score.flows.leapfrog import Phase, Scaling, leapfrog, leapfrog_inverse
@@ -13,6 +13,7 @@ __all__ = [
     "FlowFunction",
     "HamiltonianFlow",
     "LangevinFlow",
+    "LearnedFlow",
     "Phase",
     "Scaling",
     "Trajectory",
@@ -20,6 +21,5 @@ __all__ = [
     "fit_flow",
     "leapfrog",
     "leapfrog_inverse",
-    "learned_flow",
     "summarize_weights",
 ]

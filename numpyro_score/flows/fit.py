@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro_score.flows.dynamics import DynamicsFlow, LogDensity, Trajectory, as_pytree
 from numpyro_score.flows.hamiltonian import HamiltonianFlow
 
-__all__ = ["FlowFit", "FlowFunction", "build_flow", "fit_flow", "flow_params", "flow_step", "learned_flow"]
+__all__ = ["FlowFit", "FlowFunction", "LearnedFlow", "build_flow", "fit_flow", "flow_params", "flow_step"]
 
 FlowFunction = Callable[[LogDensity], DynamicsFlow]
 """A function from a log density to a flow, with a `numpyro.param` for everything that is learned."""
@@ -34,52 +35,52 @@ class FlowFit(NamedTuple):
     params: dict[str, Any]  # constrained values of the flow's param sites
 
 
-def learned_flow(
-    dim: int,
-    num_steps: int = 5,
-    *,
-    annealed: bool = False,
-    loc: ArrayLike = 0.0,
-    scale: ArrayLike = 1.0,
-) -> FlowFunction:
+@dataclass(frozen=True)
+class LearnedFlow:
     """A :class:`~numpyro_score.HamiltonianFlow` on a normal base, with everything learned.
 
-    Learned are the base's mean and standard deviations, the step sizes of every step and dimension and the scale of
-    the first velocity; and, if annealed, the bridging densities and the share of the velocity that is drawn anew.
+    Learned are the base's mean and standard deviations, and the step sizes of every step and dimension; if annealed,
+    the bridging densities and the share of the velocity that is drawn anew; if not, the scale of the first velocity.
 
     Args:
         dim: D.
         num_steps: T.
-        annealed: whether to bridge from the base to the density with refreshed velocities, which is the tighter
-            bound for many steps.
+        annealed: whether to bridge from the base to the density with refreshed velocities, as a rule the tighter bound.
         loc: where the base's mean starts; a number or (D,).
         scale: where its standard deviations start; a number or (D,). Step sizes start at a fifth of it.
     """
 
-    def flow(log_density: LogDensity) -> HamiltonianFlow:
-        start = jnp.broadcast_to(jnp.asarray(scale, jnp.result_type(float)), (dim,))
-        mean = jnp.broadcast_to(jnp.asarray(loc, start.dtype), (dim,))
-        base = dist.Normal(
-            numpyro.param("flow_loc", mean), numpyro.param("flow_scale", start, constraint=constraints.positive)
-        ).to_event(1)
+    dim: int
+    num_steps: int = 5
+    annealed: bool = False
+    # Where a fit starts is no part of what is compiled for it.
+    loc: ArrayLike = field(default=0.0, compare=False)
+    scale: ArrayLike = field(default=1.0, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.num_steps < 1:
+            raise ValueError(f"LearnedFlow needs positive dim and num_steps, got {self.dim} and {self.num_steps}.")
+
+    def __call__(self, log_density: LogDensity) -> HamiltonianFlow:
+        """The flow along a density, with its `numpyro.param` sites."""
+        dim, num_steps, real = self.dim, self.num_steps, jnp.result_type(float)
+        start = jnp.broadcast_to(jnp.asarray(self.scale, real), (dim,))
+        loc = numpyro.param("flow_loc", jnp.broadcast_to(jnp.asarray(self.loc, real), (dim,)))
+        scale = numpyro.param("flow_scale", start, constraint=constraints.positive)
         steps = jnp.broadcast_to(0.2 * start, (num_steps, dim))
         step_size = numpyro.param("flow_step_size", steps, constraint=constraints.positive)
-        annealing: dict[str, Any] = {}
-        if annealed:
-            rises = numpyro.param(
-                "flow_annealing", jnp.full(num_steps, 1.0 / num_steps, start.dtype), constraint=constraints.simplex
-            )
-            # The increments sum to 1 up to rounding.
-            annealing["annealing"] = jnp.minimum(jnp.cumsum(rises), 1.0)
-            share = jnp.asarray(0.3, start.dtype)
-            annealing["refreshment"] = numpyro.param("flow_refreshment", share, constraint=constraints.unit_interval)
+        options: dict[str, Any] = {}
+        if self.annealed:
+            even = jnp.full(num_steps, 1.0 / num_steps, real)
+            rises = numpyro.param("flow_annealing", even, constraint=constraints.simplex)
+            options["annealing"] = jnp.minimum(jnp.cumsum(rises), 1.0)  # the sum is 1 up to rounding
+            share = jnp.asarray(0.3, real)
+            options["refreshment"] = numpyro.param("flow_refreshment", share, constraint=constraints.unit_interval)
         else:
-            annealing["momentum_scale"] = numpyro.param(
-                "flow_momentum_scale", jnp.ones(dim, start.dtype), constraint=constraints.positive
+            options["momentum_scale"] = numpyro.param(
+                "flow_momentum_scale", jnp.ones(dim, real), constraint=constraints.positive
             )
-        return HamiltonianFlow(base, log_density, step_size, num_steps, **annealing)
-
-    return flow
+        return HamiltonianFlow(dist.Normal(loc, scale).to_event(1), log_density, step_size, num_steps, **options)
 
 
 def fit_flow(
@@ -95,7 +96,7 @@ def fit_flow(
 
     Args:
         flow: a function from a log density to a flow, with a `numpyro.param` for all that is learned, such as
-            :func:`learned_flow`.
+            :class:`LearnedFlow`.
         log_density: f, from rows (..., D) to (...), e.g. `energy.log_density`.
         rng_key: a key for initial values and draws.
         num_steps: steps of the optimiser.
@@ -108,10 +109,10 @@ def fit_flow(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from numpyro_score import fit_flow, learned_flow
+        >>> from numpyro_score import fit_flow, LearnedFlow
         >>> def log_density(x):  # N(2, ¼I), so that log Z = log(2π/4)
         ...     return -2.0 * jnp.sum((x - 2.0) ** 2, -1)
-        >>> fit = fit_flow(learned_flow(2), log_density, jax.random.key(0), num_steps=300)
+        >>> fit = fit_flow(LearnedFlow(2), log_density, jax.random.key(0), num_steps=300)
         >>> found = fit.flow.log_partition_bound(jax.random.key(1), 1000)
         >>> bool(jnp.abs(found.bound - jnp.log(jnp.pi / 2)) < 0.05)
         True
@@ -190,7 +191,7 @@ def flow_params(flow: FlowFunction, log_density: LogDensity, rng_key: Array) -> 
         built = flow(log_density)
     params = {k: _transform(s).inv(s["value"]) for k, s in sites.items() if s["type"] == "param"}
     if not params:
-        raise ValueError("The flow has no numpyro.param, so that nothing is learned: see learned_flow.")
+        raise ValueError("The flow has no numpyro.param, so that nothing is learned: see LearnedFlow.")
     if not built.has_rsample:
         raise ValueError(
             f"Draws of the flow's base ({built.base}) pass no gradients to its parameters: take a base such as "

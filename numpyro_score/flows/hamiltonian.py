@@ -124,7 +124,7 @@ class HamiltonianFlow(DynamicsFlow):
         carry = Phase(x, v, self._slope(x)), jnp.zeros_like(start)
         # The first step turns nothing, so that v₀'s own noise may stand in for the noise it does not have.
         xi = None if self.refreshment is None else noise
-        (phase, log_det), discarded = jax.lax.scan(step, carry, (*self._settings(), xi))
+        (phase, log_det), discarded = jax.lax.scan(step, carry, (*self._settings(), xi), unroll=self._unroll)
         rows = [phase.x[None], phase.v[None]] + ([] if discarded is None else [discarded[1:]])
         value = jnp.moveaxis(jnp.concatenate(rows), 0, -2)
         auxiliary = normal_log_prob(value[..., 1:, :]).sum(-1)

@@ -85,7 +85,8 @@ class LangevinFlow(DynamicsFlow):
 
         start = self.base.log_prob(x)
         carry = x, self._slope(x), jnp.zeros_like(start)
-        (last, slope, backward), v = jax.lax.scan(step, carry, (self._per_step(self.step_size), self.annealing, noise))
+        settings = self._per_step(self.step_size), self.annealing, noise
+        (last, slope, backward), v = jax.lax.scan(step, carry, settings, unroll=self._unroll)
         value = jnp.moveaxis(jnp.concatenate([last[None], v]), 0, -2)
         return Trajectory(value, start + self._noise_log_prob(noise), slope.log_density, backward)
 

@@ -22,7 +22,7 @@ from numpyro_score._arguments import join_arrays, split_arrays
 from numpyro_score._check import evaluate_for_check
 from numpyro_score.energy import Energy
 from numpyro_score.flows.dynamics import DynamicsFlow, Trajectory, as_pytree
-from numpyro_score.flows.fit import FlowFunction, build_flow, flow_params, flow_step, learned_flow
+from numpyro_score.flows.fit import FlowFunction, LearnedFlow, build_flow, flow_params, flow_step
 from numpyro_score.inference.generalized import LOSS_SITE, prior_model
 from numpyro_score.inference.loop import (
     NonFiniteLossError,
@@ -112,7 +112,7 @@ class AdversarialDynamicsEmbedding:
     Args:
         model: a NumPyro model with an unnormalised density of real data; see :class:`~numpyro_score.Energy`.
         flow: a function from a log density to a flow, with a `numpyro.param` for all that is learned. Default:
-            :func:`~numpyro_score.learned_flow`, annealed, of five steps, which starts at the data's mean and spread.
+            :class:`~numpyro_score.LearnedFlow`, annealed, of five steps, which starts at the data's mean and spread.
         optim: an optimiser of θ, as SVI's; by default Adam with a rate that falls to zero over the run.
         flow_optim: an Optax optimiser of φ; by default the same.
         flow_steps: steps in φ for each step in θ.
@@ -155,7 +155,7 @@ class AdversarialDynamicsEmbedding:
         if flow is not None and not callable(flow):
             raise TypeError(
                 f"flow must be a function from a log density to a flow, got {type(flow).__name__}: write e.g. "
-                "flow=learned_flow(2)."
+                "flow=LearnedFlow(2)."
             )
         self.model, self.flow, self.data = model, flow, data
         self.flow_steps, self.num_samples, self.num_steps = flow_steps, num_samples, check_num_steps(num_steps)
@@ -336,7 +336,7 @@ class AdversarialDynamicsEmbedding:
         return decaying_adam(self.flow_steps * total, self.flow_steps * start)
 
     def _flow_of(self, energy: Energy) -> FlowFunction:
-        return self.flow or learned_flow(energy.dim, annealed=True)
+        return self.flow or LearnedFlow(energy.dim, annealed=True)
 
     def _constrained(self, optim_state: Any) -> dict[str, Any]:
         return self._svi.constrain_fn(self._svi.optim.get_params(optim_state))
@@ -383,7 +383,7 @@ def _flow_at_data(energy: Energy) -> FlowFunction:
     x, share = energy.data, (weights / weights.sum())[:, None]
     mean = jnp.sum(share * x, 0)
     spread = jnp.sqrt(jnp.sum(share * (x - mean) ** 2, 0))
-    return learned_flow(energy.dim, annealed=True, loc=mean, scale=jnp.where(spread > 0, spread, 1.0))
+    return LearnedFlow(energy.dim, annealed=True, loc=mean, scale=jnp.where(spread > 0, spread, 1.0))
 
 
 def _explain(terms: AdversarialTerms) -> str:
