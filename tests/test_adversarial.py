@@ -114,7 +114,7 @@ def test_model_gradient_has_mean_zero_at_the_truth(x64):
 def test_flow_gradient_is_that_of_the_bound(x64):
     """By finite differences at fixed θ and the step's own key."""
     x = jnp.asarray(draw(2, 50), jnp.float64)
-    flow = LearnedFlow(2, 3, annealed=True)
+    flow = LearnedFlow(2, 3, annealed=True, refreshed=True)
     ade = AdversarialDynamicsEmbedding(normal, flow, optax.sgd(0.0), optax.sgd(1.0), num_samples=20)
     state = ade.init(KEY, x)
     update = jax.jit(ade.update, compiler_options=FAST_COMPILE)
@@ -228,6 +228,9 @@ def test_what_is_refused():
             numpyro.factor("energy", -0.5 * tau * jnp.sum((x - z[:, None]) ** 2, -1))
 
     run(covariates, x, match="takes no others")
+
+
+def test_settings_that_are_refused(unchecked):
     with pytest.raises(ValueError, match="positive flow_steps"):
         AdversarialDynamicsEmbedding(normal, flow_steps=0)
     with pytest.raises(TypeError, match="function from a log density"):

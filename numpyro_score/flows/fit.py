@@ -39,13 +39,14 @@ class FlowFit(NamedTuple):
 class LearnedFlow:
     """A :class:`~numpyro_score.HamiltonianFlow` on a normal base, with everything learned.
 
-    Learned are the base's mean and standard deviations, and the step sizes of every step and dimension; if annealed,
-    the bridging densities and the share of the velocity that is drawn anew; if not, the scale of the first velocity.
+    Learned are the base's mean and standard deviations, the scale of the first velocity and the step sizes of every
+    step and dimension; if annealed, the bridging densities; if refreshed, the share of the velocity that is drawn anew.
 
     Args:
         dim: D.
         num_steps: T.
-        annealed: whether to bridge from the base to the density with refreshed velocities, as a rule the tighter bound.
+        annealed: whether to bridge from the base to the density, as a rule the tighter bound.
+        refreshed: whether to draw a share of the velocity anew before each step, which pays on long trajectories.
         loc: where the base's mean starts; a number or (D,).
         scale: where its standard deviations start; a number or (D,). Step sizes start at a fifth of it.
     """
@@ -53,6 +54,7 @@ class LearnedFlow:
     dim: int
     num_steps: int = 5
     annealed: bool = False
+    refreshed: bool = False
     # Where a fit starts is no part of what is compiled for it.
     loc: ArrayLike = field(default=0.0, compare=False)
     scale: ArrayLike = field(default=1.0, compare=False)
@@ -69,17 +71,15 @@ class LearnedFlow:
         scale = numpyro.param("flow_scale", start, constraint=constraints.positive)
         steps = jnp.broadcast_to(0.2 * start, (num_steps, dim))
         step_size = numpyro.param("flow_step_size", steps, constraint=constraints.positive)
-        options: dict[str, Any] = {}
+        momentum = numpyro.param("flow_momentum_scale", jnp.ones(dim, real), constraint=constraints.positive)
+        options: dict[str, Any] = dict(momentum_scale=momentum)
         if self.annealed:
             even = jnp.full(num_steps, 1.0 / num_steps, real)
             rises = numpyro.param("flow_annealing", even, constraint=constraints.simplex)
             options["annealing"] = jnp.minimum(jnp.cumsum(rises), 1.0)  # the sum is 1 up to rounding
+        if self.refreshed:
             share = jnp.asarray(0.3, real)
             options["refreshment"] = numpyro.param("flow_refreshment", share, constraint=constraints.unit_interval)
-        else:
-            options["momentum_scale"] = numpyro.param(
-                "flow_momentum_scale", jnp.ones(dim, real), constraint=constraints.positive
-            )
         return HamiltonianFlow(dist.Normal(loc, scale).to_event(1), log_density, step_size, num_steps, **options)
 
 
