@@ -1,6 +1,11 @@
 """Fitting: the generalised model, score matching, and its standard errors."""
 
-from numpyro_score.inference.adversarial import AdversarialDynamicsEmbedding, AdversarialResult, AdversarialState
+from numpyro_score.inference.adversarial import (
+    AdversarialDynamicsEmbedding,
+    AdversarialResult,
+    AdversarialState,
+    AdversarialTerms,
+)
 from numpyro_score.inference.calibration import adjust_draws, calibrated_learning_rate
 from numpyro_score.inference.closed_form import ClosedFormError, Coordinates, FlatObjectiveError, Quadratic
 from numpyro_score.inference.generalized import (
@@ -24,6 +29,7 @@ __all__ = [
     "AdversarialDynamicsEmbedding",
     "AdversarialResult",
     "AdversarialState",
+    "AdversarialTerms",
     "ClosedFormError",
     "Coordinates",
     "Curvature",

@@ -106,8 +106,8 @@ class AdversarialDynamicsEmbedding:
     This is a likelihood method: it sees the weights of modes that score matching does not, and its bias is that of the
     flow. Compare `log_partition_bound` with an importance-weighted estimate, `fit.flow.log_partition_bound(rng_key)`.
 
-    The sum over rows takes the weights of plates, `handlers.scale` and masks; priors and factors without data are added
-    as in :func:`~numpyro_score.generalized_bayes`. Latent sites get point estimates.
+    The sum over rows takes the weights of plates and `handlers.scale`; priors and factors without data are added as in
+    :func:`~numpyro_score.generalized_bayes`. Latent sites get point estimates.
 
     Args:
         model: a NumPyro model with an unnormalised density of real data; see :class:`~numpyro_score.Energy`.
@@ -364,7 +364,7 @@ class AdversarialDynamicsEmbedding:
             raise ValueError(
                 f"{name} evaluates the density at draws that are not the data, but the model has {energy.num_rows} "
                 "rows and takes no others: pass the data as an argument and let the plate follow its length, e.g. "
-                "numpyro.plate('data', len(x)), without covariates."
+                "numpyro.plate('data', len(x)), drop masked rows, and take ScoreMatching for rows with covariates."
             )
         if energy.is_concrete:
             energy.check(self._evaluate)
