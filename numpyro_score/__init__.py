@@ -4,7 +4,9 @@ __version__ = "0.1.0.dev0"
 
 from numpyro_score.diagnostics import audit, to_arviz
 from numpyro_score.energy import Energy
+from numpyro_score.flows import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
 from numpyro_score.inference import (
+    AdversarialDynamicsEmbedding,
     ClosedFormError,
     DenoisingGenerator,
     GradientSpread,
@@ -29,11 +31,15 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "SSM",
+    "AdversarialDynamicsEmbedding",
     "ClosedFormError",
     "DenoisingGenerator",
     "Energy",
     "GradientSpread",
+    "HamiltonianFlow",
     "KLContraction",
+    "LangevinFlow",
+    "LearnedFlow",
     "NonFiniteLossError",
     "QuadraticLoss",
     "ScoreMatching",
@@ -42,6 +48,7 @@ __all__ = [
     "audit",
     "curl",
     "cyclical_schedule",
+    "fit_flow",
     "generalized_bayes",
     "geometric_levels",
     "parzen_score",

@@ -20,7 +20,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
 
-import numpyro_score.inference.score_matching as module
+import numpyro_score.inference.loop as module
 from numpyro_score import ISM, SSM, NonFiniteLossError, ScoreMatching, generalized_bayes
 
 N, D, BATCH = 300, 2, 50

@@ -10,19 +10,24 @@ import jax.numpy as jnp
 import optax
 from numpyro.optim import optax_to_numpyro
 
-__all__ = ["default_optimizer", "optax_optimizer"]
+__all__ = ["decaying_adam", "default_optimizer", "optax_optimizer"]
 
 _PEAK_RATE = 0.03
 
 
 def default_optimizer(num_steps: Any, start: Any = 0) -> Any:
+    """:func:`decaying_adam` as NumPyro's optimisers."""
+    return optax_optimizer(decaying_adam(num_steps, start))
+
+
+def decaying_adam(num_steps: Any, start: Any = 0) -> optax.GradientTransformation:
     """Adam whose rate falls from 0.03 to zero along half a cosine, over `num_steps` steps after step `start`."""
 
     def rate(count: Any) -> Any:
         progress = jnp.clip((count - start) / num_steps, 0.0, 1.0)
         return _PEAK_RATE * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
 
-    return optax_optimizer(optax.adam(rate))
+    return optax.adam(rate)
 
 
 def optax_optimizer(transformation: optax.GradientTransformation) -> Any:

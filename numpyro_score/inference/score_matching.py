@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from numpyro.infer.autoguide import (
     AutoSurrogateLikelihoodDAIS,
 )
 from numpyro.infer.util import transform_fn
-from tqdm.auto import tqdm
 
 from numpyro_score._arguments import join_arrays, split_arrays
 from numpyro_score._check import evaluate_for_check
@@ -34,15 +32,20 @@ from numpyro_score.energy import Energy
 from numpyro_score.inference.calibration import calibrated_fit
 from numpyro_score.inference.closed_form import ClosedFormError, FlatObjectiveError, solve
 from numpyro_score.inference.generalized import generalized_bayes, prior_model
+from numpyro_score.inference.loop import (
+    NonFiniteLossError,
+    check_key,
+    check_num_steps,
+    run_steps,
+    strongly_typed,
+    take_steps,
+)
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.losses import ISM, SSM, Loss
 from numpyro_score.losses.base import check_settings
 
-__all__ = ["DefaultLoss", "NonFiniteLossError", "ScoreMatching"]
-
-_BUFFER = 1024  # losses kept on the device between two looks at them
-_SECONDS = 0.1  # between two updates of the progress bar
+__all__ = ["DefaultLoss", "ScoreMatching"]
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,6 @@ class DefaultLoss:
     @staticmethod
     def _choose(energy: Energy) -> ISM | SSM:
         return ISM() if energy.dim <= 64 else SSM()
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite during a fit.
-
-    Attributes:
-        step: the step, from 0, whose loss is not finite.
-        state: the last `SVIState` with a finite loss; pass it as `init_state` to go on from there.
-        params: the parameters of `state`.
-        losses: the finite losses up to then.
-    """
-
-    def __init__(self, message: str, step: int, state: Any, params: dict[str, Any], losses: Any) -> None:
-        super().__init__(message)
-        self.step, self.state, self.params, self.losses = step, state, params, losses
 
 
 class ScoreMatching(SVI):
@@ -124,7 +112,7 @@ class ScoreMatching(SVI):
         learning_rate: Any = 1.0,
         data: str | None = None,
     ) -> None:
-        num_steps = _check_num_steps(num_steps)
+        num_steps = check_num_steps(num_steps)
         self.score_model, self.score_loss = model, DefaultLoss() if loss is None else loss
         self.num_steps, self.learning_rate, self.data = num_steps, learning_rate, data
         self.prior = prior_model(model, data)
@@ -230,7 +218,7 @@ class ScoreMatching(SVI):
             NonFiniteLossError: the loss became NaN or infinite; the exception holds the last finite state.
             SandwichError: if the learning rate is to be calibrated and cannot be.
         """
-        num_steps = _check_num_steps(self.num_steps if num_steps is None else num_steps)
+        num_steps = check_num_steps(self.num_steps if num_steps is None else num_steps)
         if isinstance(self.learning_rate, str):
             options: dict[str, Any] = dict(num_steps=num_steps, progress_bar=progress_bar, stable_update=stable_update)
 
@@ -239,13 +227,12 @@ class ScoreMatching(SVI):
 
             return calibrated_fit(self, run, init_state=init_state, init_params=init_params)
         rng_key = jax.random.key(0) if rng_key is None else rng_key
-        _check_key(rng_key)
+        check_key(rng_key)
         if init_state is None or self.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state
         start = int(state.optim_state[0])
-        # A weakly typed number in the first state would make the second call compile again.
-        state = jax.tree.map(lambda v: jax.lax.convert_element_type(v, jnp.result_type(v)), state)
+        state = strongly_typed(state)
         if self._default_optim and self._default_guide:
             initial = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
             try:
@@ -268,38 +255,16 @@ class ScoreMatching(SVI):
             stable_update=stable_update,
         )
 
-        losses: list[np.ndarray] = []
-        done, size, previous = 0, 1, None
-        try:
-            with tqdm(total=num_steps, disable=not progress_bar) as bar:
-                while done < num_steps:
-                    begin, n = time.perf_counter(), min(size, num_steps - done)
-                    new, values, taken = advance(state, n)
-                    taken = int(taken)
-                    values = np.asarray(values[:n] if n == _BUFFER else jax.device_get(values)[:n])
-                    if taken < n:
-                        self._raise_non_finite(advance, previous, state, taken, done, losses, values, args, kwargs)
-                    losses.append(values)
-                    previous, state, done = (state, n), new, done + n
-                    finite = values[np.isfinite(values)]
-                    mean = finite.mean() if finite.size else np.nan
-                    bar.set_postfix_str(f"init loss: {losses[0][0]:.4f}, loss: {mean:.4f}", refresh=False)
-                    bar.update(n)
-                    if len(losses) > 1:  # the first call compiles
-                        size = _next_size(n, time.perf_counter() - begin)
-                    else:
-                        size = min(8, num_steps)
-        except KeyboardInterrupt:
-            if not done:
-                raise
-            warnings.warn(
-                f"Interrupted after {done} of {num_steps} steps; this is the fit so far.",
-                stacklevel=2,
-            )
-        found = np.concatenate(losses)[:done]
-        return ScoreMatchingResult(
-            self.get_params(state), state, found, self, args, kwargs, interrupted=done < num_steps
-        )
+        def non_finite(failing: Any, last: Any, step: int, losses: np.ndarray) -> NonFiniteLossError:
+            cause = self._explain(failing, args, kwargs)
+            return NonFiniteLossError(
+                f"The loss is {losses[-1]} at step {step}: {cause}. The last finite state is in the exception's "
+                "`state`; a smaller step size, other init_params or stable_update=True may help.",
+                step, last, self.get_params(last), losses[:-1],
+            )  # fmt: skip
+
+        state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite)
+        return ScoreMatchingResult(self.get_params(state), state, losses, self, args, kwargs, interrupted=interrupted)
 
     def _check(self, energy: Energy) -> None:
         if energy.is_concrete:
@@ -329,46 +294,7 @@ class ScoreMatching(SVI):
         args, kwargs = join_arrays(arrays, static)
         step = svi.stable_update if stable_update else svi.update
 
-        def go_on(carry: Any) -> Array:
-            i, _, _, finite = carry
-            return (i < n) & finite
-
-        def body(carry: Any) -> Any:
-            i, state, losses, _ = carry
-            state, loss = step(state, *args, **kwargs)
-            finite = jnp.isfinite(loss) | stable_update
-            return i + finite, state, losses.at[i].set(loss), finite
-
-        losses = jnp.zeros(_BUFFER, jnp.result_type(float))
-        taken, state, losses, _ = jax.lax.while_loop(go_on, body, (jnp.array(0), state, losses, jnp.array(True)))
-        return state, losses, taken
-
-    def _raise_non_finite(
-        self,
-        advance: Any,
-        previous: Any,
-        state: Any,
-        taken: int,
-        done: int,
-        losses: Any,
-        values: Any,
-        args: Any,
-        kwargs: Any,
-    ) -> None:
-        """Steps are deterministic, so the states around the failing step are had by taking the chunk again."""
-        failing = advance(state, taken)[0]
-        if taken:
-            last = advance(state, taken - 1)[0]
-        else:
-            last = state if previous is None else advance(previous[0], previous[1] - 1)[0]
-        finite = np.concatenate([*losses, values[:taken]])
-        step = done + taken
-        cause = self._explain(failing, args, kwargs)
-        raise NonFiniteLossError(
-            f"The loss is {values[taken]} at step {step}: {cause}. The last finite state is in the exception's "
-            "`state`; a smaller step size, other init_params or stable_update=True may help.",
-            step, last, self.get_params(last), finite,
-        )  # fmt: skip
+        return take_steps(lambda s: step(s, *args, **kwargs), state, n, keep_going=stable_update)
 
     def _explain(self, state: Any, args: Any, kwargs: Any) -> str:
         result = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
@@ -393,24 +319,3 @@ _GUIDES_WITH_DENSITY = (
     AutoSemiDAIS,
     AutoSurrogateLikelihoodDAIS,
 )
-
-
-def _next_size(n: int, seconds: float) -> int:
-    """Steps until the next look: what takes about a tenth of a second, growing at most fourfold."""
-    return int(np.clip(n * _SECONDS / max(seconds, 1e-6), 1, min(4 * n, _BUFFER)))
-
-
-def _check_num_steps(num_steps: int) -> int:
-    if num_steps != int(num_steps) or num_steps < 1:
-        raise ValueError(f"num_steps must be a positive integer, got {num_steps}.")
-    return int(num_steps)
-
-
-def _check_key(rng_key: Any) -> None:
-    is_key = isinstance(rng_key, jax.Array) and jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) and rng_key.ndim == 0
-    is_raw = jnp.shape(rng_key) == (2,) and jnp.result_type(rng_key) == jnp.uint32
-    if not (is_key or is_raw):
-        raise TypeError(
-            f"rng_key must be one random key, got {type(rng_key).__name__} of shape {np.shape(rng_key)}: write "
-            "run(jax.random.key(0), x), the model's arguments after the key."
-        )
