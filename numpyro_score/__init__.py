@@ -16,14 +16,29 @@ from numpyro_score.inference import (
     generalized_bayes,
     sparse_path,
 )
-from numpyro_score.losses import DSM, ESM, FSM, ISM, SSM, KLContraction, geometric_levels, parzen_score
+from numpyro_score.losses import (
+    CD,
+    DSM,
+    ESM,
+    FSM,
+    ISM,
+    NCE,
+    PCD,
+    SSM,
+    KLContraction,
+    geometric_levels,
+    parzen_score,
+)
 from numpyro_score.score_terms import curl, score_factor
 
 __all__ = [
+    "CD",
     "DSM",
     "ESM",
     "FSM",
     "ISM",
+    "NCE",
+    "PCD",
     "SSM",
     "ClosedFormError",
     "DenoisingGenerator",

@@ -2,6 +2,7 @@
 
 from numpyro_score.inference.calibration import adjust_draws, calibrated_learning_rate
 from numpyro_score.inference.closed_form import ClosedFormError, Coordinates, FlatObjectiveError, Quadratic
+from numpyro_score.inference.failure import NonFiniteLossError
 from numpyro_score.inference.generalized import (
     LOSS_SITE,
     GeneralizedModel,
@@ -13,7 +14,7 @@ from numpyro_score.inference.influence import diagonal_stderr, influence
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.sandwich import Curvature, Objective, Parametrisation, SandwichError, curvature
-from numpyro_score.inference.score_matching import DefaultLoss, NonFiniteLossError, ScoreMatching
+from numpyro_score.inference.score_matching import DefaultLoss, ScoreMatching
 from numpyro_score.inference.sparse import SparsePath, sparse_path
 from numpyro_score.inference.streaming import GradientSpread, QuadraticFit, QuadraticLoss
 

@@ -33,13 +33,14 @@ from numpyro_score._check import evaluate_for_check
 from numpyro_score.energy import Energy
 from numpyro_score.inference.calibration import calibrated_fit
 from numpyro_score.inference.closed_form import ClosedFormError, FlatObjectiveError, solve
+from numpyro_score.inference.failure import NonFiniteLossError, explain
 from numpyro_score.inference.generalized import generalized_bayes, prior_model
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.losses import ISM, SSM, Loss
 from numpyro_score.losses.base import check_settings
 
-__all__ = ["DefaultLoss", "NonFiniteLossError", "ScoreMatching"]
+__all__ = ["DefaultLoss", "ScoreMatching"]
 
 _BUFFER = 1024  # losses kept on the device between two looks at them
 _SECONDS = 0.1  # between two updates of the progress bar
@@ -60,21 +61,6 @@ class DefaultLoss:
     @staticmethod
     def _choose(energy: Energy) -> ISM | SSM:
         return ISM() if energy.dim <= 64 else SSM()
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite during a fit.
-
-    Attributes:
-        step: the step, from 0, whose loss is not finite.
-        state: the last `SVIState` with a finite loss; pass it as `init_state` to go on from there.
-        params: the parameters of `state`.
-        losses: the finite losses up to then.
-    """
-
-    def __init__(self, message: str, step: int, state: Any, params: dict[str, Any], losses: Any) -> None:
-        super().__init__(message)
-        self.step, self.state, self.params, self.losses = step, state, params, losses
 
 
 class ScoreMatching(SVI):
@@ -127,12 +113,17 @@ class ScoreMatching(SVI):
         num_steps = _check_num_steps(num_steps)
         self.score_model, self.score_loss = model, DefaultLoss() if loss is None else loss
         self.num_steps, self.learning_rate, self.data = num_steps, learning_rate, data
-        self.prior = prior_model(model, data)
+        self.prior = prior_model(model, data, loss=self.score_loss)
         generalized = generalized_bayes(model, self.score_loss, learning_rate, data=data)
         default_guide = guide is None
         self._guide_class = guide if inspect.isclass(guide) and issubclass(guide, AutoGuide) else None
         if guide is None:
             guide = AutoDelta(self.prior)
+        elif self._guide_class in _GUIDES_WITH_DENSITY and hasattr(self.score_loss, "no_posterior"):
+            raise NotImplementedError(
+                f"{guide.__name__} needs a density of the parameters, which {type(loss).__name__} does not give, as "
+                f"{self.score_loss.no_posterior}: use ISM or SSM, or guide=AutoNormal."
+            )
         elif self._guide_class is not None:
             guide = self._guide_class(generalized)  # type: ignore[call-arg]
         elif not callable(guide):
@@ -149,7 +140,7 @@ class ScoreMatching(SVI):
         if optim is None:
             optim = default_optimizer(num_steps)
         elif isinstance(optim, optax.GradientTransformation):
-            optim = optax_optimizer(optim)
+            optim = optax_optimizer(optim, getattr(loss, "no_objective", None))
         super().__init__(generalized, guide, optim, Trace_ELBO())
         # Compiled functions of this object: it traces its model once for arguments of the same shapes.
         self._evaluate = jax.jit(partial(evaluate_for_check))
@@ -182,7 +173,10 @@ class ScoreMatching(SVI):
         """
         # The loss does not change which parameters there are, and evaluating it here would compile it once more.
         structure = SVI(
-            prior_model(self.score_model, self.data, inspect_energy=self._check), self.guide, self.optim, self.loss
+            prior_model(self.score_model, self.data, loss=self.score_loss, inspect_energy=self._check),
+            self.guide,
+            self.optim,
+            self.loss,
         )
         state = structure.init(rng_key, *args, init_params=init_params, **kwargs)
         self.constrain_fn = structure.constrain_fn
@@ -243,6 +237,7 @@ class ScoreMatching(SVI):
         if init_state is None or self.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state
+        self._check_memory(state)
         start = int(state.optim_state[0])
         # A weakly typed number in the first state would make the second call compile again.
         state = jax.tree.map(lambda v: jax.lax.convert_element_type(v, jnp.result_type(v)), state)
@@ -300,6 +295,20 @@ class ScoreMatching(SVI):
         return ScoreMatchingResult(
             self.get_params(state), state, found, self, args, kwargs, interrupted=done < num_steps
         )
+
+    def evaluate(self, svi_state: Any, *args: Any, **kwargs: Any) -> Array:
+        """The loss at a state, as SVI's; mutable sites have their values in the state, which SVI would leave out."""
+        mutable = jax.tree.map(jnp.asarray, svi_state.mutable_state or {})  # a copy, which the model may change
+        params = {**self.get_params(svi_state), **mutable}
+        return self.loss.loss(jax.random.split(svi_state.rng_key)[1], params, self.model, self.guide, *args, **kwargs)
+
+    def _check_memory(self, state: Any) -> None:
+        # NumPyro would start the memory anew in every step.
+        if hasattr(self.score_loss, "advance") and not state.mutable_state:
+            raise ValueError(
+                f"init_state has no mutable_state, where {type(self.score_loss).__name__} keeps its chains: pass a "
+                "state of a fit with this loss, or init_params=fit.params."
+            )
 
     def _check(self, energy: Energy) -> None:
         if energy.is_concrete:
@@ -363,28 +372,13 @@ class ScoreMatching(SVI):
             last = state if previous is None else advance(previous[0], previous[1] - 1)[0]
         finite = np.concatenate([*losses, values[:taken]])
         step = done + taken
-        cause = self._explain(failing, args, kwargs)
+        result = ScoreMatchingResult(self.get_params(failing), failing, np.zeros(0), self, args, kwargs)
+        cause = explain(result)
         raise NonFiniteLossError(
             f"The loss is {values[taken]} at step {step}: {cause}. The last finite state is in the exception's "
             "`state`; a smaller step size, other init_params or stable_update=True may help.",
             step, last, self.get_params(last), finite,
         )  # fmt: skip
-
-    def _explain(self, state: Any, args: Any, kwargs: Any) -> str:
-        result = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
-        for name, value in result.estimates.items():
-            if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(value)):
-                return f"site '{name}' is no longer finite after the previous step"
-        energy = result.energy
-        x, weights = energy.data_and_weights()
-        parts = {"log density": energy.log_density} if energy.has_density else {}
-        for what, of in {**parts, "score": energy.score}.items():
-            value = of(x)
-            finite = np.isfinite(np.asarray(value)).reshape(len(x), -1).all(-1)
-            rows = np.flatnonzero(~finite & (np.asarray(weights) != 0))
-            if rows.size:
-                return f"the {what} is not finite in {rows.size} of {len(x)} rows, first row {rows[0]}"
-        return "the density and score are finite at the data, so the loss's second derivatives or the prior are not"
 
 
 _GUIDES_WITH_DENSITY = (
