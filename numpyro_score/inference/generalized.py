@@ -200,19 +200,16 @@ def _random_key(loss: Loss) -> Array | None:
     Raises:
         NotImplementedError: for a loss that gives no posterior, where NumPyro wants a density of the parameters.
     """
-    request = _send("prng_key")
+    message: dict[str, Any] = dict(
+        type="prng_key", fn=lambda rng_key: rng_key, args=(), kwargs={"rng_key": None}, value=None
+    )
+    numpyro.primitives.apply_stack(message)
     why = getattr(loss, "no_posterior", None)
-    # For a density, as in MCMC, NumPyro sets the key itself, without `handlers.seed`. Autoguides do so too while they
-    # look for a place to start, but then under `handlers.block`, which stops messages.
-    if why is not None and request["kwargs"]["rng_key"] is None and not _send("probe").get("stop"):
+    # For a density, as in MCMC, NumPyro sets the key itself: it is not from a `seed` handler.
+    if why is not None and message["kwargs"]["rng_key"] is None:
+        name = type(loss).__name__
         raise NotImplementedError(
-            f"{type(loss).__name__} gives no posterior for MCMC or a Laplace approximation, as {why}: use ISM or SSM, "
-            "or fit by ScoreMatching or SVI."
+            f"{name} gives no posterior density, as {why}: use ISM or SSM for MCMC, fit by ScoreMatching, or build the "
+            f"autoguide of SVI on numpyro_score.inference.prior_model(model, loss={name}(...))."
         )
-    return request["value"]
-
-
-def _send(kind: str) -> dict[str, Any]:
-    """What the handlers around make of a message."""
-    message = {"type": kind, "fn": lambda rng_key: rng_key, "args": (), "kwargs": {"rng_key": None}, "value": None}
-    return numpyro.primitives.apply_stack(message)
+    return message["value"]

@@ -125,7 +125,7 @@ class ScoreMatching(SVI):
                 f"{self.score_loss.no_posterior}: use ISM or SSM, or guide=AutoNormal."
             )
         elif self._guide_class is not None:
-            guide = self._guide_class(generalized)  # type: ignore[call-arg]
+            guide = self._guide_class(self.prior if hasattr(self.score_loss, "no_posterior") else generalized)  # type: ignore[call-arg]
         elif not callable(guide):
             raise TypeError(
                 f"guide must be a guide function or an autoguide, got {guide!r}: write e.g. guide=AutoNormal."

@@ -76,7 +76,7 @@ def require_equal_rows(energy: Energy, owner: str) -> None:
         raise ValueError(
             f"{owner} compares the data with other points under one density for all rows, and the model's is tied to "
             f"its {energy.num_rows} rows: pass the data as an argument, let the plate follow its length, e.g. "
-            "numpyro.plate('data', len(x)), and use no covariates; or use CD or ISM."
+            "numpyro.plate('data', len(x)), without covariates or masks of a fixed length; or use CD or ISM."
         )
 
 

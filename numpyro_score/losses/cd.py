@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ RUN_AWAY = (
 )
 
 
+@runtime_checkable
 class ChainKernel(Protocol):
     """A hashable kernel that moves rows independently, such as `MALA(step_size=0.1)`."""
 

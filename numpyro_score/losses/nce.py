@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import at_least_one, require_equal_rows, rows_in_cache
+from numpyro_score.losses.base import at_least_one, require_equal_rows
 
 __all__ = ["LOG_PARTITION_SITE", "NCE"]
 
@@ -123,24 +123,24 @@ class NCE:
             rounds = -(-_START_DRAWS // energy.num_rows)
             draws = self._draw(rng_key, (rounds, energy.num_rows), energy.data.dtype)
             contrast = self._contrast(energy, draws)
-            return jax.nn.logsumexp(contrast) - jnp.log(contrast.size)
+            value = jax.nn.logsumexp(contrast) - jnp.log(contrast.size)
+            return jnp.where(jnp.isfinite(value), value, 0.0)  # else the loss itself fails, and says why
 
         return {LOG_PARTITION_SITE: numpyro.param(LOG_PARTITION_SITE, start)}
 
     def check(self, energy: Energy) -> None:
         """Raises ValueError if the noise does not cover the data."""
         self._require_suitable(energy)
-        bare = ~np.isfinite(np.asarray(self._log_noise(energy.data))) & (np.asarray(energy.weights) != 0)
+        x = energy.usable()[0].data.reshape(-1, *self.noise.event_shape)
+        bare = ~np.asarray(self.noise.support(x))
+        if not bare.any():  # NumPyro warns outside of the support
+            bare = ~np.isfinite(np.asarray(self.noise.log_prob(x)))
         if bare.any():
             shown = ", ".join(map(str, np.flatnonzero(bare)[:8]))
             raise ValueError(
                 f"NCE's noise {type(self.noise).__name__} does not cover {bare.sum()} of {len(bare)} rows (rows "
                 f"{shown}{', ...' if bare.sum() > 8 else ''}): take one whose support holds all data."
             )
-
-    def rows_per_chunk(self, energy: Energy) -> int | None:
-        """What fits the cache."""
-        return rows_in_cache(1 + self.num_noise)
 
     def _contrast(self, energy: Energy, y: Float[Array, "m n d"]) -> Float[Array, "m n"]:
         """The log density less log q at draws of the noise; −∞ outside of the data's bounds."""
@@ -171,10 +171,11 @@ class NCE:
                     "factor."
                 )
         arrays = energy._layout.arrays
-        rest = tuple(s for i, s in enumerate(arrays[0].shape) if i not in arrays[0].row_axes)
-        if self.noise.event_shape not in ((energy.dim,), *([rest] if len(arrays) == 1 else [])):
+        shapes: list[tuple[int, ...]] = [(energy.dim,)]  # of a row
+        if len(arrays) == 1:
+            shapes.append(tuple(s for i, s in enumerate(arrays[0].shape) if i not in arrays[0].row_axes))
+        if self.noise.event_shape not in shapes:
             raise ValueError(
-                f"NCE's noise is of shape {self.noise.event_shape}, but a row has "
-                f"{f'the shape {rest}' if len(arrays) == 1 else f'{energy.dim} numbers'}: write e.g. "
-                f"dist.Normal(0.0, 1.0).expand([{energy.dim}]).to_event(1)."
+                f"NCE's noise is of shape {self.noise.event_shape}, but a row has the shape {shapes[-1]}: write e.g. "
+                f"dist.Normal(0.0, 1.0).expand({list(shapes[-1])}).to_event({len(shapes[-1])})."
             )
