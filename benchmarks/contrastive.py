@@ -122,9 +122,7 @@ def main() -> None:
             cells = [f"{1e3 * np.median(v):.2f}" for v in (package, peer)]
             spread = f"**{ratios[0]:.2f}** ({ratios[1]:.2f} to {ratios[2]:.2f})"
             rows.append([str(dim), *cells, spread, f"{np.median(package / gradient):.1f}"])
-    print(
-        f"CD-{STEPS}, {ROWS} rows, width {WIDTH}; {rounds} rounds; load average {load} before, {machine.load()} after\n"
-    )
+    print(f"CD-{STEPS}, {ROWS} rows, width {WIDTH}; {rounds} rounds; load average {load}, then {machine.load()}\n")
     print(table(["D", "package, ms", "torchebm, ms", "torchebm over package", "package in energy gradients"], rows))
     print("\n" + machine.describe((*machine.PACKAGES, "torch", "torchebm")))
 

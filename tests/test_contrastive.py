@@ -21,7 +21,18 @@ from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
 from numpyro.infer.util import log_density
 
-from numpyro_score import CD, ISM, NCE, PCD, Energy, NonFiniteLossError, ScoreMatching, generalized_bayes, score_factor
+from numpyro_score import (
+    CD,
+    ISM,
+    NCE,
+    PCD,
+    Energy,
+    NonFiniteLossError,
+    ScoreMatching,
+    audit,
+    generalized_bayes,
+    score_factor,
+)
 from numpyro_score.inference import SandwichError, prior_model
 from numpyro_score.losses import CHAINS_SITE, LOG_PARTITION_SITE, row_losses
 
@@ -379,6 +390,12 @@ def test_no_line_search():
     sm = ScoreMatching(one_parameter, optim=optax.lbfgs(), loss=LOSSES[0])
     with pytest.raises(NotImplementedError, match=r"searches along a line.*energy gap.*use optax.adam"):
         sm.run(KEY, jnp.ones((4, 1)), progress_bar=False)
+
+
+def test_no_audit():
+    """Values and gradients of a likelihood are not those of score matching."""
+    with pytest.raises(ValueError, match="audit compares with exact score matching, and PCD estimates the likelihood"):
+        audit(one_parameter, [ISM(), LOSSES[1]], jnp.ones((4, 1)))
 
 
 def test_no_standard_errors_of_cd():

@@ -110,7 +110,8 @@ def audit(
         **kwargs: the model's keyword arguments.
 
     Raises:
-        ValueError: for fewer than two draws, or a model without parameters.
+        ValueError: for fewer than two draws, a model without parameters, or CD, PCD and NCE, which are not on the scale
+            of score matching.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro
@@ -126,6 +127,10 @@ def audit(
     if num_draws < 2:
         raise ValueError(f"audit needs num_draws of at least 2, got {num_draws}.")
     losses = tuple(loss) if isinstance(loss, Sequence) else (loss,)
+    if other := [type(v).__name__ for v in losses if hasattr(v, "no_posterior")]:
+        raise ValueError(
+            f"audit compares with exact score matching, and {other[0]} estimates the likelihood: leave it out."
+        )
     rng_key = jax.random.key(0) if rng_key is None else rng_key
     energy = generalized_bayes(model, losses[0], data=data).energy(*args, **kwargs)
     if params is not None:
