@@ -19,15 +19,30 @@ from numpyro_score.inference import (
     sparse_path,
 )
 from numpyro_score.kernels import MALA, SGHMC, SGLD, cyclical_schedule, polynomial_schedule
-from numpyro_score.losses import DSM, ESM, FSM, ISM, SSM, KLContraction, geometric_levels, parzen_score
+from numpyro_score.losses import (
+    CD,
+    DSM,
+    ESM,
+    FSM,
+    ISM,
+    NCE,
+    PCD,
+    SSM,
+    KLContraction,
+    geometric_levels,
+    parzen_score,
+)
 from numpyro_score.score_terms import curl, score_factor
 
 __all__ = [
+    "CD",
     "DSM",
     "ESM",
     "FSM",
     "ISM",
     "MALA",
+    "NCE",
+    "PCD",
     "SGHMC",
     "SGLD",
     "SSM",

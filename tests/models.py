@@ -1,6 +1,7 @@
 """Models and comparisons that several test files share."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
 from numpyro_score import Energy
+from numpyro_score.kernels import langevin_chains, mala_chains
 
 # Compiles in half the time, where the compiled function runs once.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -83,3 +85,14 @@ def assert_variance(draws, expected, errors=5.0):
     draws = np.asarray(draws, np.float64)
     squares = (draws - draws.mean(0)) ** 2
     assert_mean(squares * len(draws) / (len(draws) - 1), expected, errors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Langevin:
+    """A kernel of losses with chains."""
+
+    step_size: float
+    adjusted: bool = True
+
+    def chains(self, log_density):
+        return (mala_chains if self.adjusted else langevin_chains)(log_density, self.step_size)

@@ -110,7 +110,8 @@ def audit(
         **kwargs: the model's keyword arguments.
 
     Raises:
-        ValueError: for no loss, fewer than two rows or draws, or a model without parameters.
+        ValueError: for no loss, fewer than two rows or draws, a model without parameters, or CD, PCD and NCE, which are
+            not on the scale of score matching.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro
@@ -129,6 +130,10 @@ def audit(
     losses = tuple(loss) if isinstance(loss, Sequence) else (loss,)
     if not losses:
         raise ValueError("audit needs at least one loss, e.g. SSM(), got none.")
+    if other := [type(v).__name__ for v in losses if hasattr(v, "no_posterior")]:
+        raise ValueError(
+            f"audit compares with exact score matching, and {other[0]} estimates the likelihood: leave it out."
+        )
     rng_key = jax.random.key(0) if rng_key is None else rng_key
     energy = generalized_bayes(model, losses[0], data=data).energy(*args, **kwargs)
     if params is not None:

@@ -211,6 +211,8 @@ def expand(
     Raises:
         ClosedFormError: if it is not quadratic in the parameters, or they are more than MAX_PARAMETERS.
     """
+    if hasattr(target.loss, "no_posterior"):
+        raise ClosedFormError(f"{type(target.loss).__name__} has no closed form: use ScoreMatching with its optimiser.")
     size = coordinates.size
     if not 0 < size <= MAX_PARAMETERS:
         raise ClosedFormError(f"A closed form takes 1 to {MAX_PARAMETERS} parameters, and the model has {size}.")

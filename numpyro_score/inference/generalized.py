@@ -17,8 +17,8 @@ from numpyro_score import _trace
 from numpyro_score._arguments import refuse_empty
 from numpyro_score.energy import Energy
 from numpyro_score.inference.calibration import CalibratedRate
-from numpyro_score.losses import Loss, total_loss
-from numpyro_score.losses.base import check_settings, positive
+from numpyro_score.losses import Loss
+from numpyro_score.losses.base import check_settings, declare_sites, positive, total_loss_and_memory
 
 __all__ = ["LOSS_SITE", "GeneralizedModel", "generalized_bayes", "prior_model"]
 
@@ -49,6 +49,9 @@ def generalized_bayes(
 
     Factors that do not depend on the data are kept, as part of the prior. Other observed sites are conditioned on.
 
+    A loss may have parameters or memory of its own, which become sites of the result: :class:`~numpyro_score.NCE` has a
+    param, and :class:`~numpyro_score.PCD` a mutable site, which SVI carries along.
+
     Under MCMC a loss with random projections or noise holds them fixed for the whole run (common random numbers), so
     that the target is one well-defined density; more projections bring it closer to the exact one. `numpyro.param`
     sites are frozen at their initial values under MCMC.
@@ -71,8 +74,8 @@ def generalized_bayes(
 
     Raises:
         TypeError, ValueError: for a loss that is a class or not hashable, or a learning rate that is not positive.
-            Of the returned model, TypeError if a rate is to be calibrated on traced arguments, and `SandwichError` if
-            there is none.
+            Of the returned model, TypeError if a rate is to be calibrated on traced arguments, `SandwichError` if
+            there is none, and NotImplementedError under MCMC for a loss without a density (CD, PCD, NCE).
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -129,12 +132,16 @@ class GeneralizedModel:
         if energy.is_concrete:
             energy.check()
             check_settings(self.loss, energy)
-        rng_key = numpyro.prng_key() if self.rng_key is None else self.rng_key
+        energy = energy.with_params(declare_sites(self.loss, energy))
+        rng_key = _random_key(self.loss)
+        rng_key = rng_key if self.rng_key is None else self.rng_key
         # Outside of `jit` the loss would run one operation at a time; inside another `jit` this changes nothing. The
         # function is new every time, so that no trace is kept of what the model closes over.
-        total = jax.jit(functools.partial(total_loss, self.loss))(
+        total, memory = jax.jit(functools.partial(total_loss_and_memory, self.loss))(
             energy, jax.random.key(0) if rng_key is None else rng_key
         )
+        for name, new in memory.items():
+            energy.params[name].update(new)  # in place, as NumPyro's mutable sites take a new value
         numpyro.factor(LOSS_SITE, -learning_rate * total)
         return value
 
@@ -145,11 +152,15 @@ class GeneralizedModel:
 
 
 def prior_model(
-    model: Model, data: str | None = None, *, inspect_energy: Callable[[Energy], None] | None = None
+    model: Model,
+    data: str | None = None,
+    *,
+    loss: Loss | None = None,
+    inspect_energy: Callable[[Energy], None] | None = None,
 ) -> Model:
     """The priors, params and penalties of `model` alone: its generalised posterior with β = 0.
 
-    `inspect_energy` is called with the energy of every run.
+    With a loss its own sites are there, too. `inspect_energy` is called with the energy of every run.
     """
 
     @functools.wraps(model)
@@ -157,6 +168,8 @@ def prior_model(
         value, energy = _run_parameters(model, data, args, kwargs)
         if inspect_energy is not None:
             inspect_energy(energy)
+        if loss is not None:
+            declare_sites(loss, energy)
         return value
 
     return prior
@@ -178,3 +191,24 @@ def _run_parameters(
         scale = 1.0 if site["scale"] is None else site["scale"]
         numpyro.factor(name, scale * site["fn"].log_prob(site["value"]))
     return value, energy
+
+
+def _random_key(loss: Loss) -> Array | None:
+    """A random key, as `numpyro.prng_key()` gives it.
+
+    Raises:
+        NotImplementedError: for a loss that gives no posterior, where NumPyro wants a density of the parameters.
+    """
+    message: dict[str, Any] = dict(
+        type="prng_key", fn=lambda rng_key: rng_key, args=(), kwargs={"rng_key": None}, value=None
+    )
+    numpyro.primitives.apply_stack(message)
+    why = getattr(loss, "no_posterior", None)
+    # For a density, as in MCMC, NumPyro sets the key itself: it is not from a `seed` handler.
+    if why is not None and message["kwargs"]["rng_key"] is None:
+        name = type(loss).__name__
+        raise NotImplementedError(
+            f"{name} gives no posterior density, as {why}: use ISM or SSM for MCMC, fit by ScoreMatching, or build the "
+            f"autoguide of SVI on numpyro_score.inference.prior_model(model, loss={name}(...))."
+        )
+    return message["value"]

@@ -30,14 +30,26 @@ def decaying_adam(num_steps: Any, start: Any = 0) -> optax.GradientTransformatio
     return optax.adam(rate)
 
 
-def optax_optimizer(transformation: optax.GradientTransformation) -> Any:
+def optax_optimizer(transformation: optax.GradientTransformation, no_line_search: str | None = None) -> Any:
     """An Optax optimiser as NumPyro's, which also hands over the loss function, for line searches.
 
     `numpyro.optim.optax_to_numpyro` passes on the value alone; `optax.lbfgs` and its like evaluate the loss at other
     points of the same step, with the step's own random numbers.
+
+    Args:
+        transformation: of Optax.
+        no_line_search: why the loss has no values to search along; then such an optimiser raises NotImplementedError.
     """
     optim = optax_to_numpyro(transformation)
     update = optax.with_extra_args_support(transformation).update
+
+    def value_fn(fn: Callable[[Any], tuple[Any, Any]], params: Any) -> Any:
+        if no_line_search is not None:
+            raise NotImplementedError(
+                f"The optimiser searches along a line for a smaller loss, but {no_line_search}: use optax.adam or "
+                "another optimiser that needs the gradient alone."
+            )
+        return fn(params)[0]
 
     def eval_and_update(
         fn: Callable[[Any], tuple[Any, Any]], state: Any, forward_mode_differentiation: bool = False
@@ -47,7 +59,7 @@ def optax_optimizer(transformation: optax.GradientTransformation) -> Any:
             grad, (value, aux) = jax.jacfwd(lambda p: (fn(p)[0], fn(p)), has_aux=True)(params)
         else:
             (value, aux), grad = jax.value_and_grad(fn, has_aux=True)(params)
-        updates, inner = update(grad, inner, params, value=value, grad=grad, value_fn=lambda p: fn(p)[0])
+        updates, inner = update(grad, inner, params, value=value, grad=grad, value_fn=lambda p: value_fn(fn, p))
         return (value, aux), (step + 1, (optax.apply_updates(params, updates), inner))
 
     def eval_and_stable_update(

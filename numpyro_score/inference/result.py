@@ -18,7 +18,14 @@ from numpyro.infer.autoguide import AutoDelta, AutoGuide
 from numpyro_score.energy import Energy
 from numpyro_score.inference.calibration import calibrated_learning_rate
 from numpyro_score.inference.influence import diagonal_stderr, influence
-from numpyro_score.inference.sandwich import MAX_PARAMETERS, Curvature, Objective, Parametrisation, curvature
+from numpyro_score.inference.sandwich import (
+    MAX_PARAMETERS,
+    Curvature,
+    Objective,
+    Parametrisation,
+    SandwichError,
+    curvature,
+)
 
 if TYPE_CHECKING:
     from numpyro_score.inference.score_matching import ScoreMatching
@@ -224,9 +231,14 @@ class ScoreMatchingResult:
 
     @cached_property
     def _objective(self) -> Objective:
-        svi = self.svi
+        svi, energy = self.svi, self.energy
+        if (why := getattr(svi.score_loss, "no_curvature", None)) is not None:
+            raise SandwichError(f"{type(svi.score_loss).__name__} gives no standard errors, as {why}.")
+        if hasattr(svi.score_loss, "settle"):
+            settle = jax.jit(svi.score_loss.settle)
+            energy = settle(energy, jax.random.fold_in(self.state.rng_key, 1))
         return Objective.of(
-            self.energy,
+            energy,
             self.coordinates,
             svi.score_loss,
             svi.learning_rate,

@@ -31,6 +31,7 @@ from numpyro_score._check import evaluate_for_check
 from numpyro_score.energy import Energy
 from numpyro_score.inference.calibration import calibrated_fit
 from numpyro_score.inference.closed_form import ClosedFormError, FlatObjectiveError, solve
+from numpyro_score.inference.failure import explain
 from numpyro_score.inference.generalized import generalized_bayes, prior_model
 from numpyro_score.inference.loop import (
     NonFiniteLossError,
@@ -115,14 +116,19 @@ class ScoreMatching(SVI):
         num_steps = check_num_steps(num_steps)
         self.score_model, self.score_loss = model, DefaultLoss() if loss is None else loss
         self.num_steps, self.learning_rate, self.data = num_steps, learning_rate, data
-        self.prior = prior_model(model, data)
+        self.prior = prior_model(model, data, loss=self.score_loss)
         generalized = generalized_bayes(model, self.score_loss, learning_rate, data=data)
         default_guide = guide is None
         self._guide_class = guide if inspect.isclass(guide) and issubclass(guide, AutoGuide) else None
         if guide is None:
             guide = AutoDelta(self.prior)
+        elif self._guide_class in _GUIDES_WITH_DENSITY and hasattr(self.score_loss, "no_posterior"):
+            raise NotImplementedError(
+                f"{guide.__name__} needs a density of the parameters, which {type(loss).__name__} does not give, as "
+                f"{self.score_loss.no_posterior}: use ISM or SSM, or guide=AutoNormal."
+            )
         elif self._guide_class is not None:
-            guide = self._guide_class(generalized)  # type: ignore[call-arg]
+            guide = self._guide_class(self.prior if hasattr(self.score_loss, "no_posterior") else generalized)  # type: ignore[call-arg]
         elif not callable(guide):
             raise TypeError(
                 f"guide must be a guide function or an autoguide, got {guide!r}: write e.g. guide=AutoNormal."
@@ -137,7 +143,7 @@ class ScoreMatching(SVI):
         if optim is None:
             optim = default_optimizer(num_steps)
         elif isinstance(optim, optax.GradientTransformation):
-            optim = optax_optimizer(optim)
+            optim = optax_optimizer(optim, getattr(loss, "no_objective", None))
         super().__init__(generalized, guide, optim, Trace_ELBO())
         # Compiled functions of this object: it traces its model once for arguments of the same shapes.
         self._evaluate = jax.jit(partial(evaluate_for_check))
@@ -170,7 +176,10 @@ class ScoreMatching(SVI):
         """
         # The loss does not change which parameters there are, and evaluating it here would compile it once more.
         structure = SVI(
-            prior_model(self.score_model, self.data, inspect_energy=self._check), self.guide, self.optim, self.loss
+            prior_model(self.score_model, self.data, loss=self.score_loss, inspect_energy=self._check),
+            self.guide,
+            self.optim,
+            self.loss,
         )
         state = structure.init(rng_key, *args, init_params=init_params, **kwargs)
         self.constrain_fn = structure.constrain_fn
@@ -231,6 +240,7 @@ class ScoreMatching(SVI):
         if init_state is None or self.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state
+        self._check_memory(state)
         start = int(state.optim_state[0])
         state = strongly_typed(state)
         if self._default_optim and self._default_guide:
@@ -256,7 +266,7 @@ class ScoreMatching(SVI):
         )
 
         def non_finite(failing: Any, last: Any, step: int, losses: np.ndarray) -> NonFiniteLossError:
-            cause = self._explain(failing, args, kwargs)
+            cause = explain(ScoreMatchingResult(self.get_params(failing), failing, np.zeros(0), self, args, kwargs))
             return NonFiniteLossError(
                 f"The loss is {losses[-1]} at step {step}: {cause}. The last finite state is in the exception's "
                 "`state`; a smaller step size, other init_params or stable_update=True may help.",
@@ -265,6 +275,20 @@ class ScoreMatching(SVI):
 
         state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite)
         return ScoreMatchingResult(self.get_params(state), state, losses, self, args, kwargs, interrupted=interrupted)
+
+    def evaluate(self, svi_state: Any, *args: Any, **kwargs: Any) -> Array:
+        """The loss at a state, as SVI's; mutable sites have their values in the state, which SVI would leave out."""
+        mutable = jax.tree.map(jnp.asarray, svi_state.mutable_state or {})  # a copy, which the model may change
+        params = {**self.get_params(svi_state), **mutable}
+        return self.loss.loss(jax.random.split(svi_state.rng_key)[1], params, self.model, self.guide, *args, **kwargs)
+
+    def _check_memory(self, state: Any) -> None:
+        # NumPyro would start the memory anew in every step.
+        if hasattr(self.score_loss, "advance") and not state.mutable_state:
+            raise ValueError(
+                f"init_state has no mutable_state, where {type(self.score_loss).__name__} keeps its chains: pass a "
+                "state of a fit with this loss, or init_params=fit.params."
+            )
 
     def _check(self, energy: Energy) -> None:
         if energy.is_concrete:
@@ -295,22 +319,6 @@ class ScoreMatching(SVI):
         step = svi.stable_update if stable_update else svi.update
 
         return take_steps(lambda s: step(s, *args, **kwargs), state, n, keep_going=stable_update)
-
-    def _explain(self, state: Any, args: Any, kwargs: Any) -> str:
-        result = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
-        for name, value in result.estimates.items():
-            if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(value)):
-                return f"site '{name}' is no longer finite after the previous step"
-        energy = result.energy
-        x, weights = energy.data_and_weights()
-        parts = {"log density": energy.log_density} if energy.has_density else {}
-        for what, of in {**parts, "score": energy.score}.items():
-            value = of(x)
-            finite = np.isfinite(np.asarray(value)).reshape(len(x), -1).all(-1)
-            rows = np.flatnonzero(~finite & (np.asarray(weights) != 0))
-            if rows.size:
-                return f"the {what} is not finite in {rows.size} of {len(x)} rows, first row {rows[0]}"
-        return "the density and score are finite at the data, so the loss's second derivatives or the prior are not"
 
 
 _GUIDES_WITH_DENSITY = (

@@ -15,7 +15,18 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
 
-__all__ = ["Loss", "at_least_one", "check_settings", "positive", "row_losses", "rows_in_cache", "total_loss"]
+__all__ = [
+    "Loss",
+    "at_least_one",
+    "check_settings",
+    "declare_sites",
+    "positive",
+    "require_equal_rows",
+    "row_losses",
+    "rows_in_cache",
+    "total_loss",
+    "total_loss_and_memory",
+]
 
 
 @runtime_checkable
@@ -25,6 +36,16 @@ class Loss(Protocol):
     A loss may also have a method `rows_per_chunk(energy)`, the number of rows that are best treated at once, or None
     for all of them; and a method `check(energy)`, called before a fit where the data's values are known, that raises
     ValueError if they do not suit its settings.
+
+    A loss with parameters or memory of its own has a method `declare(energy)`, called inside the model's run, that
+    declares them by `numpyro.param` and `numpyro.primitives.mutable` and returns {site: value}. They are in
+    `energy.params` when the loss is called. If it has memory, `advance(energy, rng_key)` returns its new values,
+    {site: value}, before each evaluation; no gradient passes through it. `settle(energy, rng_key)` may return the
+    energy with a memory good enough for standard errors, after a fit.
+
+    Four attributes hold text for error messages: `no_objective`, why its value is not what its gradient descends;
+    `no_posterior`, why there is no posterior to sample from and no closed form; `no_curvature`, why its second
+    derivatives give no standard errors; `not_finite`, what it may be that fails where density and score are finite.
     """
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
@@ -48,9 +69,24 @@ def positive(owner: str, name: str, value: Any) -> None:
 def at_least_one(owner: str, name: str, value: Any) -> None:
     """Raises unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{owner} needs an integer {name}, got {value!r}.")
+        raise TypeError(f"{owner} needs an integer as {name}, got {value!r}.")
     if value < 1:
-        raise ValueError(f"{owner} needs {name} of at least 1, got {value}.")
+        raise ValueError(f"{owner} needs a {name} of at least 1, got {value}.")
+
+
+def require_equal_rows(energy: Energy, owner: str) -> None:
+    """Raises ValueError unless all rows have one density, of which `owner` takes other points."""
+    if not energy.resizable and energy.num_rows > 1:
+        raise ValueError(
+            f"{owner} compares the data with other points under one density for all rows, and the model's is tied to "
+            f"its {energy.num_rows} rows: pass the data as an argument, let the plate follow its length, e.g. "
+            "numpyro.plate('data', len(x)), without covariates or masks of a fixed length; or use CD or ISM."
+        )
+
+
+def declare_sites(loss: Loss, energy: Energy) -> dict[str, Any]:
+    """Declares the loss's own parameters and memory, if any, as sites of the model that is running."""
+    return getattr(loss, "declare", lambda _: {})(energy)
 
 
 def check_settings(loss: Loss, energy: Energy) -> None:
@@ -89,6 +125,15 @@ def total_loss(loss: Loss, energy: Energy, rng_key: Array) -> Float[Array, ""]:
         return _weighted_sum(loss, energy, weights, rng_key)
     leaves, treedef = jax.tree.flatten((energy, *chunks))
     return _chunked_total((loss, treedef), leaves)
+
+
+def total_loss_and_memory(loss: Loss, energy: Energy, rng_key: Array) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """:func:`total_loss`, after a step of the loss's memory, if it has any; and the new memory, {site: value}."""
+    if not hasattr(loss, "advance"):
+        return total_loss(loss, energy, rng_key), {}
+    memory_key, rng_key = jax.random.split(rng_key)
+    memory = loss.advance(energy, memory_key)
+    return total_loss(loss, energy.with_params(memory), rng_key), memory
 
 
 def _evaluate(loss: Loss, energy: Energy, rng_key: Array) -> Array:

@@ -1,0 +1,31 @@
+"""What is said when a fit fails."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpyro_score.inference.result import ScoreMatchingResult
+
+__all__ = ["explain"]
+
+
+def explain(fit: ScoreMatchingResult) -> str:
+    """What is not finite where a fit has a loss that is not."""
+    for name, value in fit.estimates.items():
+        if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(value)):
+            return f"site '{name}' is no longer finite after the previous step"
+    energy = fit.energy
+    x, weights = energy.data_and_weights()
+    parts = {"log density": energy.log_density} if energy.has_density else {}
+    for what, of in {**parts, "score": energy.score}.items():
+        finite = np.isfinite(np.asarray(of(x))).reshape(len(x), -1).all(-1)
+        rows = np.flatnonzero(~finite & (np.asarray(weights) != 0))
+        if rows.size:
+            return f"the {what} is not finite in {rows.size} of {len(x)} rows, first row {rows[0]}"
+    other = "the loss's second derivatives or the prior are not"
+    return f"the density and score are finite at the data, so {getattr(fit.svi.score_loss, 'not_finite', other)}"

@@ -1,0 +1,142 @@
+"""Contrastive divergence."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from numpyro_score.energy import Energy
+from numpyro_score.kernels.langevin import Chains, LogDensity
+from numpyro_score.losses.base import at_least_one
+from numpyro_score.objective import require_flat
+
+__all__ = ["CD", "ChainKernel", "check_kernel", "run_chains"]
+
+NO_OBJECTIVE = "its value is an energy gap and no objective, and only its gradient means anything"
+RUN_AWAY = (
+    "the chains have run away or are stuck: the density has no normaliser at these parameters, or the steps of the "
+    "kernel are too large for it"
+)
+
+
+@runtime_checkable
+class ChainKernel(Protocol):
+    """A hashable kernel that moves rows independently, such as `MALA(step_size=0.1)`."""
+
+    def chains(self, log_density: LogDensity) -> Chains:
+        """The transition of chains in a density over rows, (..., D) to (...)."""
+        ...
+
+
+@dataclass(frozen=True)
+class CD:
+    r"""Contrastive divergence, CD-k [Hinton 2002]: the gradient of the likelihood by k steps of a Markov chain.
+
+    Each row's value is the energy gap f(x̃) − f(x), where x̃ is x after k steps of the kernel in the model's own density.
+    The parameters enter through the two densities alone; no gradient passes through the chains. So the gradient,
+    ∇f(x̃) − ∇f(x) on average, is that of the negative log likelihood, E_model ∇f − ∇f(x), up to a bias:
+
+    - k is finite, so x̃ is between the data and the model. Up to the ignored part below, CD-k descends the contraction
+      KL(p‖q) − KL(p_k‖q), with p_k the law of x̃;
+    - the dependence of x̃ on the parameters is ignored;
+    - unadjusted Langevin chains are off by O(h) for any k. Chains with a Metropolis correction leave the model as it
+      is, so that the gradient has mean zero at the true parameters.
+
+    The value itself is no divergence and no objective: it is near zero at a good fit, may be negative, and is not on
+    the Hyvärinen scale. So optimisers with a line search do not work on it, and neither do MCMC and standard errors:
+    for those go on from the fit by :class:`~numpyro_score.PCD`.
+
+    Costs k gradients in x (k + 1 with a Metropolis correction), then two densities and their gradient in the
+    parameters. Returns (N,) values.
+
+    Args:
+        num_steps: k.
+        kernel: an object whose `chains(log_density)` moves rows, e.g. a Langevin kernel. Its step size has the squared
+            units of the data.
+
+    Raises:
+        ValueError: for num_steps below 1.
+        TypeError: for a kernel that is a class, has no method `chains` or is not hashable; when called, for a model
+            with a :func:`~numpyro_score.score_factor`, whose density is unknown.
+        NotImplementedError: when called, for data with a bounded or curved support.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_score import CD, ScoreMatching
+        >>> from numpyro_score.kernels import mala_chains
+        >>> @dataclass(frozen=True)
+        ... class Langevin:
+        ...     step_size: float
+        ...
+        ...     def chains(self, log_density):
+        ...         return mala_chains(log_density, self.step_size)
+        >>> def model(x):
+        ...     tau = numpyro.param("tau", 1.0, constraint=constraints.positive)
+        ...     with numpyro.plate("rows", len(x)):
+        ...         x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+        ...         numpyro.factor("energy", -0.5 * tau * x**2)
+        >>> x = 2.0 * jax.random.normal(jax.random.key(0), (2000,))
+        >>> sm = ScoreMatching(model, loss=CD(10, kernel=Langevin(2.0)), num_steps=1000)
+        >>> fit = sm.run(jax.random.key(1), x, progress_bar=False)
+        >>> bool(jnp.isclose(fit.estimates["tau"], 1 / jnp.mean(x**2), rtol=0.1))  # the maximum likelihood estimate
+        True
+    """
+
+    num_steps: int = 10
+    _: KW_ONLY
+    kernel: ChainKernel
+
+    no_objective: ClassVar[str] = NO_OBJECTIVE
+    no_posterior: ClassVar[str] = NO_OBJECTIVE
+    no_curvature: ClassVar[str] = (
+        "the gradient through its chains is stopped, so that derivatives of its gradient are wrong: go on from the "
+        "estimates with PCD (init_params=fit.params), whose standard errors are those of maximum likelihood"
+    )
+    not_finite: ClassVar[str] = RUN_AWAY
+
+    def __post_init__(self) -> None:
+        at_least_one("CD", "num_steps", self.num_steps)
+        check_kernel("CD", self.kernel)
+
+    def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
+        """One value per row of the energy's data, (N,)."""
+        require_flat(energy, "CD")
+        x = energy.data
+        moved = run_chains(self.kernel, energy, x, rng_key, self.num_steps)
+        after, before = energy.log_density(jnp.stack([moved, x]))
+        return after - before
+
+
+def run_chains(
+    kernel: ChainKernel, energy: Energy, x: Float[Array, "*n d"], rng_key: Array, num_steps: int
+) -> Float[Array, "*n d"]:
+    """Rows (..., D) after `num_steps` of the kernel in the energy's density; no gradient passes.
+
+    NaN if no chain can take the last step: all would accept it with probability 0, to rounding.
+    """
+    # The inputs are cut off so that no derivative of the chains is computed, the output in case that the model holds
+    # parameters itself.
+    energy, x = jax.lax.stop_gradient((energy, x))
+    chains = kernel.chains(energy.log_density)
+    keys = jax.random.split(rng_key, num_steps)
+    state, _ = jax.lax.scan(lambda state, key: (chains.step(key, state), None), chains.init(x), keys[:-1])
+    # The last step is apart: its score is not used, so that unadjusted chains take no gradient there.
+    state = chains.step(keys[-1], state)
+    # Where every proposal is refused, whatever its chain, the gradient would be zero at any parameters.
+    return jax.lax.stop_gradient(jnp.where(jnp.any(state.accept_prob > 0), state.x, jnp.nan))
+
+
+def check_kernel(owner: str, kernel: Any) -> None:
+    """Raises TypeError unless `kernel` can move the chains of a loss."""
+    if inspect.isclass(kernel):
+        raise TypeError(f"{owner} got the class {kernel.__name__} as kernel: write kernel={kernel.__name__}(...).")
+    if not callable(getattr(kernel, "chains", None)):
+        raise TypeError(f"{owner} needs a kernel with a method chains(log_density), got {kernel!r}.")
+    hash(kernel)  # a loss is a static argument of compiled functions
