@@ -17,6 +17,7 @@ from numpyro_score.inference import (
     sparse_path,
 )
 from numpyro_score.losses import DSM, ESM, FSM, ISM, SSM, KLContraction, geometric_levels, parzen_score
+from numpyro_score.normaliser import EnergyDistribution, log_partition, sample
 from numpyro_score.score_terms import curl, score_factor
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ClosedFormError",
     "DenoisingGenerator",
     "Energy",
+    "EnergyDistribution",
     "GradientSpread",
     "KLContraction",
     "NonFiniteLossError",
@@ -39,7 +41,9 @@ __all__ = [
     "curl",
     "generalized_bayes",
     "geometric_levels",
+    "log_partition",
     "parzen_score",
+    "sample",
     "score_factor",
     "sparse_path",
     "to_arviz",

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
 from numpyro_score.normaliser.coordinates import free_dim, free_log_density
-from numpyro_score.normaliser.source import fitted_moments, free_data
+from numpyro_score.normaliser.source import fitted_moments, free_data, refuse_rays
 
 __all__ = ["smc"]
 
@@ -22,6 +22,7 @@ _MAX_LEVELS = 1000
 _WIDTHS = (1.0, 1.5)  # of the base, for every other replicate
 _LEAPFROG_STEPS = 5
 _ACCEPT_PROB = 0.8
+_MAX_SD = 0.5  # of log Z between replicates; improper densities have more
 
 
 class Run(NamedTuple):
@@ -67,7 +68,7 @@ def smc(
 
     Raises:
         ModuleNotFoundError: without BlackJAX.
-        ValueError: if the runs do not come to an end, spread by more than one nat, or disagree between the two widths
+        ValueError: if the runs do not come to an end, spread by more than half a nat (sd), or disagree between the two widths
             of the base; or if the data are too few to fit the base.
     """
     if num_replicates < 8 or num_replicates % 2 or num_particles < 32:
@@ -76,8 +77,10 @@ def smc(
             f"{num_replicates} and {num_particles}."
         )
     base_key, run_key = jax.random.split(rng_key)
+    data = free_data(energy, rng_key=base_key)
+    refuse_rays(energy, data)
     if base is None:
-        mean, cholesky = fitted_moments(free_data(energy, rng_key=base_key), "base")
+        mean, cholesky = fitted_moments(data, "base")
         base = dist.MultivariateStudentT(5.0, jnp.asarray(mean, energy._dtype), jnp.asarray(cholesky, energy._dtype))
     elif base.event_shape != (free_dim(energy),) or base.batch_shape:
         raise ValueError(
@@ -107,7 +110,7 @@ def _summary(runs: Run) -> tuple[float, float, dict[str, Any]]:
     apart = abs(halves[0].mean() - halves[1].mean())
     spread = np.sqrt(sum(h.var(ddof=1) / len(h) for h in halves))
     sd = float(log_z.std(ddof=1))
-    if apart > 7 * spread or sd > 1:
+    if apart > 7 * spread or sd > _MAX_SD:
         raise ValueError(
             f"The replicates of SMC disagree (log Z {log_z.min():.4g} to {log_z.max():.4g}, by {apart:.2g} between two "
             "widths of the base): the density is not normalisable, or mass lies far from the data; give base=, or "

@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
 from numpyro_score.inference import ScoreMatchingResult
-from numpyro_score.normaliser.coordinates import Chart, to_free
+from numpyro_score.normaliser.coordinates import Chart, free_log_density, to_free
 
-__all__ = ["density_of", "fitted_moments", "free_data", "one_density"]
+__all__ = ["density_of", "fitted_moments", "free_data", "one_density", "refuse_rays"]
 
 
 def one_density(source: Energy | ScoreMatchingResult) -> Energy:
@@ -67,3 +67,29 @@ def fitted_moments(u: np.ndarray, option: str) -> tuple[np.ndarray, np.ndarray]:
             f"them: give {option}=, a NumPyro distribution over the {p} free coordinates of a row."
         )
     return u.mean(0), np.linalg.cholesky(covariance)
+
+
+@jax.jit
+def _along_rays(energy: Energy, centre: Float[Array, "p"], scale: Float[Array, "p"]) -> Float[Array, "m 2"]:
+    """g + log r at radii r of 100 and 10,000 along the axes and the principal directions of curvature, both ways."""
+    _, q = jnp.linalg.eigh(jax.hessian(lambda w: free_log_density(energy, centre + scale * w))(jnp.zeros_like(centre)))
+    v = jnp.concatenate([jnp.eye(len(centre), dtype=centre.dtype), q.T])
+    v = jnp.concatenate([v, -v])
+    radii = jnp.array([1e2, 1e4], centre.dtype)
+    return free_log_density(energy, centre + scale * radii[:, None] * v[:, None]) + jnp.log(radii)
+
+
+def refuse_rays(energy: Energy, u: np.ndarray) -> None:
+    """Raises if the density does not decay along a line: r ↦ exp(f(c + r v)) must at least fall faster than 1/r.
+
+    Not a proof of normalisability, but it finds the common failures, such as a direction without curvature. Where
+    floats overflow nothing is said.
+    """
+    scale = u.std(0)
+    scale = np.where(scale > 0, scale, 1.0)
+    near, far = np.asarray(_along_rays(energy, jnp.asarray(u.mean(0), energy._dtype), jnp.asarray(scale, energy._dtype))).T
+    if (np.isfinite(near) & (far >= near)).any():
+        raise ValueError(
+            "The density is not normalisable: along some direction it does not fall faster than 1/r, between 100 and "
+            "10,000 times the scale of the data."
+        )
