@@ -93,7 +93,7 @@ def nce(
 def _log_ratios(
     energy: Energy, noise: dist.Distribution, values: dict[str, Array], rng_key: Array, num_noise: int
 ) -> tuple[Float[Array, "chain draw"], Float[Array, "n"]]:
-    """log r = g − log q at the draws and at the noise."""
+    """Log r = g − log q at the draws and at the noise."""
     radius_key, noise_key = jax.random.split(rng_key)
     rows = jax.vmap(jax.vmap(partial(data_to_row, energy)))(values)
     u = to_free(energy, rows, rng_key=radius_key)

@@ -146,7 +146,7 @@ def _pieces(energy: Energy, chart: Chart) -> Sequence[Piece]:
         elif block.kind == "simplex":
             maps, num_free = _simplex(block.size), width // block.size * (block.size - 1)
         else:  # real already, or mapped there by `Energy`, which has the Jacobian in its log density
-            maps = lambda u: (u, jnp.zeros(())), lambda x: x  # noqa: E731
+            maps = lambda u: (u, jnp.zeros(())), lambda x: x
         pieces.append(Piece(columns, slice(start, start + num_free), *maps, embedded))
     return pieces
 
@@ -237,6 +237,9 @@ def _simplex(size: int) -> Maps:
 
     def to_free(z: Array) -> Array:
         x = z.reshape(*z.shape[:-1], -1, size) ** 2
-        return transform.inv(x).reshape(*z.shape[:-1], -1)
+        # NumPyro's inverse takes the rest of the stick as 1 − Σ, which loses a small last share.
+        rest = jnp.flip(jnp.cumsum(jnp.flip(x, -1), -1), -1)[..., 1:]
+        u = jnp.log(x[..., :-1]) - jnp.log(rest) + jnp.log(jnp.arange(size - 1, 0, -1))
+        return u.reshape(*z.shape[:-1], -1)
 
     return to_row, to_free

@@ -113,15 +113,13 @@ class EnergyDistribution(dist.Distribution):
         """Normalised log density of events (*batch, *event): (*batch,).
 
         Raises:
-            ValueError: if no log Z was given.
+            ValueError: if no log Z was given, or the value has another event shape.
         """
         if self.log_partition is None:
             raise ValueError(
                 "EnergyDistribution has no log Z, so that its density is unknown: pass "
                 "log_partition=log_partition(energy)."
             )
-        if self._validate_args:
-            self._validate_sample(value)
         energy = _fixed(self.energy)
         (name,) = (a.name for a in energy._layout.arrays)
 
@@ -130,7 +128,11 @@ class EnergyDistribution(dist.Distribution):
             return energy.log_density(row) - row_log_jacobian(energy, row)
 
         value = jnp.asarray(value, energy._dtype)
-        batch = jnp.shape(value)[: jnp.ndim(value) - len(self.event_shape)]
+        batch = value.shape[: max(value.ndim - len(self.event_shape), 0)]
+        if value.shape != (*batch, *self.event_shape):
+            raise ValueError(f"The value has shape {value.shape}: pass events of shape {self.event_shape}.")
+        if self._validate_args:
+            self._validate_sample(value)
         log_density = jax.vmap(one)(value.reshape(-1, *self.event_shape)).reshape(batch)
         return log_density - self.log_partition
 

@@ -168,7 +168,7 @@ def _integrate(energy: Energy, frame: _Frame, known: _Known) -> tuple[float, flo
     epsilon = float(jnp.finfo(energy._dtype).eps)
     edge, limit = (1e-7, 35.0) if epsilon > 1e-10 else (1e-11, 230.0)  # how far sinh t goes: 1e15 and 1e99
     # How far g is off because u is rounded, at the sharpest known point: each coordinate by |u| ε/√12.
-    blur = 0.3 * epsilon * np.sqrt(np.einsum("mj,mjj->m", known.points**2, np.abs(known.hessians))).max()
+    blur = 0.3 * epsilon * np.sqrt(np.einsum("mj,mjj->m", known.points**2, np.abs(known.hessians))).max().item()
     previous, gap, error = math.nan, math.inf, math.inf
     diagnostics: dict[str, Any] = {}
     while True:
@@ -185,7 +185,7 @@ def _integrate(energy: Energy, frame: _Frame, known: _Known) -> tuple[float, flo
         size, points = rule.size, rule.points
         diagnostics = {"points": points, "frame": frame.name}
         last_gap, gap = gap, abs(value - previous)
-        floor = 4 * epsilon * (1 + size) + blur / math.sqrt(rule.effective) + rule.unresolved + rule.faces.sum()
+        floor = 4 * epsilon * (1 + size) + blur / math.sqrt(rule.effective) + rule.unresolved + float(rule.faces.sum())
         error = gap + floor
         if floor > _WORST:
             raise _TooFineError(f"rounding makes an error of {floor:.1g}")
@@ -207,10 +207,8 @@ class _Rule(NamedTuple):
     points: int
 
 
-def _trapezoid(
-    energy: Energy, frame: _Frame, low: np.ndarray, high: np.ndarray, spacing: float
-) -> tuple[float, _Rule]:
-    """log of the integral over the box, by the midpoints of a grid."""
+def _trapezoid(energy: Energy, frame: _Frame, low: np.ndarray, high: np.ndarray, spacing: float) -> tuple[float, _Rule]:
+    """Log of the integral over the box, by the midpoints of a grid."""
     counts = np.ceil((high - low) / spacing).astype(int)
     steps = (high - low) / counts
     axes = [lo + (np.arange(n) + 0.5) * step for lo, n, step in zip(low, counts, steps, strict=True)]

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
@@ -57,7 +56,8 @@ def smc(
         energy: one density for all rows.
         rng_key: a key.
         base: q, a distribution over the free coordinates (P,), which are the row itself on R^D. By default
-            Student's t with five degrees of freedom, with mean and scale matrix those of the data.
+            Student's t with five degrees of freedom, with mean and scale matrix those of the data. Give one for
+            densities with heavier tails: its own must be at least as heavy.
         num_particles: of each replicate.
         num_replicates: an even number, at least 8.
         num_mcmc_steps: HMC moves of five leapfrog steps at each level.
@@ -197,8 +197,6 @@ def _temper(rng_key: Array, log_base: Any, log_ratio: Any, start: Float[Array, "
     zero = jnp.zeros((), start.dtype)
     bad = jnp.isnan(jax.vmap(log_ratio)(start)).any()
     run = Run(jnp.where(bad, jnp.nan, zero), zero, jnp.zeros((), int), zero)
-    state = blackjax.smc.tempered.init(start)._replace(
-        weights=jnp.full(n, 1 / n, start.dtype), tempering_param=zero
-    )
+    state = blackjax.smc.tempered.init(start)._replace(weights=jnp.full(n, 1 / n, start.dtype), tempering_param=zero)
     step_size = jnp.asarray(0.8 / p**0.25, start.dtype)
     return jax.lax.while_loop(unfinished, level, (state, rng_key, step_size, run))[-1]

@@ -71,7 +71,7 @@ def fitted_moments(u: np.ndarray, option: str) -> tuple[np.ndarray, np.ndarray]:
 
 @jax.jit
 def _along_rays(energy: Energy, centre: Float[Array, "p"], scale: Float[Array, "p"]) -> Float[Array, "m 2"]:
-    """g + log r at radii r of 100 and 10,000 along the axes and the principal directions of curvature, both ways."""
+    """G + log r at radii r of 100 and 10,000 along the axes and the principal directions of curvature, both ways."""
     _, q = jnp.linalg.eigh(jax.hessian(lambda w: free_log_density(energy, centre + scale * w))(jnp.zeros_like(centre)))
     v = jnp.concatenate([jnp.eye(len(centre), dtype=centre.dtype), q.T])
     v = jnp.concatenate([v, -v])
@@ -87,7 +87,9 @@ def refuse_rays(energy: Energy, u: np.ndarray) -> None:
     """
     scale = u.std(0)
     scale = np.where(scale > 0, scale, 1.0)
-    near, far = np.asarray(_along_rays(energy, jnp.asarray(u.mean(0), energy._dtype), jnp.asarray(scale, energy._dtype))).T
+    near, far = np.asarray(
+        _along_rays(energy, jnp.asarray(u.mean(0), energy._dtype), jnp.asarray(scale, energy._dtype))
+    ).T
     if (np.isfinite(near) & (far >= near)).any():
         raise ValueError(
             "The density is not normalisable: along some direction it does not fall faster than 1/r, between 100 and "
