@@ -44,7 +44,8 @@ def nce(
     intercept known, Geyer's [1994] reverse logistic regression, and the optimal bridge of Meng & Wong [1996]. Draws of
     a chain count as n₁ of their effective sample size. Standard error of Frühwirth-Schnatter [2004],
 
-    .. math:: \frac{1}{n_0} \frac{\mathrm{Var}_q\, b}{(E_q b)^2} + \frac{\tau}{N_1} \frac{\mathrm{Var}_p\, a}{(E_p a)^2},
+    .. math:: \frac{1}{n_0} \frac{\mathrm{Var}_q\, b}{(E_q b)^2}
+              + \frac{\tau}{N_1} \frac{\mathrm{Var}_p\, a}{(E_p a)^2},
               \quad b = \frac{p}{s_1 p + s_0 q}, \quad a = \frac{q}{s_1 p + s_0 q},
 
     with p = exp(g)/Z, s the shares of the two samples, and τ the autocorrelation time of a. It takes the noise law as
@@ -86,7 +87,7 @@ def nce(
     posterior = draws["posterior"] if "posterior" in draws else draws
     values = {a.name: jnp.asarray(np.asarray(posterior[a.name]), energy._dtype) for a in energy._layout.arrays}
     of_draws, of_noise = jax.device_get(_log_ratios(energy, noise, values, noise_key, num_noise))
-    return _bridge(np.float64(of_draws), np.float64(of_noise))
+    return _bridge(np.asarray(of_draws, np.float64), np.asarray(of_noise, np.float64))
 
 
 @partial(jax.jit, static_argnames="num_noise")

@@ -1,9 +1,9 @@
 """Free coordinates of a row: R^P in place of whatever support the data have, with the Jacobian.
 
-Integrals and samplers here work on exp g over u in R^P, where g is the log density of the rows plus a log Jacobian, such
-that ∫ exp g du is the integral of exp f over the data in their own base measure: Lebesgue on R^D and boxes; Lebesgue of
-the first K − 1 coordinates on a simplex; surface measure on a sphere; angles on a circle; and what NumPyro's `biject_to`
-takes elsewhere. These are the measures in which NumPyro's `log_prob` are densities.
+Integrals and samplers here work on exp g over u in R^P, where g is the log density of the rows plus a log Jacobian,
+such that ∫ exp g du is the integral of exp f over the data in their own base measure: Lebesgue on R^D and boxes;
+Lebesgue of the first K − 1 coordinates on a simplex; surface measure on a sphere; angles on a circle; and what
+NumPyro's `biject_to` takes elsewhere. These are the measures in which NumPyro's `log_prob` are densities.
 
 Spheres and circles have two sets of free coordinates:
 

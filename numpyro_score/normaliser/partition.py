@@ -42,13 +42,9 @@ def log_partition(
     measure on R^D and on bounded supports, surface measure on a sphere, angles on a circle, Lebesgue measure of the
     first K − 1 coordinates on a simplex, and that of `biject_to` on other supports.
 
-    ============ =========================================================================== =====================
-    method       for                                                                         error
-    ============ =========================================================================== =====================
-    "quadrature" up to three dimensions; see :func:`~numpyro_score.normaliser.quadrature`    numerical
-    "smc"        more; see :func:`~numpyro_score.normaliser.smc`                             replicates
-    "nce"        where draws of the model are at hand; see :func:`~numpyro_score.normaliser.nce` closed form
-    ============ =========================================================================== =====================
+    - "quadrature", up to three dimensions: :func:`~numpyro_score.normaliser.quadrature`;
+    - "smc" for more, with an error from replicates: :func:`~numpyro_score.normaliser.smc`;
+    - "nce" where draws of the model are at hand: :func:`~numpyro_score.normaliser.nce`.
 
     All methods find the mass from the energy's data; give it rows from where the mass is. None can see mass that is
     far from all of them.

@@ -119,7 +119,8 @@ def _ascend(energy: Energy, u: Array) -> tuple[Array, Array, Array]:
         return jax.tree.map(lambda v: v[jnp.array([0, -1])], path)
 
     found = jax.vmap(ascend)(u)
-    return tuple(v.reshape(-1, *v.shape[2:]) for v in (found.u, found.value, found.hessian))
+    u, value, hessian = (v.reshape(-1, *v.shape[2:]) for v in (found.u, found.value, found.hessian))
+    return u, value, hessian
 
 
 def _known_points(energy: Energy, data: np.ndarray) -> _Known:

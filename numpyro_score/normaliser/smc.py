@@ -68,8 +68,8 @@ def smc(
 
     Raises:
         ModuleNotFoundError: without BlackJAX.
-        ValueError: if the runs do not come to an end, spread by more than half a nat (sd), or disagree between the two widths
-            of the base; or if the data are too few to fit the base.
+        ValueError: if the runs do not come to an end, spread by more than half a nat (sd), or disagree between the
+            two widths of the base; or if the data are too few to fit the base.
     """
     if num_replicates < 8 or num_replicates % 2 or num_particles < 32:
         raise ValueError(

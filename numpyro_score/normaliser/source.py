@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
 from numpyro_score.inference import ScoreMatchingResult
-from numpyro_score.normaliser.coordinates import Chart, free_log_density, to_free
+from numpyro_score.normaliser.coordinates import Chart, free_log_density, from_free, to_free
 
 __all__ = ["density_of", "fitted_moments", "free_data", "one_density", "refuse_rays"]
 
@@ -47,7 +47,7 @@ def density_of(source: Energy | ScoreMatchingResult) -> Energy:
 
 
 def free_data(energy: Energy, chart: Chart = "embedding", rng_key: Array | None = None) -> np.ndarray:
-    """Free coordinates of the data that count, (N, P) in double precision; rows on a boundary, at infinity, left out."""
+    """Free coordinates of the data that count, (N, P) in double precision, without rows on a boundary (at infinity)."""
     x, weights = jax.device_get(energy.data_and_weights())
     u = np.asarray(to_free(energy, jnp.asarray(x[weights > 0]), chart, rng_key), np.float64)
     u = u[np.isfinite(u).all(-1)]
@@ -76,14 +76,18 @@ def _along_rays(energy: Energy, centre: Float[Array, "p"], scale: Float[Array, "
     v = jnp.concatenate([jnp.eye(len(centre), dtype=centre.dtype), q.T])
     v = jnp.concatenate([v, -v])
     radii = jnp.array([1e2, 1e4], centre.dtype)
-    return free_log_density(energy, centre + scale * radii[:, None] * v[:, None]) + jnp.log(radii)
+    u = centre + scale * radii[:, None] * v[:, None]
+    x, log_jacobian = from_free(energy, u)
+    # Where the data are at a bound, as far as floats can tell, nothing is known of the density.
+    known = jnp.all(jnp.abs(to_free(energy, x) - u) <= 0.01 * (1 + jnp.abs(u)), axis=(-2, -1), keepdims=True)[..., 0]
+    return jnp.where(known, energy.log_density(x) + log_jacobian + jnp.log(radii), -jnp.inf)
 
 
 def refuse_rays(energy: Energy, u: np.ndarray) -> None:
     """Raises if the density does not decay along a line: r ↦ exp(f(c + r v)) must at least fall faster than 1/r.
 
-    Not a proof of normalisability, but it finds the common failures, such as a direction without curvature. Where
-    floats overflow nothing is said.
+    Not a proof of normalisability, but it finds the common failures, such as a direction without curvature. Nothing
+    is said where floats overflow, nor of bounded supports and spheres.
     """
     scale = u.std(0)
     scale = np.where(scale > 0, scale, 1.0)
