@@ -40,7 +40,8 @@ def line(t, x):
     """Two normal modes, a power-law tail and a quartic, each with a coefficient, so that all compile once."""
     z = (x[:, None] - t["m"]) / t["s"]
     modes = jax.scipy.special.logsumexp(-0.5 * z**2 - jnp.log(t["s"]), axis=-1)
-    return t["modes"] * modes - t["tail"] * jnp.log1p(z[:, 0] ** 2) - t["quartic"] * x**4 + t["offset"]
+    quartic = jnp.where(t["quartic"] == 0, 0.0, -t["quartic"] * x**4)  # not 0 · ∞ far out
+    return t["modes"] * modes - t["tail"] * jnp.log1p(z[:, 0] ** 2) + quartic + t["offset"]
 
 
 def of_line(x, m=(0.0, 0.0), s=(1.0, 1.0), modes=0.0, tail=0.0, quartic=0.0, offset=0.0):

@@ -72,6 +72,10 @@ class _TooFineError(Exception):
     """The grid would need too many points."""
 
 
+class _NotANumberError(Exception):
+    """The log density is NaN or +∞ on the grid."""
+
+
 class _Known(NamedTuple):
     """What is known of the density before the first grid."""
 
@@ -172,16 +176,21 @@ def _integrate(energy: Energy, frame: _Frame, known: _Known) -> tuple[float, flo
     blur = 0.3 * epsilon * np.sqrt(np.einsum("mj,mjj->m", known.points**2, np.abs(known.hessians))).max().item()
     previous, gap, error = math.nan, math.inf, math.inf
     diagnostics: dict[str, Any] = {}
+    grown = False
     while True:
         if _num_points(low, high, spacing) > _MAX_POINTS:
             if error < _WORST:
                 return previous, error, diagnostics
             raise _TooFineError(f"{_MAX_POINTS} points are too few")
-        value, rule = _trapezoid(energy, frame, low, high, spacing)
+        try:
+            value, rule = _trapezoid(energy, frame, low, high, spacing)
+        except _NotANumberError as reason:
+            raise ValueError((_HEAVY if grown else "") + str(reason)) from None
         if (rule.faces > edge).any():
+            grown = True
             low, high = low - 2.0 * (rule.faces[0] > edge), high + 2.0 * (rule.faces[1] > edge)
             if max(-low.min(), high.max()) > limit:
-                raise ValueError(_HEAVY + f"its mass does not end within {math.sinh(limit):.0e} scales of its mode.")
+                raise ValueError(_HEAVY + f"Its mass does not end within {math.sinh(limit):.0e} scales of its mode.")
             continue
         size, points = rule.size, rule.points
         diagnostics = {"points": points, "frame": frame.name}
@@ -195,7 +204,7 @@ def _integrate(energy: Energy, frame: _Frame, known: _Known) -> tuple[float, flo
         previous, spacing = value, 0.7 * spacing  # the finer grid shares no points with this one
 
 
-_HEAVY = "The density is not normalisable, or its tails are too heavy for the precision in force: "
+_HEAVY = "The density is not normalisable, or its tails are too heavy for the precision in force. "
 
 
 class _Rule(NamedTuple):
@@ -252,9 +261,9 @@ def _density(energy: Energy, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     g, finite, resolved = (v[: len(u)] for v in found)
     bad = np.isnan(g) | (g == np.inf)
     if (bad & ~finite).any():
-        raise ValueError(_HEAVY + "its mass reaches data that floats cannot hold.")
+        raise ValueError(_HEAVY + "Its mass reaches data that floats cannot hold.")
     if bad.any():
-        raise ValueError(
+        raise _NotANumberError(
             f"The log density is {g[bad][0]} at the free coordinates {u[bad][0]}: write the factor so that it is a "
             "number, or −∞, on all of the support."
         )
