@@ -32,6 +32,7 @@ from numpyro_score.losses import (
     geometric_levels,
     parzen_score,
 )
+from numpyro_score.normaliser import EnergyDistribution, log_partition, sample
 from numpyro_score.score_terms import curl, score_factor
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "ClosedFormError",
     "DenoisingGenerator",
     "Energy",
+    "EnergyDistribution",
     "GradientSpread",
     "HamiltonianFlow",
     "KLContraction",
@@ -66,8 +68,10 @@ __all__ = [
     "fit_flow",
     "generalized_bayes",
     "geometric_levels",
+    "log_partition",
     "parzen_score",
     "polynomial_schedule",
+    "sample",
     "score_factor",
     "sparse_path",
     "to_arviz",

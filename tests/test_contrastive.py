@@ -272,13 +272,13 @@ def test_slots_and_restarts():
 
 @pytest.mark.parametrize(
     "loss",
-    [CD(2, kernel=Langevin(0.3)), PCD(7, kernel=Langevin(0.3)), NCE(dist.Normal(0, 2).expand([D]).to_event(1))],
+    [CD(2, kernel=Langevin(0.3)), PCD(70, kernel=Langevin(0.3)), NCE(dist.Normal(0, 2).expand([D]).to_event(1))],
     ids=["CD", "PCD", "NCE"],
 )
 def test_minibatches_are_unbiased(loss):
     """The gradient of 10 rows out of 40, weighted, is on average that of all."""
     own = {
-        CHAINS_SITE: {"x": jnp.asarray(RNG.normal(size=(7, D)))},
+        CHAINS_SITE: {"x": jnp.asarray(RNG.normal(size=(70, D)))},
         LOG_PARTITION_SITE: jnp.array(0.4),
         "diagonal": jnp.array([1.2, 0.7]),
     }

@@ -67,6 +67,11 @@ def to_arviz(
         groups = _mcmc_groups(source, args, kwargs)
     else:
         raise TypeError(f"to_arviz takes a ScoreMatchingResult or a numpyro.infer.MCMC, got {type(source).__name__}.")
+    return as_arviz(groups)
+
+
+def as_arviz(groups: dict[str, xr.Dataset]) -> Any:
+    """Groups as the container that the installed ArviZ has."""
     library = {
         "inference_library": "numpyro_score",
         "inference_library_version": numpyro_score.__version__,
@@ -83,8 +88,8 @@ def to_arviz(
 
 def _fit_groups(fit: ScoreMatchingResult, rng_key: Any, num_samples: int) -> dict[str, xr.Dataset]:
     losses, weights = jax.jit(partial(row_losses, fit.svi.score_loss))(fit.energy, jax.random.key(0))
-    details = _dataset({"loss": fit.losses}, ("step",))
-    details = details.merge(_dataset({"pointwise_loss": losses, "weight": weights}, ("row",)))
+    details = dataset({"loss": fit.losses}, ("step",))
+    details = details.merge(dataset({"pointwise_loss": losses, "weight": weights}, ("row",)))
     details.attrs |= {
         "loss_function": repr(fit.svi.score_loss),
         "learning_rate": float(fit.svi.learning_rate),
@@ -97,7 +102,7 @@ def _fit_groups(fit: ScoreMatchingResult, rng_key: Any, num_samples: int) -> dic
         return groups
     chains = 4 if num_samples % 4 == 0 else 1  # the draws are independent; ArviZ's diagnostics want several chains
     arrays = {k: np.reshape(v, (chains, num_samples // chains, *np.shape(v)[1:])) for k, v in _flat(draws).items()}
-    posterior = _dataset(arrays, ("chain", "draw"))
+    posterior = dataset(arrays, ("chain", "draw"))
     law = "normal with sandwich covariance in unconstrained space, at a point estimate"
     posterior.attrs["draws"] = law if fit.is_point else f"from the guide {type(fit.svi.guide).__name__}"
     return {"posterior": posterior, **groups}
@@ -105,13 +110,9 @@ def _fit_groups(fit: ScoreMatchingResult, rng_key: Any, num_samples: int) -> dic
 
 def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, xr.Dataset]:
     draws = mcmc.get_samples(group_by_chain=True)
-    groups = {"posterior": _dataset(_flat(draws), ("chain", "draw"))}
-    stats = {}
-    for name, value in mcmc.get_extra_fields(group_by_chain=True).items():
-        if not isinstance(value, dict | tuple):
-            stats[_STAT_NAMES.get(name, name)] = -value if name == "potential_energy" else value
-    if stats:
-        groups["sample_stats"] = _dataset(stats, ("chain", "draw"))
+    groups = {"posterior": dataset(_flat(draws), ("chain", "draw"))}
+    if stats := sample_stats(mcmc.get_extra_fields(group_by_chain=True)):
+        groups["sample_stats"] = dataset(stats, ("chain", "draw"))
     if args or kwargs:
         if not isinstance(mcmc.sampler.model, GeneralizedModel):
             raise TypeError(
@@ -122,8 +123,17 @@ def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return groups
 
 
+def sample_stats(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of NumPyro's kernels under ArviZ's names and signs."""
+    return {
+        _STAT_NAMES.get(name, name): -value if name == "potential_energy" else value
+        for name, value in fields.items()
+        if not isinstance(value, dict | tuple)
+    }
+
+
 def _observed(energy: Energy) -> xr.Dataset:
-    return _dataset(energy.unflatten(energy.data), ())
+    return dataset(energy.unflatten(energy.data), ())
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +142,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _dataset(values: dict[str, Any], dims: tuple[str, ...]) -> xr.Dataset:
+def dataset(values: dict[str, Any], dims: tuple[str, ...]) -> xr.Dataset:
     """Arrays with the given leading dimensions; further ones are named as ArviZ does, and numbered from 0."""
     variables: dict[str, Any] = {}
     coords: dict[str, Any] = {}

@@ -1,0 +1,82 @@
+"""log Z of a fitted model, by several methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array
+
+from numpyro_score.energy import Energy
+from numpyro_score.inference import ScoreMatchingResult
+from numpyro_score.normaliser.bridge import nce
+from numpyro_score.normaliser.coordinates import free_dim
+from numpyro_score.normaliser.quadrature import MAX_DIM, quadrature
+from numpyro_score.normaliser.smc import smc
+from numpyro_score.normaliser.source import density_of
+
+__all__ = ["LogPartition", "log_partition"]
+
+METHODS: dict[str, Callable[..., tuple[float, float, dict[str, Any]]]] = {
+    "quadrature": quadrature,
+    "smc": smc,
+    "nce": nce,
+}
+
+
+class LogPartition(NamedTuple):
+    """An estimate of log Z."""
+
+    value: float
+    stderr: float  # of the value; by quadrature its numerical error
+    method: str
+    diagnostics: dict[str, Any]  # what the method has to say about how far to trust it
+
+
+def log_partition(
+    energy: Energy | ScoreMatchingResult, method: str | None = None, rng_key: Array | None = None, **settings: Any
+) -> LogPartition:
+    r"""The log normaliser :math:`\log Z = \log \int \exp f(x)\,dx` of one row of a model.
+
+    The measure dx is the one in which NumPyro's `log_prob` are densities, so that f − log Z is a `log_prob`: Lebesgue
+    measure on R^D and on bounded supports, surface measure on a sphere, angles on a circle, Lebesgue measure of the
+    first K − 1 coordinates on a simplex, and that of `biject_to` on other supports.
+
+    - "quadrature", up to three dimensions: :func:`~numpyro_score.normaliser.quadrature`;
+    - "smc" for more, with an error from replicates: :func:`~numpyro_score.normaliser.smc`;
+    - "nce" where draws of the model are at hand: :func:`~numpyro_score.normaliser.nce`.
+
+    All methods find the mass from the energy's data; give it rows from where the mass is. None can see mass that is
+    far from all of them.
+
+    Args:
+        energy: an energy or a fit. All rows must have one density.
+        method: by default quadrature where it can, else SMC.
+        rng_key: a key, for methods that draw.
+        **settings: of the method.
+
+    Raises:
+        TypeError: for a model with a :func:`~numpyro_score.score_factor`, and without a key where one is needed.
+        ValueError: for an unknown method; rows with densities of their own; and as the method says, among others if
+            the density cannot be normalised.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_score import Energy, log_partition
+        >>> def model(x):
+        ...     with numpyro.plate("rows", len(x)):
+        ...         x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+        ...         numpyro.factor("energy", -(x**4))
+        >>> result = log_partition(Energy(model, {}, jnp.array([-0.5, 0.5])))
+        >>> round(result.value, 3)  # log 2Γ(5/4)
+        0.595
+    """
+    if method is not None and method not in METHODS:
+        raise ValueError(f"log_partition has no method '{method}': use one of {', '.join(map(repr, METHODS))}.")
+    energy = density_of(energy)
+    chosen = method or ("quadrature" if free_dim(energy, "angles") <= MAX_DIM else "smc")
+    if rng_key is None and chosen != "quadrature":
+        raise TypeError(f"method='{chosen}' draws at random: pass rng_key=jax.random.key(...).")
+    value, stderr, diagnostics = METHODS[chosen](energy, rng_key, **settings)
+    return LogPartition(value, stderr, chosen, diagnostics)

@@ -1,0 +1,155 @@
+"""Draws of the data from a fitted model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from numpyro.infer import MCMC, NUTS
+
+from numpyro_score.energy import Energy
+from numpyro_score.inference import ScoreMatchingResult
+from numpyro_score.normaliser.coordinates import free_log_density, from_free, row_to_data, to_free
+from numpyro_score.normaliser.source import density_of
+
+__all__ = ["Kernel", "run_chains", "sample"]
+
+Kernel = Callable[..., Any]  # from potential_fn=... to an MCMCKernel
+
+_FIELDS = ("potential_energy", "accept_prob", "num_steps", "diverging", "adapt_state.step_size")
+_MAX_R_HAT = 1.01  # Vehtari et al. 2021
+
+
+def sample(
+    energy: Energy | ScoreMatchingResult,
+    rng_key: Array,
+    num_samples: int,
+    *,
+    kernel: Kernel = NUTS,
+    num_chains: int = 4,
+    num_warmup: int = 1000,
+    progress_bar: bool = False,
+) -> Any:
+    """Draws data from an energy by MCMC, in the sites' own shapes.
+
+    The chains run in free coordinates, without bounds: NumPyro's `biject_to` on bounded supports and simplices; on
+    spheres v in R^d with x = v/‖v‖ and a density under which x has the law exp f. They start
+    at rows of the data, chosen by the key. Draws are as good as the chains have mixed: look at `r_hat` and `ess`.
+
+    Args:
+        energy: an energy or a fit.
+        rng_key: a key.
+        num_samples: draws of each chain.
+        kernel: a NumPyro kernel class such as NUTS, HMC or BarkerMH, or any function that makes a kernel from
+            `potential_fn=`. A function must be the same object at the next call to be compiled only once.
+        num_chains: chains, run side by side on one device.
+        num_warmup: steps of each chain that are thrown away.
+        progress_bar: show NumPyro's progress bar. Every call then compiles anew; without, calls with the same shapes
+            compile once.
+
+    Returns:
+        ArviZ data, an `InferenceData` (ArviZ 0.23) or a `DataTree` (1.x), with the groups
+
+        - `posterior`: the draws by site, (chain, draw, ...);
+        - `sample_stats`: the kernel's, under ArviZ's names;
+        - `r_hat`, `ess`: of each number of each site, rank-normalised R-hat and bulk ESS [Vehtari et al. 2021];
+        - `observed_data`: the data.
+
+    Raises:
+        TypeError, ValueError: an energy without a density; rows with densities of their own; data at which the
+            density is not finite; draws that are not finite.
+
+    Warns:
+        UserWarning: if an R-hat is above 1.01, or after divergences.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_score import Energy, sample
+        >>> def model(x):
+        ...     with numpyro.plate("rows", len(x)):
+        ...         x = numpyro.sample("x", dist.ImproperUniform(constraints.positive, (), ()), obs=x)
+        ...         numpyro.factor("energy", -2.0 * x)
+        >>> draws = sample(Energy(model, {}, jnp.array([0.5, 1.0])), jax.random.key(0), 1000)
+        >>> abs(float(draws["posterior"]["x"].mean()) - 0.5) < 0.05  # an exponential law of rate 2
+        True
+    """
+    for name, number, least in (
+        ("num_samples", num_samples, 1),
+        ("num_chains", num_chains, 1),
+        ("num_warmup", num_warmup, 0),
+    ):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}.")
+    energy = density_of(energy)
+    run = run_chains if progress_bar else _compiled_chains
+    x, stats = run(energy, rng_key, kernel, num_samples, num_chains, num_warmup, progress_bar)
+    if not jnp.isfinite(x).all():
+        raise ValueError(
+            "Draws are not finite: the density is not normalisable, or the kernel's step size is too large."
+        )
+    return _to_arviz(energy, x, stats)
+
+
+def run_chains(
+    energy: Energy,
+    rng_key: Array,
+    kernel: Kernel,
+    num_samples: int,
+    num_chains: int,
+    num_warmup: int,
+    progress_bar: bool = False,
+) -> tuple[Float[Array, "chain draw d"], dict[str, Array]]:
+    """Rows that chains draw, and the kernel's statistics, (chain, draw) each; pure unless there is a bar."""
+    start_key, free_key, run_key = jax.random.split(rng_key, 3)
+    usable, weights = energy.usable()
+    rows = jax.random.choice(start_key, usable.data, (num_chains,), p=(weights != 0).astype(weights.dtype))
+    u = to_free(energy, rows, rng_key=free_key)
+
+    def new_kernel() -> Any:
+        return kernel(potential_fn=lambda u: -free_log_density(energy, u))
+
+    state = jax.eval_shape(lambda: new_kernel().init(run_key, num_warmup, u[0], (), {}))
+    fields = [name for name in _FIELDS if hasattr(state, name.partition(".")[0])]
+    mcmc = MCMC(
+        new_kernel(),
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        chain_method="vectorized",
+        progress_bar=progress_bar,
+    )
+    mcmc.run(run_key, init_params=u if num_chains > 1 else u[0], extra_fields=fields)
+    x, _ = from_free(energy, mcmc.get_samples(group_by_chain=True))
+    return x, mcmc.get_extra_fields(group_by_chain=True)
+
+
+_compiled_chains = jax.jit(
+    run_chains, static_argnames=("kernel", "num_samples", "num_chains", "num_warmup", "progress_bar")
+)
+
+
+def _to_arviz(energy: Energy, x: Float[Array, "chain draw d"], stats: dict[str, Array]) -> Any:
+    from numpyro_score.diagnostics import arviz as export  # the diagnostics stand on top of all else
+
+    values = jax.vmap(jax.vmap(partial(row_to_data, energy)))(x)
+    draws = export.dataset(values, ("chain", "draw"))
+    groups = {"posterior": draws, "sample_stats": export.dataset(export.sample_stats(stats), ("chain", "draw"))}
+    if x.shape[1] > 3:
+        groups |= {"r_hat": az.rhat(draws), "ess": az.ess(draws)}
+        highest = max(float(v.max(skipna=False)) for v in groups["r_hat"].values())
+        if not highest <= _MAX_R_HAT:  # also if NaN
+            warnings.warn(f"The largest R-hat is {highest:.3g}: run longer chains, or more warmup.", stacklevel=3)
+    if count := int(np.sum(stats.get("diverging", 0))):
+        warnings.warn(
+            f"{count} of {x.shape[0] * x.shape[1]} transitions diverged, and draws may miss narrow places.",
+            stacklevel=3,
+        )
+    return export.as_arviz({**groups, "observed_data": export.dataset(energy.unflatten(energy.data), ())})

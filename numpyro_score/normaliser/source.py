@@ -1,0 +1,101 @@
+"""What log Z and samples are taken of: an energy or a fit with one density for all rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from numpyro_score.energy import Energy
+from numpyro_score.inference import ScoreMatchingResult
+from numpyro_score.normaliser.coordinates import Chart, free_log_density, from_free, to_free
+
+__all__ = ["density_of", "fitted_moments", "free_data", "one_density", "refuse_rays"]
+
+
+def one_density(source: Energy | ScoreMatchingResult) -> Energy:
+    """The energy of a source, if it has values and these are the same function for every row.
+
+    Raises:
+        TypeError: if the source is neither an energy nor a fit, or has a score but no density.
+        ValueError: if rows have densities of their own.
+    """
+    energy = source.energy if isinstance(source, ScoreMatchingResult) else source
+    if not isinstance(energy, Energy):
+        raise TypeError(f"Expected an Energy or a ScoreMatchingResult, got {type(source).__name__}.")
+    if not energy.has_density:
+        raise TypeError(
+            f"Site '{energy._layout.score_terms[0]}' is a score_factor, whose density is unknown: declare an energy "
+            "with numpyro.factor."
+        )
+    if energy.num_rows > 1 and not energy.resizable:
+        raise ValueError(
+            f"The model's {energy.num_rows} rows may differ in density (covariates, bounds by row, or a plate of fixed "
+            "size), and each has its own normaliser: bind it to one row, e.g. Energy(model, params, x[:1], z[:1])."
+        )
+    return energy
+
+
+def density_of(source: Energy | ScoreMatchingResult) -> Energy:
+    """:func:`one_density`, with the values of data and density checked there."""
+    energy = one_density(source)
+    if not energy.is_concrete:
+        raise TypeError("The energy is traced by a JAX transformation: call this outside of jit, vmap and grad.")
+    energy.check()
+    return energy
+
+
+def free_data(energy: Energy, chart: Chart = "embedding", rng_key: Array | None = None) -> np.ndarray:
+    """Free coordinates of the data that count, (N, P) in double precision, without rows on a boundary (at infinity)."""
+    x, weights = jax.device_get(energy.data_and_weights())
+    u = np.asarray(to_free(energy, jnp.asarray(x[weights > 0]), chart, rng_key), np.float64)
+    u = u[np.isfinite(u).all(-1)]
+    if not len(u):
+        raise ValueError("The energy's data are all masked or on the boundary of the support: give it a row inside.")
+    return u
+
+
+def fitted_moments(u: np.ndarray, option: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (P,) and Cholesky factor of the covariance (P, P) of the data's free coordinates (N, P)."""
+    n, p = u.shape
+    covariance = np.atleast_2d(np.cov(u.T)) if n > 2 * p else np.zeros((p, p))
+    scales = np.linalg.eigvalsh(covariance)
+    if scales[0] <= 1e-10 * scales[-1]:
+        raise ValueError(
+            f"The energy's data ({n} rows in {p} dimensions) do not span the space, so that no law can be fitted to "
+            f"them: give {option}=, a NumPyro distribution over the {p} free coordinates of a row."
+        )
+    return u.mean(0), np.linalg.cholesky(covariance)
+
+
+@jax.jit
+def _along_rays(energy: Energy, centre: Float[Array, "p"], scale: Float[Array, "p"]) -> Float[Array, "m 2"]:
+    """G + log r at radii r of 100 and 10,000 along the axes and the principal directions of curvature, both ways."""
+    _, q = jnp.linalg.eigh(jax.hessian(lambda w: free_log_density(energy, centre + scale * w))(jnp.zeros_like(centre)))
+    v = jnp.concatenate([jnp.eye(len(centre), dtype=centre.dtype), q.T])
+    v = jnp.concatenate([v, -v])
+    radii = jnp.array([1e2, 1e4], centre.dtype)
+    u = centre + scale * radii[:, None] * v[:, None]
+    x, log_jacobian = from_free(energy, u)
+    # Where the data are at a bound, as far as floats can tell, nothing is known of the density.
+    known = jnp.all(jnp.abs(to_free(energy, x) - u) <= 0.01 * (1 + jnp.abs(u)), axis=(-2, -1), keepdims=True)[..., 0]
+    return jnp.where(known, energy.log_density(x) + log_jacobian + jnp.log(radii), -jnp.inf)
+
+
+def refuse_rays(energy: Energy, u: np.ndarray) -> None:
+    """Raises if the density does not decay along a line: r ↦ exp(f(c + r v)) must at least fall faster than 1/r.
+
+    Not a proof of normalisability, but it finds the common failures, such as a direction without curvature. Nothing
+    is said where floats overflow, nor of bounded supports and spheres.
+    """
+    scale = u.std(0)
+    scale = np.where(scale > 0, scale, 1.0)
+    near, far = np.asarray(
+        _along_rays(energy, jnp.asarray(u.mean(0), energy._dtype), jnp.asarray(scale, energy._dtype))
+    ).T
+    if (np.isfinite(near) & (far >= near)).any():
+        raise ValueError(
+            "The density is not normalisable: along some direction it does not fall faster than 1/r, between 100 and "
+            "10,000 times the scale of the data."
+        )
