@@ -1,4 +1,4 @@
-"""The normaliser: quadrature, sequential Monte Carlo and noise-contrastive estimation against closed forms."""
+"""The normaliser: quadrature, sequential Monte Carlo, noise-contrastive estimation, flows against closed forms."""
 
 import math
 
@@ -101,7 +101,7 @@ def test_what_single_precision_cannot_resolve():
 @pytest.mark.parametrize(
     "settings", [{}, {"tail": 0.5}, {"modes": -1.0}, {"quartic": -1.0}], ids=["flat", "1/|x|", "growing", "quartic"]
 )
-@pytest.mark.parametrize("method", ["quadrature", "smc", "nce"])
+@pytest.mark.parametrize("method", ["quadrature", "smc", "nce", "flow"])
 def test_improper_densities(method, settings):
     """Every method says so."""
     with pytest.raises(ValueError, match=r"not normalisable|grows without bound"):
@@ -321,6 +321,29 @@ def test_nce_in_fifty_dimensions():
     result = log_partition(energy, "nce", KEY, draws=draws)
     assert abs(result.value - expected) < 5 * result.stderr < 0.25
     assert 0 < result.diagnostics["overlap"] < 1
+
+
+def falling(x):
+    return -2.0 * x[:, 0] - 0.5 * (x[:, 1] - 0.9 * x[:, 2]) ** 2 - 0.5 * x[:, 2] ** 2
+
+
+def test_flow_of_mapped_and_correlated_rows():
+    """An exponential beside a correlated normal law: log Z = log ½ + log 2π, within the error and above the bound."""
+
+    def model(x, y):
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(constraints.positive, (), ()), obs=x)
+            y = numpyro.sample("y", dist.ImproperUniform(constraints.real_vector, (), (2,)), obs=y)
+            numpyro.factor("energy", falling(jnp.column_stack([x, y])))
+
+    z = RNG.normal(size=(200, 2))
+    y = np.column_stack([z[:, 0] + 0.9 * z[:, 1], z[:, 1]])
+    result = log_partition(Energy(model, {}, RNG.exponential(0.5, 200), y), "flow", KEY)
+    expected = math.log(0.5) + LOG_2PI
+    assert abs(result.value - expected) < 5 * result.stderr < 0.05
+    bound, error = (result.diagnostics[k] for k in ("bound", "bound_stderr"))
+    assert expected - 0.3 < bound < expected + 5 * error
+    assert 2000 < result.diagnostics["ess"] < 20_000
 
 
 def test_bridge_by_hand():

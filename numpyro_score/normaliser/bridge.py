@@ -73,7 +73,7 @@ def nce(
     data = free_data(energy, rng_key=fit_key)
     refuse_rays(energy, data)
     if noise is None:
-        mean, cholesky = fitted_moments(data, "noise")
+        mean, cholesky = fitted_moments(data, "give noise=, a NumPyro distribution over the free coordinates of a row")
         noise = dist.MultivariateNormal(
             jnp.asarray(mean, energy._dtype), scale_tril=jnp.asarray(cholesky, energy._dtype)
         )

@@ -11,6 +11,7 @@ from numpyro_score.energy import Energy
 from numpyro_score.inference import ScoreMatchingResult
 from numpyro_score.normaliser.bridge import nce
 from numpyro_score.normaliser.coordinates import free_dim
+from numpyro_score.normaliser.flow import flow
 from numpyro_score.normaliser.quadrature import MAX_DIM, quadrature
 from numpyro_score.normaliser.smc import smc
 from numpyro_score.normaliser.source import density_of
@@ -21,6 +22,7 @@ METHODS: dict[str, Callable[..., tuple[float, float, dict[str, Any]]]] = {
     "quadrature": quadrature,
     "smc": smc,
     "nce": nce,
+    "flow": flow,
 }
 
 
@@ -44,7 +46,8 @@ def log_partition(
 
     - "quadrature", up to three dimensions: :func:`~numpyro_score.normaliser.quadrature`;
     - "smc" for more, with an error from replicates: :func:`~numpyro_score.normaliser.smc`;
-    - "nce" where draws of the model are at hand: :func:`~numpyro_score.normaliser.nce`.
+    - "nce" where draws of the model are at hand: :func:`~numpyro_score.normaliser.nce`;
+    - "flow", with a lower bound beside it: :func:`~numpyro_score.normaliser.flow`.
 
     All methods find the mass from the energy's data; give it rows from where the mass is. None can see mass that is
     far from all of them.

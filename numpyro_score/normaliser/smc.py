@@ -80,7 +80,7 @@ def smc(
     data = free_data(energy, rng_key=base_key)
     refuse_rays(energy, data)
     if base is None:
-        mean, cholesky = fitted_moments(data, "base")
+        mean, cholesky = fitted_moments(data, "give base=, a NumPyro distribution over the free coordinates of a row")
         base = dist.MultivariateStudentT(5.0, jnp.asarray(mean, energy._dtype), jnp.asarray(cholesky, energy._dtype))
     elif base.event_shape != (free_dim(energy),) or base.batch_shape:
         raise ValueError(

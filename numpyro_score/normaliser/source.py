@@ -56,15 +56,18 @@ def free_data(energy: Energy, chart: Chart = "embedding", rng_key: Array | None 
     return u
 
 
-def fitted_moments(u: np.ndarray, option: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (P,) and Cholesky factor of the covariance (P, P) of the data's free coordinates (N, P)."""
+def fitted_moments(u: np.ndarray, instead: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (P,) and Cholesky factor of the covariance (P, P) of the data's free coordinates (N, P).
+
+    Raises ValueError, with what to do `instead`, if the data do not determine them.
+    """
     n, p = u.shape
     covariance = np.atleast_2d(np.cov(u.T)) if n > 2 * p else np.zeros((p, p))
     scales = np.linalg.eigvalsh(covariance)
     if scales[0] <= 1e-10 * scales[-1]:
         raise ValueError(
             f"The energy's data ({n} rows in {p} dimensions) do not span the space, so that no law can be fitted to "
-            f"them: give {option}=, a NumPyro distribution over the {p} free coordinates of a row."
+            f"them: {instead}."
         )
     return u.mean(0), np.linalg.cholesky(covariance)
 
