@@ -12,7 +12,6 @@ import argparse
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -24,25 +23,16 @@ from benchmarks import machine
 from benchmarks.peers.common import seconds_per_call
 from benchmarks.problem import HIDDEN, OPTIMIZER, ROWS, WIDTH, make_data, mean_energy_grad, model
 from benchmarks.report import table
-from numpyro_score import CD, ScoreMatching
-from numpyro_score.kernels import Chains, langevin_chains
+from numpyro_score import CD, SGLD, ScoreMatching
 
 DIMS = (2, 16, 64)
 STEPS, STEP_SIZE = 10, 0.01
 PAUSE, BLOCK = 0.05, 0.3  # seconds between turns, and of one turn
 
 
-@dataclass(frozen=True)
-class Langevin:
-    step_size: float
-
-    def chains(self, log_density: Any) -> Chains:
-        return langevin_chains(log_density, self.step_size)
-
-
 @cache
 def package_step(dim: int) -> tuple[Any, Any]:
-    fit = ScoreMatching(model, optim=OPTIMIZER, loss=CD(STEPS, kernel=Langevin(STEP_SIZE)))
+    fit = ScoreMatching(model, optim=OPTIMIZER, loss=CD(STEPS, kernel=SGLD(step_size=STEP_SIZE)))
     return jax.jit(fit.update), fit.init(jax.random.key(0), make_data(dim))
 
 

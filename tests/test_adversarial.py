@@ -73,6 +73,29 @@ def test_recovers_a_precision_matrix(dim, steps, rows, num_steps):
     assert abs(last.mean() - bound) < 5 * spread + 0.01  # φ and θ still move a little over the last steps
 
 
+def base_alone(log_density):
+    """A flow that is hardly more than its base, whose law is far from a correlated one."""
+    base = dist.Normal(numpyro.param("loc", jnp.zeros(2)), 1.3).to_event(1)
+    return HamiltonianFlow(base, log_density, 0.01, 1)
+
+
+def test_weighted_draws_need_no_good_flow():
+    """By their importance weights the draws of any flow are the model's: the maximum likelihood estimate again."""
+    x = draw(2, 500)
+    options = dict(num_samples=1000, num_steps=600)
+    plain, weighted = (
+        AdversarialDynamicsEmbedding(normal, base_alone, **options, importance_weighted=w).run(
+            KEY, x, progress_bar=False
+        )
+        for w in (False, True)
+    )
+    mle, stderr = mle_and_errors(x)
+    assert np.abs((weighted.estimates["precision"] - mle) / stderr).max() < 1
+    assert np.abs((plain.estimates["precision"] - mle) / stderr).max() > 3
+    log_z = np.log(2 * np.pi) - 0.5 * np.linalg.slogdet(weighted.estimates["precision"])[1]
+    np.testing.assert_allclose(weighted.losses[-100:].mean() / 500, (log_z - weighted.data_term[-1]), atol=0.05)
+
+
 # -- the two gradients --------------------------------------------------------------------------------------------
 
 

@@ -384,7 +384,12 @@ FOUR = RNG.normal(size=(40, 4))
         (Energy(scored, {}, FOUR[:, :2]), {}, TypeError, "'score' is a score_factor"),
         (Energy(with_covariate, {}, FOUR[:, 0], FOUR[:, 1]), {}, ValueError, r"40 rows may differ.*one row"),
         (energy_of(plain, 1.0, FOUR), {"method": "quadrature"}, ValueError, "up to 3 dimensions, and a row has 4"),
-        (energy_of(plain, 1.0, FOUR), {"method": "flow"}, ValueError, "no method 'flow': use one of 'quadrature'"),
+        (
+            energy_of(plain, 1.0, FOUR),
+            {"method": "annealed"},
+            ValueError,
+            "no method 'annealed': use one of 'quadrature'",
+        ),
         (energy_of(plain, 1.0, FOUR), {}, TypeError, "'smc' draws at random: pass rng_key"),
         (energy_of(plain, 1.0, FOUR[:2]), {"rng_key": KEY}, ValueError, r"2 rows in 4 dimensions.*give base="),
         (energy_of(plain, 1.0, FOUR), {"rng_key": KEY, "num_replicates": 9}, ValueError, "even num_replicates"),

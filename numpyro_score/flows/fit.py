@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
 
+from numpyro_score._layout import depends_on_inputs
 from numpyro_score.flows.dynamics import DynamicsFlow, LogDensity, Trajectory, as_pytree
 from numpyro_score.flows.hamiltonian import HamiltonianFlow
 
@@ -105,7 +106,7 @@ def fit_flow(
 
     Raises:
         FloatingPointError: as soon as the bound is not finite, as that of a density without a normaliser becomes.
-        ValueError: for a flow without learned parameters, or a base whose draws pass no gradients.
+        ValueError: for a flow without learned parameters, or a learned base whose draws pass no gradients.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -185,19 +186,25 @@ def flow_params(flow: FlowFunction, log_density: LogDensity, rng_key: Array) -> 
     """Initial values of the flow's param sites, in unconstrained space.
 
     Raises:
-        ValueError: for a flow without any, or a base whose draws pass no gradients.
+        ValueError: for a flow without any, or a base that is learned but whose draws pass no gradients.
     """
     with handlers.block(), handlers.trace() as sites, handlers.seed(rng_seed=rng_key):
         built = flow(log_density)
     params = {k: _transform(s).inv(s["value"]) for k, s in sites.items() if s["type"] == "param"}
     if not params:
         raise ValueError("The flow has no numpyro.param, so that nothing is learned: see LearnedFlow.")
-    if not built.has_rsample:
+    if not built.has_rsample and _is_learned(lambda params: build_flow(flow, params, log_density).base, params):
         raise ValueError(
             f"Draws of the flow's base ({built.base}) pass no gradients to its parameters: take a base such as "
-            "dist.Normal(...).to_event(1)."
+            "dist.Normal(...).to_event(1), or one without any numpyro.param."
         )
     return params
+
+
+def _is_learned(base: Callable[[dict[str, Any]], Any], params: dict[str, Any]) -> bool:
+    """Whether any number in what `base` makes of the parameters depends on them."""
+    jaxpr = jax.make_jaxpr(lambda params: jax.tree.leaves(base(params)))(params).jaxpr
+    return any(depends_on_inputs(jaxpr, [True] * len(jaxpr.invars)))
 
 
 def build_flow(flow: FlowFunction, params: dict[str, Any], log_density: LogDensity) -> DynamicsFlow:

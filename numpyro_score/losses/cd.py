@@ -66,24 +66,16 @@ class CD:
         NotImplementedError: when called, for data with a bounded or curved support.
 
     Example:
-        >>> from dataclasses import dataclass
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
         >>> from numpyro.distributions import constraints
-        >>> from numpyro_score import CD, ScoreMatching
-        >>> from numpyro_score.kernels import mala_chains
-        >>> @dataclass(frozen=True)
-        ... class Langevin:
-        ...     step_size: float
-        ...
-        ...     def chains(self, log_density):
-        ...         return mala_chains(log_density, self.step_size)
+        >>> from numpyro_score import CD, MALA, ScoreMatching
         >>> def model(x):
         ...     tau = numpyro.param("tau", 1.0, constraint=constraints.positive)
         ...     with numpyro.plate("rows", len(x)):
         ...         x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
         ...         numpyro.factor("energy", -0.5 * tau * x**2)
         >>> x = 2.0 * jax.random.normal(jax.random.key(0), (2000,))
-        >>> sm = ScoreMatching(model, loss=CD(10, kernel=Langevin(2.0)), num_steps=1000)
+        >>> sm = ScoreMatching(model, loss=CD(10, kernel=MALA(step_size=2.0)), num_steps=1000)
         >>> fit = sm.run(jax.random.key(1), x, progress_bar=False)
         >>> bool(jnp.isclose(fit.estimates["tau"], 1 / jnp.mean(x**2), rtol=0.1))  # the maximum likelihood estimate
         True
