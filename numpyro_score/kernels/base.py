@@ -100,6 +100,9 @@ class GradientKernel(MCMCKernel):
         self.model, self.potential_fn = model, potential_fn
         self.step_size, self.temperature, self.init_strategy = step_size, temperature, init_strategy
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(step_size={self.step_size})"
+
     # -- of each kernel -------------------------------------------------------------------------
 
     @abstractmethod
