@@ -427,10 +427,12 @@ def test_what_fits_refuse():
     with pytest.raises(ValueError, match=r"no numpyro.param"):
         fit_flow(lambda f: HamiltonianFlow(normal(1.0), f, 0.1, 1), coupled, key)
 
-    def mixture(f):
-        numpyro.param("unused", 0.0)
-        parts = normal(jnp.ones((2, D)))
-        return HamiltonianFlow(dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), parts), f, 0.1, 1)
+    def mixture(f, learned):
+        loc = jnp.zeros((2, D)) + (numpyro.param("offset", 0.0) if learned else 0.0)
+        base = dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), dist.Normal(loc, 1.0).to_event(1))
+        return HamiltonianFlow(base, f, numpyro.param("step_size", 0.1), 1)
 
     with pytest.raises(ValueError, match="pass no gradients"):
-        fit_flow(mixture, coupled, key)
+        fit_flow(functools.partial(mixture, learned=True), coupled, key)
+    # Draws of a base that is not learned need no gradients.
+    assert np.isfinite(fit_flow(functools.partial(mixture, learned=False), coupled, key, num_steps=2).bounds).all()

@@ -342,6 +342,7 @@ def test_variances_beyond_single_precision(scale):
         with jax.enable_x64(False):
             fit = ScoreMatching(precision_model).run(KEY, jnp.asarray(s * x, np.float32), "k", progress_bar=False)
             errors.append(fit.stderr()["k"] * s**2)
+            np.testing.assert_allclose(fit.stderr(of=lambda e: e["k"]) * s**2, errors[-1], rtol=1e-4)
             draws = fit.sample_posterior(KEY, 2000)["k"] * s**2
             np.testing.assert_allclose(np.std(draws), errors[-1], rtol=0.1)
     np.testing.assert_allclose(errors[1], errors[0], rtol=1e-4)

@@ -25,6 +25,7 @@ from numpyro_score.inference.sandwich import (
     Parametrisation,
     SandwichError,
     curvature,
+    norm_of_columns,
 )
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class ScoreMatchingResult:
             return diagonal_stderr(self._objective)
         if of is None:
             return self.coordinates.stderr(self.curvature.covariance)
-        return jax.tree.map(lambda i: jnp.sqrt(jnp.sum(i**2, axis=0)), self.influence(of))
+        return jax.tree.map(norm_of_columns, self.influence(of))
 
     def influence(self, of: Function | None = None) -> Any:
         r"""How much each row moves the estimates: by site, (N, ...), in constrained space (delta method).

@@ -242,7 +242,14 @@ def _delta_method(position: Array, transforms: Any, root: Array, unravel: Any) -
         return jax.jvp(lambda v: ravel_pytree(constrain(v))[0], (position,), (direction,))[1]
 
     images = jax.lax.map(row, root.T, batch_size=64)  # (P, Q), of the covariance's principal axes
-    return ravel_pytree(constrain(position))[1](jnp.linalg.norm(images, axis=0))
+    return ravel_pytree(constrain(position))[1](norm_of_columns(images))
+
+
+def norm_of_columns(x: Float[Array, "n *columns"]) -> Float[Array, "*columns"]:
+    """Euclidean norms over the first axis, also of numbers whose squares are out of the range of floats."""
+    largest = jnp.max(jnp.abs(x), axis=0)
+    largest = jnp.where(largest > 0, largest, 1.0)
+    return largest * jnp.sqrt(jnp.sum((x / largest) ** 2, axis=0))
 
 
 @jax.jit
