@@ -110,7 +110,7 @@ class EnergyDistribution(dist.Distribution):
         return constraints.independent(support, missing) if missing else support
 
     def log_prob(self, value: Any) -> Array:
-        """Normalised log density of events (*batch, *event): (*batch,).
+        """Normalised log density of events, (..., event shape) to (...).
 
         Raises:
             ValueError: if no log Z was given, or the value has another event shape.
@@ -137,7 +137,7 @@ class EnergyDistribution(dist.Distribution):
         return log_density - self.log_partition
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
-        """Approximate draws (*sample_shape, *event) by MCMC from rows of the energy's data."""
+        """Approximate draws, (sample shape, event shape), by MCMC from rows of the energy's data."""
         n = math.prod(sample_shape)
         if n == 0:
             return jnp.zeros((*sample_shape, *self.event_shape), self.energy._dtype)
