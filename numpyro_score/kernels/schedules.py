@@ -30,6 +30,7 @@ def polynomial_schedule(a: float, b: float, gamma: float) -> Schedule:
 
     Example:
         >>> import numpy as np
+        >>> from numpyro_score import polynomial_schedule
         >>> np.round(polynomial_schedule(1.0, 8.0, 1 / 3)(np.array([0, 19])), 4).tolist()  # 8 and 27 steps
         [0.5, 0.3333]
     """
