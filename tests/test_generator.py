@@ -126,5 +126,7 @@ def test_samples_that_the_target_cannot_have(unchecked):
         make(normal, lambda p, z: z[:, :1]).run(key, target, START)
     with pytest.raises(TypeError, match=r"must be an Energy, such as fit.energy, got function"):
         make(normal).run(key, normal, START)
+    with pytest.raises(ValueError, match="batch_size of at least 2, got 1"):
+        DenoisingGenerator(normal, affine, SIGMA, BASE, batch_size=1)
     with pytest.raises(ValueError, match="num_steps of at least 1, got 0"):
         make(normal).run(key, target, START, num_steps=0)

@@ -102,6 +102,8 @@ class DenoisingGenerator:
     ) -> None:
         at_least_one("DenoisingGenerator", "critic_steps", critic_steps)
         at_least_one("DenoisingGenerator", "batch_size", batch_size)
+        if batch_size < 2:
+            raise ValueError(f"DenoisingGenerator needs batch_size of at least 2, got {batch_size}.")
         positive("DenoisingGenerator", "sigma", sigma)
         if len(base.event_shape) != 1:
             raise ValueError(
