@@ -113,8 +113,8 @@ class GradientKernel(MCMCKernel):
     def _step(self, evaluate: Evaluate, rng_key: Array, state: KernelState, step_size: Array) -> KernelState:
         """The state with chain, effective temperature and preconditioner after a step of size (*chains, 1)."""
 
-    def _start(self, evaluate: Evaluate, rng_key: Array, x: Array) -> ChainState | MomentumState:
-        return start(evaluate, rng_key, x)
+    def _start(self, evaluate: Evaluate, x: Array) -> ChainState | MomentumState:
+        return start(evaluate, x)
 
     def _check_model(self, target: ModelPotential) -> None:
         target.check_plates()
@@ -165,10 +165,10 @@ class GradientKernel(MCMCKernel):
         anchor = self._anchor(target)
         if anchor is not None:
             anchor = jax.tree.map(lambda a: jnp.broadcast_to(a, (*batch, *a.shape)), anchor)
-        evaluate = self._evaluate(target, unravel, anchor)
+        evaluate = self._evaluate(target, unravel, anchor, _first(first_key, batch))
         if target is not None and target.plates:
             evaluate = jax.jit(evaluate)  # a subsample is slow to draw one operation at a time
-        chain = self._start(evaluate, _first(first_key, batch), x)
+        chain = self._start(evaluate, x)
         if is_concrete(chain):
             _check_start(target, z, chain, batch)
         zero = jnp.zeros(batch, int)
@@ -188,10 +188,12 @@ class GradientKernel(MCMCKernel):
         batch = _batch_shape(state.rng_key)
         target = self._target(model_args, model_kwargs)
         unravel = _ravel(state.z, batch)[1]
-        # One key serves all chains, whose noise is drawn at once; the count makes it new at every step.
-        rng_key = jax.random.fold_in(_first(state.rng_key, batch), _first(state.i, batch))
+        # One key serves all chains, whose noise is drawn at once; the count makes the two of a step new.
+        rng_key, i = _first(state.rng_key, batch), _first(state.i, batch)
+        noise_key, evaluate_key = jax.random.fold_in(rng_key, 2 * i), jax.random.fold_in(rng_key, 2 * i + 1)
         step_size = self._step_size_at(state.i, state.chain.x.dtype)
-        new = self._step(self._evaluate(target, unravel, state.anchor), rng_key, state, step_size[..., None])
+        evaluate = self._evaluate(target, unravel, state.anchor, evaluate_key)
+        new = self._step(evaluate, noise_key, state, step_size[..., None])
         minibatch, full = self._gradients(target, state.anchor)
         return new._replace(
             z=jax.vmap(unravel)(new.chain.x) if batch else unravel(new.chain.x), i=state.i + 1, step_size=step_size,
@@ -210,7 +212,7 @@ class GradientKernel(MCMCKernel):
         return cast(Callable[..., Any], self.potential_fn)(z) if target is None else target(rng_key, z)
 
     def _evaluate(
-        self, target: ModelPotential | None, unravel: Callable[[Array], Any], anchor: Anchor | None
+        self, target: ModelPotential | None, unravel: Callable[[Array], Any], anchor: Anchor | None, rng_key: Array
     ) -> Evaluate:
         """Log density and score of rows (*chains, D), each chain on data rows of its own."""
 
@@ -221,7 +223,7 @@ class GradientKernel(MCMCKernel):
             (value, value_0), (score, score_0) = jax.vmap(f)(jnp.stack([x, anchor.x]))  # on the same data rows
             return value - value_0 + anchor.log_density, score - score_0 + anchor.score
 
-        def evaluate(rng_key: Array, x: Array) -> tuple[Array, Array]:
+        def evaluate(x: Array) -> tuple[Array, Array]:
             if x.ndim == 1:
                 return of_one(rng_key, x, anchor)
             return jax.vmap(of_one)(jax.random.split(rng_key, x.shape[0]), x, anchor)

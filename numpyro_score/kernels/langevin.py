@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 LogDensity = Callable[[Float[Array, "*batch d"]], Float[Array, "*batch"]]
-Evaluate = Callable[[Array, Float[Array, "*batch d"]], tuple[Float[Array, "*batch"], Float[Array, "*batch d"]]]
-"""From a random key and rows, the log density and the score, or unbiased estimates of them."""
+Evaluate = Callable[[Float[Array, "*batch d"]], tuple[Float[Array, "*batch"], Float[Array, "*batch d"]]]
+"""From rows, the log density and the score, or unbiased estimates of them whose randomness is the function's own."""
 
 
 class ChainState(NamedTuple):
@@ -80,7 +80,7 @@ def langevin_chains(log_density: LogDensity, step_size: float | Array, temperatu
     """
     exact = _exact(log_density)
     return Chains(
-        lambda x: start(exact, jax.random.key(0), x),
+        lambda x: start(exact, x),
         lambda rng_key, state: langevin_step(exact, rng_key, state, step_size, temperature),
     )
 
@@ -97,7 +97,7 @@ def mala_chains(log_density: LogDensity, step_size: float | Array) -> Chains:
     """
     exact = _exact(log_density)
     return Chains(
-        lambda x: start(exact, jax.random.key(0), x),
+        lambda x: start(exact, x),
         lambda rng_key, state: mala_step(exact, rng_key, state, step_size),
     )
 
@@ -115,40 +115,39 @@ def sghmc_chains(
     """
     exact = _exact(log_density)
     return Chains(
-        lambda x: start_with_momentum(exact, jax.random.key(0), x),
+        lambda x: start_with_momentum(exact, x),
         lambda rng_key, state: sghmc_step(exact, rng_key, state, step_size, friction, temperature),
     )
 
 
-def start(evaluate: Evaluate, rng_key: Array, x: Float[Array, "*batch d"]) -> ChainState:
+def start(evaluate: Evaluate, x: Float[Array, "*batch d"]) -> ChainState:
     """Chains at the rows x."""
-    value, score = evaluate(rng_key, x)
+    value, score = evaluate(x)
     finite = jnp.isfinite(value) & jnp.isfinite(score).all(axis=-1)
     return ChainState(x, value, score, jnp.ones_like(value), ~finite)
 
 
-def start_with_momentum(evaluate: Evaluate, rng_key: Array, x: Float[Array, "*batch d"]) -> MomentumState:
+def start_with_momentum(evaluate: Evaluate, x: Float[Array, "*batch d"]) -> MomentumState:
     """Chains at rest at the rows x."""
-    return MomentumState(*start(evaluate, rng_key, x), jnp.zeros_like(x))
+    return MomentumState(*start(evaluate, x), jnp.zeros_like(x))
 
 
 def langevin_step(
     evaluate: Evaluate, rng_key: Array, state: ChainState, step_size: float | Array, temperature: float | Array = 1.0
 ) -> ChainState:
     """One step of x' = x + h ∇f(x) + √(2hT) z; the score kept in the state is that at x, or an estimate of it."""
-    noise_key, evaluate_key = jax.random.split(rng_key)
-    noise = jax.random.normal(noise_key, state.x.shape, state.x.dtype)
+    noise = jax.random.normal(rng_key, state.x.shape, state.x.dtype)
     step_size = _nan_where(state.diverging, step_size)
     x = state.x + step_size * state.score + jnp.sqrt(2.0 * step_size * temperature) * noise
-    new = start(evaluate, evaluate_key, x)
+    new = start(evaluate, x)
     return new._replace(diverging=new.diverging | state.diverging)
 
 
 def mala_step(evaluate: Evaluate, rng_key: Array, state: ChainState, step_size: float | Array) -> ChainState:
     """A Langevin step as a proposal, accepted by the rule of Metropolis and Hastings; `evaluate` must be exact."""
-    noise_key, accept_key, evaluate_key = jax.random.split(rng_key, 3)
+    noise_key, accept_key = jax.random.split(rng_key)
     noise = jax.random.normal(noise_key, state.x.shape, state.x.dtype)
-    new = start(evaluate, evaluate_key, state.x + step_size * state.score + jnp.sqrt(2.0 * step_size) * noise)
+    new = start(evaluate, state.x + step_size * state.score + jnp.sqrt(2.0 * step_size) * noise)
 
     def log_proposal(to: Array, at: ChainState) -> Array:
         return -0.25 * jnp.sum((to - at.x - step_size * at.score) ** 2 / step_size, axis=-1)
@@ -180,11 +179,10 @@ def sghmc_step(
     With v = √h r it is the form of Chen, Fox & Guestrin (2014, eq. 15), v' = (1 − α)v + h∇f + √(2αhT) z, whose
     learning rate is h; r has unit mass, so a changing h leaves its temperature alone.
     """
-    noise_key, evaluate_key = jax.random.split(rng_key)
-    noise = jax.random.normal(noise_key, state.x.shape, state.x.dtype)
+    noise = jax.random.normal(rng_key, state.x.shape, state.x.dtype)
     root = jnp.sqrt(_nan_where(state.diverging, step_size))
     momentum = (1.0 - friction) * state.momentum + root * state.score + jnp.sqrt(2.0 * friction * temperature) * noise
-    new = start(evaluate, evaluate_key, state.x + root * momentum)
+    new = start(evaluate, state.x + root * momentum)
     return MomentumState(*new._replace(diverging=new.diverging | state.diverging), momentum)
 
 
@@ -194,4 +192,4 @@ def _nan_where(diverging: Bool[Array, "*batch"], step_size: float | Array) -> Ar
 
 
 def _exact(log_density: LogDensity) -> Evaluate:
-    return lambda rng_key, x: value_score(log_density, x)
+    return lambda x: value_score(log_density, x)

@@ -311,8 +311,8 @@ class SGHMC(_StochasticGradientKernel):
         """
         return sghmc_chains(log_density, self._constant_step_size(), self.friction, self.temperature)
 
-    def _start(self, evaluate: Evaluate, rng_key: Array, x: Array) -> MomentumState:
-        return start_with_momentum(evaluate, rng_key, x)
+    def _start(self, evaluate: Evaluate, x: Array) -> MomentumState:
+        return start_with_momentum(evaluate, x)
 
     def _step(self, evaluate: Evaluate, rng_key: Array, state: KernelState, step_size: Array) -> KernelState:
         chain = sghmc_step(evaluate, rng_key, state.chain, step_size, self.friction, state.temperature[..., None])
