@@ -4,12 +4,19 @@ The array shapes that the package's annotations state are checked under test: `a
 pyproject.toml installs jaxtyping's import hook before anything is imported.
 """
 
+import os
+
 import jax
 import jaxtyping
 import numpyro
 import pytest
 
 numpyro.set_host_device_count(2)  # for test_sharding.py; the rest runs on the first
+
+# Most of the suite's time is that of compiling what then runs once. JAX reads the flags when it first computes. To test
+# the code as it is compiled for users, set XLA_FLAGS=--xla_backend_optimization_level=3.
+if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture

@@ -75,7 +75,9 @@ done
 certificates=/etc/ssl/certs/ca-certificates.crt
 host_certificates=${PIP_CERT:-$certificates}
 [[ ! -e $host_certificates ]] || cp --dereference --remove-destination "$host_certificates" "$root$certificates"
-settings=(PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 "PIP_CERT=$certificates" PIP_ROOT_USER_ACTION=ignore)
+# With all of XLA's optimisations, as users compile the package: tests/conftest.py leaves most of them out elsewhere.
+settings=(XLA_FLAGS=--xla_backend_optimization_level=3)
+settings+=(PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 "PIP_CERT=$certificates" PIP_ROOT_USER_ACTION=ignore)
 for name in CI PIP_INDEX_URL PIP_DEFAULT_TIMEOUT http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
     [[ -z ${!name:-} ]] || settings+=("$name=${!name}")
 done
