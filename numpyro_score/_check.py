@@ -22,7 +22,13 @@ __all__ = ["check", "evaluate_for_check"]
 def check(energy: Energy, evaluate: Callable[[Energy], Any] | None = None) -> None:
     """See `Energy.check`; `evaluate` is a compiled :func:`evaluate_for_check`."""
     evaluate = jax.jit(functools.partial(evaluate_for_check)) if evaluate is None else evaluate
-    x, outside, weights, f, moved = jax.device_get(evaluate(energy))
+    found = evaluate(energy)
+    if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(found)):
+        raise TypeError(
+            "The model uses a traced value that is none of its arguments or parameters, such as a parameter of another "
+            "model around it: call this outside of jit, vmap, grad and other models, on values that are fixed."
+        )
+    x, outside, weights, f, moved, elsewhere = jax.device_get(found)
     layout = energy._layout
     for name, weight in weights.items():
         if (weight != weight[:, :1]).any():
@@ -55,7 +61,8 @@ def check(energy: Energy, evaluate: Callable[[Energy], Any] | None = None) -> No
             f"The {what} of {names} is not finite in {bad}: drop these rows, or start from other parameters "
             "(init_params, or the guide's init_loc_fn)."
         )
-    tolerance = 1e-4 * np.abs(f[used]).max(initial=0.0)
+    # What is small at the data, such as a squared distance from a curve, may be rounding of larger numbers.
+    tolerance = max(1e-4 * np.abs(f[used]).max(initial=0.0), 10 * np.finfo(f.dtype).eps * elsewhere)
     if bad := _rows_text(used & (np.abs(moved) > tolerance)):
         raise ValueError(
             f"Rows of {names} interact: {bad} change when other rows do, e.g. through a mean over the plate or "
@@ -64,12 +71,12 @@ def check(energy: Energy, evaluate: Callable[[Energy], Any] | None = None) -> No
         )
 
 
-def evaluate_for_check(energy: Energy) -> tuple[Array, dict[str, Array], dict[str, Array], Array, Array]:
+def evaluate_for_check(energy: Energy) -> tuple[Array, dict[str, Array], dict[str, Array], Array, Array, Array]:
     """What :func:`check` looks at, in one compiled call.
 
     Data, whether they lie outside of their support, and weights, by site; the log density of each row, and by how much
-    that of some rows changes when the data of the other rows do. Where only the score is known, the sum of its
-    components stands for the log density.
+    that of some rows changes when the data of the other rows do; and its median size at these other data. Where only
+    the score is known, the sum of its components stands for the log density.
     """
     layout, sites = energy._layout, energy._run().sites
     weights = {k: _layout.row_weights(sites[k], layout) for k in layout.terms}
@@ -92,7 +99,8 @@ def evaluate_for_check(energy: Energy) -> tuple[Array, dict[str, Array], dict[st
     # Rows may all be equal; but where there is a boundary or curvature, a step off a row would leave the support.
     others = jnp.roll(usable, 1, axis=0) + (1.0 if layout.flat else 0.0)
     changed = jnp.where(keep[:, None], usable, others)
-    return x, outside, weights, here, jnp.where(keep, f(changed) - here, 0.0)
+    there = f(changed)
+    return x, outside, weights, here, jnp.where(keep, there - here, 0.0), jnp.nanmedian(jnp.abs(there))
 
 
 def _rows_text(bad: Any) -> str:

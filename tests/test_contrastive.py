@@ -430,6 +430,23 @@ def test_chains_that_fail(loss, model, kernel):
     assert error.value.step == 0
 
 
+@pytest.mark.parametrize("h", [3.0, 100.0])
+def test_few_steps_that_run_away(h):
+    """Five steps of −2 x or worse are far from overflow, but their gradient makes the density ever narrower."""
+    sm = ScoreMatching(one_parameter, optim=optax.adam(0.01), loss=CD(5, kernel=Langevin(h, adjusted=False)))
+    with pytest.raises(NonFiniteLossError, match="the chains have run away"):
+        sm.run(KEY, jnp.asarray(2 * RNG.normal(size=(200, 1))), num_steps=500, progress_bar=False)
+
+
+def test_state_with_another_number_of_chains():
+    x = jnp.asarray(RNG.normal(size=(20, 1)))
+    few, many = (
+        ScoreMatching(one_parameter, optim=optax.adam(0.01), loss=PCD(n, kernel=Langevin(0.1))) for n in (10, 30)
+    )
+    with pytest.raises(ValueError, match="The state has 10 chains, and PCD num_chains=30"):
+        many.run(KEY, x, init_state=few.init(KEY, x), progress_bar=False)
+
+
 def test_state_without_chains():
     """NumPyro would start new chains in every step, which is CD, without saying so."""
     x = jnp.asarray(RNG.normal(size=(20, 1)))

@@ -332,8 +332,13 @@ def test_independent_rows_pass():
     def large(w, x):
         return -1e5 * jnp.sum(jnp.tanh(x @ w) ** 2, -1) + 1e-3 * jnp.sum(x @ w, -1)
 
+    def near_a_circle(w, x):
+        return -w * (jnp.sum(x**2, -1) - 1) ** 2
+
     rng = np.random.default_rng(13)
     with jax.enable_x64(False):
+        angle = rng.uniform(0, 6, 50)
+        energy_of(near_a_circle, np.float32(200), np.float32([np.cos(angle), np.sin(angle)]).T).check()
         for n in (1, 2, 300):
             x, w = rng.normal(size=(n, 32)), rng.normal(size=(32, 64))
             energy_of(large, np.float32(w), np.float32(x)).check()

@@ -6,7 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from models import assert_mean, assert_variance
+from models import assert_mean, assert_variance, improper
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 
@@ -163,6 +163,16 @@ def test_refused(normal):
         EnergyDistribution(energy).log_prob(jnp.ones(2))
     with pytest.raises(ValueError, match="finite number, got nan"):
         EnergyDistribution(energy, float("nan"))
+
+    def outer(t):
+        def model(x):
+            with numpyro.plate("rows", len(x)):
+                numpyro.factor("energy", -t * numpyro.sample("x", improper(1), obs=x)[:, 0] ** 2)
+
+        return EnergyDistribution(Energy(model, {}, np.ones((3, 1))), 0.0).log_prob(jnp.ones(1))
+
+    with pytest.raises(TypeError, match="uses a traced value that is none of its arguments or parameters"):
+        jax.grad(outer)(1.0)
     with pytest.raises(TypeError, match=r"several sites, \['x', 'y'\]"):
         EnergyDistribution(Energy(two_sites, {}, np.ones(3), np.ones(3)), 0.0)
     with pytest.raises(ValueError, match=r"shape \(3,\): pass events of shape \(2,\)"):

@@ -406,6 +406,8 @@ def test_what_flows_refuse(unchecked):
     made(r"step_size of shape \(\), \(2,\)", base, coupled, jnp.ones(5), 3)
     made("positive integer as num_steps, got 0", base, coupled, 0.1, 0)
     made("one event dimension", dist.Normal(0, 1), coupled, 0.1, 3)
+    for narrow in (dist.Gamma(2.0, 1.0), dist.Uniform(0, 1), dist.Delta(0.0), dist.Poisson(1.0)):
+        made("a density on all of R", narrow.expand([2]).to_event(1), coupled, 0.1, 3)
     made("function of rows", base, 3.0, 0.1, 3, error=TypeError)
     made("momentum_scale positive", base, coupled, 0.1, 3, momentum_scale=-1.0)
     made(r"annealing of shape \(3,\)", base, coupled, 0.1, 3, annealing=0.5)

@@ -226,6 +226,21 @@ def test_preconditioner_is_learned_in_warm_up_and_held(x64):
     assert_mean(state.effective_temperature - np.mean(curvature * np.asarray(state.z) ** 2, axis=-1), 0.0)
 
 
+def test_preconditioner_of_chains_that_start_at_the_mode(x64):
+    """Where the score is zero, the first steps are still of the size of the law."""
+    curvature, h = np.array([1.0, 100.0]), 0.02
+    kernel = SGLD(potential_fn=lambda x: 0.5 * jnp.sum(curvature * x**2), step_size=h, preconditioner="rmsprop")
+    mcmc = MCMC(
+        kernel, num_warmup=500, num_samples=200, num_chains=5000, chain_method="vectorized", progress_bar=False,
+        thinning=200,
+    )  # fmt: skip
+    run = jax.jit(lambda x: (mcmc.run(KEY, init_params=x), mcmc.last_state)[1], compiler_options=FAST_COMPILE)
+    state = run(jnp.zeros((5000, 2)))
+    root = np.sqrt(state.preconditioner.second_moment)
+    assert_variance(state.z * np.sqrt(curvature * (1 - h * curvature / (1e-5 + root) / 2)), 1.0)
+    assert np.all(state.full_gradients == 702)
+
+
 # -- chains that run away --------------------------------------------------------------------------------
 
 

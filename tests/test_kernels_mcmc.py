@@ -93,6 +93,16 @@ def test_warm_restart_goes_on(name):
 
 
 @every_kernel
+def test_warm_restart_of_a_potential_needs_no_start(name):
+    kernel = KERNELS[name](potential_fn=lambda x: 0.5 * jnp.sum(x**2))
+    mcmc = MCMC(kernel, num_warmup=0, num_samples=5, progress_bar=False)
+    mcmc.run(KEY, init_params=jnp.zeros(3))
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(mcmc.last_state.rng_key)
+    assert mcmc.last_state.i == 10
+
+
+@every_kernel
 def test_vectorized_chains_have_the_law(name):
     """In one batch, from given positions and by raw keys; the chains are independent."""
     chains = 10_000

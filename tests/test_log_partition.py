@@ -98,6 +98,21 @@ def test_what_single_precision_cannot_resolve():
         log_partition(LINES["narrow and far, data elsewhere"][0], "quadrature")
 
 
+def gamma_law(a):
+    rows = RNG.gamma(a, 1 / 3, 500).clip(1e-30).astype(np.float32)
+    model = on(constraints.positive, lambda x: (a - 1) * jnp.log(x) - 3 * x)
+    return Energy(model, {}, rows), gammaln(a) - a * math.log(3)
+
+
+def test_mass_that_single_precision_cannot_reach():
+    """Of a gamma law of shape a, the share P(x < 1.2e-38), about e^(−87a), is nearer to 0 than floats come."""
+    energy, expected = gamma_law(0.1)
+    result = log_partition(energy, "quadrature")
+    assert 1e-4 < abs(result.value - expected) < result.stderr < 1e-2
+    with pytest.raises(ValueError, match=r"rounding.*enable double precision"):
+        log_partition(gamma_law(0.03)[0], "quadrature")
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"tail": 0.5}, {"modes": -1.0}, {"quartic": -1.0}], ids=["flat", "1/|x|", "growing", "quartic"]
 )
@@ -395,7 +410,7 @@ FOUR = RNG.normal(size=(40, 4))
         (energy_of(plain, 1.0, FOUR), {"rng_key": KEY, "num_replicates": 9}, ValueError, "even num_replicates"),
         (energy_of(plain, 1.0, FOUR), {"rng_key": KEY, "base": dist.Normal(0, 1)}, ValueError, r"event shape \(4,\)"),
         (energy_of(plain, np.nan, FOUR), {"rng_key": KEY}, ValueError, "not finite in rows"),
-        ({"x": FOUR}, {}, TypeError, "Expected an Energy or a ScoreMatchingResult, got dict"),
+        ({"x": FOUR}, {}, TypeError, "Expected an Energy or a fit, got dict"),
     ],
     ids=["score", "covariates", "4 dimensions", "method", "key", "few rows", "replicates", "base", "nan", "dict"],
 )
@@ -415,3 +430,18 @@ def test_a_density_that_is_not_a_number():
     """log x on the whole line."""
     with pytest.raises(ValueError, match="log density is nan at the free coordinates"):
         log_partition(energy_of(lambda t, x: jnp.log(x) - x**2, 1.0, np.abs(FOUR[:, 0])))
+
+
+@pytest.mark.slow
+def test_flow_along_a_banana():
+    """Single draws that nearly run away along the bend do not end the fit."""
+    x = RNG.normal(size=(400, 6))
+    x[:, 1] = x[:, 0] ** 2 + 0.5 * x[:, 1]
+
+    def f(t, x):
+        return -0.5 * x[..., 0] ** 2 - 2 * (x[..., 1] - x[..., 0] ** 2) ** 2 - 0.5 * jnp.sum(x[..., 2:] ** 2, -1)
+
+    result = log_partition(energy_of(f, 0.0, x.astype(np.float32)), "flow", KEY, num_steps=300)
+    expected = 3 * math.log(2 * math.pi) + math.log(0.5)
+    assert abs(result.value - expected) < 5 * result.stderr < 0.1
+    assert result.diagnostics["bound"] < expected

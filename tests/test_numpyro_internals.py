@@ -1,10 +1,14 @@
-"""The one private name of NumPyro that the package reads."""
+"""The private names of NumPyro that the package relies on."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
+from numpyro.infer import MCMC
+
+from numpyro_score import MALA
 
 MOVED = (
     "NumPyro keeps the mask of a MaskedDistribution elsewhere than in `_mask`. numpyro_score reads it in "
@@ -25,3 +29,20 @@ def test_mask_of_a_masked_distribution():
         # What the package relies on beside the name: zero where the mask is, the base's density elsewhere.
         value, base = jnp.ones(3), fn.base_dist.log_prob(jnp.ones(3))
         np.testing.assert_array_equal(fn.log_prob(value), jnp.where(mask, base, 0.0), MOVED)
+
+
+def test_what_tells_mcmc_that_a_kernel_is_initialised(monkeypatch):
+    """Without `_sample_fn` MCMC calls `init` at a warm restart, which has no start there."""
+    kernel = MALA(potential_fn=lambda x: 0.5 * x**2, step_size=0.1)
+    mcmc = MCMC(kernel, num_warmup=0, num_samples=2, progress_bar=False)
+    mcmc.run(jax.random.key(0), init_params=jnp.array(0.0))
+    mcmc.post_warmup_state = mcmc.last_state
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(
+            "MCMC decides by something else than `_sample_fn` whether a kernel is initialised: GradientKernel "
+            "(numpyro_score/kernels/base.py) must follow, or warm restarts of a potential need init_params."
+        )
+
+    monkeypatch.setattr(MALA, "init", refuse)
+    mcmc.run(jax.random.key(1))

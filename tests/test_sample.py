@@ -12,7 +12,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import HMC, NUTS, BarkerMH
 from scipy import stats
 
-from numpyro_score import Energy, ScoreMatching, log_partition, sample
+from numpyro_score import MALA, Energy, ScoreMatching, log_partition, sample
 
 FALSE_ALARM = 2e-5
 KEY = jax.random.key(0)
@@ -101,6 +101,24 @@ def test_several_sites():
     fits(draws["y"].values, stats.truncexpon(4.0, loc=1.0, scale=0.5).cdf)
 
 
+def test_kernels_of_the_package():
+    """Both exact and unadjusted ones, from a function that makes them."""
+    energy = energy_of(normal, 1.0, RNG.normal(size=(20, 1)))
+    draws = sample(energy, KEY, 2000, kernel=mala)
+    assert 0.5 < draws["sample_stats"]["acceptance_rate"].mean() < 1
+    assert abs(float(draws["posterior"]["x"].var()) - 1) < 0.1
+
+
+def test_a_kernel_is_no_function_that_makes_one(unchecked):
+    energy = energy_of(normal, 1.0, RNG.normal(size=(20, 1)))
+    with pytest.raises(TypeError, match=r"needs a function that makes a kernel, got MALA.*functools.partial\(MALA"):
+        sample(energy, KEY, 10, kernel=MALA(step_size=0.5))
+
+
+def mala(potential_fn):
+    return MALA(potential_fn=potential_fn, step_size=1.0)
+
+
 def careful(potential_fn):
     return NUTS(potential_fn=potential_fn, target_accept_prob=0.95)
 
@@ -150,7 +168,7 @@ def test_chains_that_have_not_mixed():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"num_samples": 0}, "num_samples must be at least 1"), ({"num_chains": 0}, "num_chains must be at least 1")],
+    [({"num_samples": 0}, "num_samples of at least 1, got 0"), ({"num_chains": 0}, "num_chains of at least 1, got 0")],
 )
 def test_refused(settings, message):
     """No draws, no chains."""

@@ -72,6 +72,11 @@ class DynamicsFlow(dist.Distribution):
                 f"{name} needs a base with one event dimension, got event_shape {base.event_shape}: write e.g. "
                 "dist.Normal(0, 1).expand([2]).to_event(1)."
             )
+        if not _covers_space(base):
+            raise ValueError(
+                f"{name} needs a base with a density on all of R^D, or its weights miss part of Z; got {base}, on "
+                f"{base.support}: write e.g. dist.Normal(0, 1).expand([2]).to_event(1)."
+            )
         if not callable(log_density):
             raise TypeError(
                 f"{name} needs a function of rows as log_density, got {log_density!r}: write e.g. energy.log_density."
@@ -203,6 +208,15 @@ class DynamicsFlow(dist.Distribution):
     def _refuse(self, argument: str, array: Array, valid: Callable[[Any], Any], wanted: str) -> None:
         if not isinstance(array, jax.core.Tracer) and not np.all(valid(np.asarray(array))):
             raise ValueError(f"{type(self).__name__} needs {argument} {wanted}, got {np.asarray(array).tolist()}.")
+
+
+def _covers_space(base: dist.Distribution) -> bool:
+    support, inner = base.support, base
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    while hasattr(inner, "base_dist"):
+        inner = inner.base_dist
+    return support == constraints.real and not isinstance(inner, dist.Delta)
 
 
 def normal_log_prob(value: Float[Array, "*batch d"], scale: Any = 1.0) -> Float[Array, "*batch"]:

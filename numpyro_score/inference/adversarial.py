@@ -100,9 +100,10 @@ class AdversarialDynamicsEmbedding:
     settings φ, :math:`\mathrm{E}[f_\theta(x_T) + \log N(v_T)] + H(q)` for the plain Hamiltonian flow. A step raises the
     bound in φ, then takes a step in θ along
 
-    .. math:: \mathrm{E}_{\mathrm{data}} \nabla_\theta f_\theta(x) - \mathrm{E}_q \nabla_\theta f_\theta(x_T),
+    .. math:: \mathrm{E}_{\mathrm{data}} \nabla_\theta f_\theta(x)
+              - \frac{\mathrm{E}_q[w \nabla_\theta f_\theta(x_T)]}{\mathrm{E}_q[w]},
 
-    the draws x_T held fixed: the gradient of the likelihood where q is the model's own law. One simulation serves both.
+    the draws x_T held fixed: the gradient of the likelihood, by importance weights. One simulation serves both.
     This is a likelihood method: it sees the weights of modes that score matching does not, and its bias is that of the
     flow. Compare `log_partition_bound` with an importance-weighted estimate, `fit.flow.log_partition_bound(rng_key)`.
 
@@ -118,9 +119,10 @@ class AdversarialDynamicsEmbedding:
         flow_steps: steps in φ for each step in θ.
         num_samples: draws of the flow in each step.
         importance_weighted: weigh the draws in θ's step by w, which are then those of the model as `num_samples` grows,
-            whatever the flow: a tighter bound, E log of the mean of w [Burda, Grosse & Salakhutdinov 2016]. Networks
-            want it: with equal weights, draws that a flow leaves where the density is low are pushed further down
-            without end. Noisy where few weights carry the sum.
+            whatever the flow: the gradient of a tighter bound, E log of the mean of w [Burda, Grosse & Salakhutdinov
+            2016]. Noisy where few weights carry the sum. With False all weights are equal, as in the objective above;
+            networks then run away, as draws that a flow leaves where the density is low are pushed further down
+            without end.
         num_steps: steps of `run`.
         data: the name of the site or argument that is the data, where several could be.
 
@@ -148,7 +150,7 @@ class AdversarialDynamicsEmbedding:
         *,
         flow_steps: int = 1,
         num_samples: int = 256,
-        importance_weighted: bool = False,
+        importance_weighted: bool = True,
         num_steps: int = 2000,
         data: str | None = None,
     ) -> None:

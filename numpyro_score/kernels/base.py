@@ -84,6 +84,9 @@ class GradientKernel(MCMCKernel):
     )
     """What else `MCMC.run(..., extra_fields=kernel.stats)` can collect."""
 
+    # MCMC starts a kernel without this private name anew at a warm restart, for which there may be no init_params.
+    _sample_fn = True
+
     def __init__(
         self,
         model: Callable[..., Any] | None,
@@ -122,7 +125,7 @@ class GradientKernel(MCMCKernel):
     def _anchor(self, target: ModelPotential | None) -> Anchor | None:
         return None
 
-    def _preconditioner(self, score: Array, num_warmup: int) -> Any:
+    def _preconditioner(self, evaluate: Evaluate, rng_key: Array, chain: Any, step_size: Array, num_warmup: int) -> Any:
         return None
 
     # -- NumPyro's interface --------------------------------------------------------------------
@@ -147,7 +150,7 @@ class GradientKernel(MCMCKernel):
         """
         batch = _batch_shape(rng_key)
         target = self._target(model_args, model_kwargs)
-        run_key, init_key, first_key = _split(rng_key, 3)
+        run_key, init_key, first_key, probe_key, noise_key = _split(rng_key, 5)
         if target is not None:
             self._check_model(target)
         if init_params is not None:
@@ -172,13 +175,18 @@ class GradientKernel(MCMCKernel):
         if is_concrete(chain):
             _check_start(target, z, chain, batch)
         zero = jnp.zeros(batch, int)
-        minibatch, full = self._gradients(target, anchor)
+        step_size = self._step_size_at(zero, x.dtype)
+        preconditioner = self._preconditioner(
+            self._evaluate(target, unravel, anchor, _first(probe_key, batch)),
+            _first(noise_key, batch), chain, step_size[..., None], num_warmup,
+        )  # fmt: skip
+        minibatch, full = (n * (1 if preconditioner is None else 2) for n in self._gradients(target, anchor))
         temperature = jnp.broadcast_to(jnp.asarray(self.temperature, x.dtype), batch)
         return KernelState(
-            z=z, chain=chain, i=zero, step_size=self._step_size_at(zero, x.dtype), temperature=temperature,
+            z=z, chain=chain, i=zero, step_size=step_size, temperature=temperature,
             effective_temperature=temperature, minibatch_gradients=zero + minibatch,
             full_gradients=zero + full + (anchor is not None), anchor=anchor,
-            preconditioner=self._preconditioner(chain.score, num_warmup), rng_key=run_key,
+            preconditioner=preconditioner, rng_key=run_key,
         )  # fmt: skip
 
     def sample(
@@ -254,7 +262,7 @@ def check_number(name: str, value: Any, holds: Callable[[Any], bool], range_: st
     if not is_concrete(value):
         return
     array = np.asarray(value)
-    if array.ndim != 0 or not (np.isfinite(array) and holds(array)):
+    if array.dtype.kind not in "iuf" or array.ndim != 0 or not (np.isfinite(array) and holds(array)):
         raise ValueError(f"{name} must be one {range_} number, got {value}.")
 
 

@@ -93,7 +93,8 @@ class SGLD(_StochasticGradientKernel):
         temperature: T. At 0 the noise is left out, and each seed goes down the energy to a mode.
         preconditioner: "rmsprop" multiplies h by G = 1 / (λ + √v) in each coordinate, with v a running mean of squared
             gradients, so that h is in units of length [pSGLD, Li et al. 2016]. Here v is learned in warm-up and then
-            held fixed: G does not depend on x any more, and the term ∇·G, which they drop, is zero.
+            held fixed: G does not depend on x any more, and the term ∇·G, which they drop, is zero. v starts at the
+            squared scores at the start and at a distance of h.
         center: constrained values of all latent sites near the mode, e.g. a point fit. The gradient on a subsample is
             corrected by that at the centre, on the same rows and on all [SGLD-CV, Baker et al. 2019]; this takes two
             gradients per step, and one on all rows at the start.
@@ -147,12 +148,18 @@ class SGLD(_StochasticGradientKernel):
             raise ValueError("SGLD.chains has no warm-up to learn a preconditioner in: leave preconditioner out.")
         return langevin_chains(log_density, self._constant_step_size(), self.temperature)
 
-    def _preconditioner(self, score: Array, num_warmup: int) -> RMSProp | None:
+    def _preconditioner(
+        self, evaluate: Evaluate, rng_key: Array, chain: Any, step_size: Array, num_warmup: int
+    ) -> RMSProp | None:
         if self.preconditioner is None:
             return None
         if num_warmup == 0:
             raise ValueError("SGLD learns preconditioner='rmsprop' in warm-up: give MCMC a positive num_warmup.")
-        return RMSProp(score**2, jnp.full(score.shape[:-1], num_warmup))
+        # At a mode the score is zero, and v = 0 would make the first step huge. h is in units of length here, and the
+        # score at that distance is of the size that belongs to such steps.
+        probe = evaluate(chain.x + step_size * jax.random.normal(rng_key, chain.x.shape, chain.x.dtype))[1]
+        second_moment = chain.score**2 + 0.99 * probe**2 + 0.01 * jnp.mean(probe**2, axis=-1, keepdims=True)
+        return RMSProp(second_moment, jnp.full(chain.score.shape[:-1], num_warmup))
 
     def _step(self, evaluate: Evaluate, rng_key: Array, state: KernelState, step_size: Array) -> KernelState:
         rms, score = state.preconditioner, state.chain.score
@@ -179,7 +186,8 @@ class MALA(GradientKernel):
     [Roberts & Rosenthal 1998]; there h goes as D^(−1/3).
 
     A proposal whose energy or gradient is not finite is refused, with `accept_prob` 0, and this one draw is flagged
-    `diverging`.
+    `diverging`. If the density has no normaliser, chains drift outwards until they are refused nearly always, without
+    a flag: look at `accept_prob` and R-hat.
 
     Args:
         model: a NumPyro model without subsampled plates, or

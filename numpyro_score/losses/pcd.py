@@ -116,6 +116,11 @@ class PCD:
         self._require_suitable(energy)
         which_key, row_key, chain_key = jax.random.split(rng_key, 3)
         x = energy.params.get(CHAINS_SITE, self._start(energy))["x"]
+        if len(x) != self.num_chains:
+            raise ValueError(
+                f"The state has {len(x)} chains, and PCD num_chains={self.num_chains}: go on with as many, or start "
+                "from init_params=fit.params."
+            )
         if self.restart:
             data, weights = energy.data_and_weights()
             rows = jax.random.choice(row_key, data, (len(x),), p=(weights != 0) / jnp.sum(weights != 0))

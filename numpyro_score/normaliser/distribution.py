@@ -15,11 +15,10 @@ from numpyro.distributions import constraints
 from numpyro.infer import NUTS
 
 from numpyro_score.energy import Energy
-from numpyro_score.inference import ScoreMatchingResult
 from numpyro_score.normaliser.coordinates import data_to_row, row_log_jacobian, row_to_data
 from numpyro_score.normaliser.partition import LogPartition
 from numpyro_score.normaliser.sampling import Kernel, run_chains
-from numpyro_score.normaliser.source import density_of
+from numpyro_score.normaliser.source import Source, density_of
 
 __all__ = ["EnergyDistribution"]
 
@@ -72,7 +71,7 @@ class EnergyDistribution(dist.Distribution):
 
     def __init__(
         self,
-        energy: Energy | ScoreMatchingResult,
+        energy: Source,
         log_partition: LogPartition | float | None = None,
         *,
         kernel: Kernel = NUTS,

@@ -7,14 +7,12 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
-from numpyro_score.energy import Energy
-from numpyro_score.inference import ScoreMatchingResult
 from numpyro_score.normaliser.bridge import nce
 from numpyro_score.normaliser.coordinates import free_dim
 from numpyro_score.normaliser.flow import flow
 from numpyro_score.normaliser.quadrature import MAX_DIM, quadrature
 from numpyro_score.normaliser.smc import smc
-from numpyro_score.normaliser.source import density_of
+from numpyro_score.normaliser.source import Source, density_of
 
 __all__ = ["LogPartition", "log_partition"]
 
@@ -36,7 +34,7 @@ class LogPartition(NamedTuple):
 
 
 def log_partition(
-    energy: Energy | ScoreMatchingResult, method: str | None = None, rng_key: Array | None = None, **settings: Any
+    energy: Source, method: str | None = None, rng_key: Array | None = None, **settings: Any
 ) -> LogPartition:
     r"""The log normaliser :math:`\log Z = \log \int \exp f(x)\,dx` of one row of a model.
 

@@ -186,6 +186,8 @@ def _integrate(energy: Energy, frame: _Frame, known: _Known) -> tuple[float, flo
             value, rule = _trapezoid(energy, frame, low, high, spacing)
         except _NotANumberError as reason:
             raise ValueError((_HEAVY if grown else "") + str(reason)) from None
+        if rule.unresolved == math.inf:
+            raise ValueError(_HEAVY + "Its mass reaches data that floats cannot hold.")
         if (rule.faces > edge).any():
             grown = True
             low, high = low - 2.0 * (rule.faces[0] > edge), high + 2.0 * (rule.faces[1] > edge)
@@ -238,16 +240,30 @@ def _trapezoid(energy: Energy, frame: _Frame, low: np.ndarray, high: np.ndarray,
     unresolved = float(share @ ~resolved)
     effective = float(1 / (share @ share))
     share = share.reshape(counts)
+    unresolved += _cut_off(share, resolved.reshape(counts))
     others = [tuple(k for k in range(len(counts)) if k != j) for j in range(len(counts))]
     faces = np.stack([share.sum(other)[[0, -1]] / step for other, step in zip(others, steps, strict=True)], axis=-1)
     return float(peak + math.log(total)), _Rule(faces, size, effective, unresolved, len(t))
+
+
+def _cut_off(share: np.ndarray, resolved: np.ndarray) -> float:
+    """Mass where the density breaks off because floats end, by geometric tails from the last two points before it."""
+    total = 0.0
+    for axis in range(share.ndim):
+        for flip in (slice(None), slice(None, None, -1)):
+            s, ok = (np.moveaxis(a, axis, 0)[flip] for a in (share, resolved))
+            end = ok[:-2] & ok[1:-1] & ~ok[2:] & (s[2:] == 0) & (s[1:-1] > 1e-12)
+            inner, last = s[:-2][end], s[1:-1][end]
+            total += np.sum(np.where(last < inner, last**2 / np.maximum(inner - last, 1e-300), np.inf))
+    return float(total)
 
 
 @jax.jit
 def _evaluate(energy: Energy, u: Array) -> tuple[Array, Array, Array]:
     """g, whether the data there are finite, and whether u can be read back from them, (n,) each."""
     x, log_jacobian = from_free(energy, u, "angles")
-    back = to_free(energy, x, "angles")
+    # Else XLA simplifies the way there and back, log exp u, to u.
+    back = to_free(energy, jax.lax.optimization_barrier(x), "angles")
     return (
         energy.log_density(x) + log_jacobian,
         jnp.isfinite(x).all(-1),
@@ -259,9 +275,9 @@ def _density(energy: Energy, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     padded = np.concatenate([u, np.repeat(u[-1:], _BATCH - len(u), axis=0)])
     found = jax.device_get(_evaluate(energy, jnp.asarray(padded, energy._dtype)))
     g, finite, resolved = (v[: len(u)] for v in found)
+    # Beyond the floats the density is cut off, and _cut_off says what that costs.
+    g, resolved = np.where(finite, g, -np.inf), resolved & finite
     bad = np.isnan(g) | (g == np.inf)
-    if (bad & ~finite).any():
-        raise ValueError(_HEAVY + "Its mass reaches data that floats cannot hold.")
     if bad.any():
         raise _NotANumberError(
             f"The log density is {g[bad][0]} at the free coordinates {u[bad][0]}: write the factor so that it is a "

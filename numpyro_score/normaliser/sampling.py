@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from numpyro.infer import MCMC, NUTS
+from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_score.energy import Energy
-from numpyro_score.inference import ScoreMatchingResult
+from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import free_log_density, from_free, row_to_data, to_free
-from numpyro_score.normaliser.source import density_of
+from numpyro_score.normaliser.source import Source, density_of
 
 __all__ = ["Kernel", "run_chains", "sample"]
 
@@ -28,7 +29,7 @@ _MAX_R_HAT = 1.01  # Vehtari et al. 2021
 
 
 def sample(
-    energy: Energy | ScoreMatchingResult,
+    energy: Source,
     rng_key: Array,
     num_samples: int,
     *,
@@ -81,13 +82,16 @@ def sample(
         >>> abs(float(draws["posterior"]["x"].mean()) - 0.5) < 0.05  # an exponential law of rate 2
         True
     """
-    for name, number, least in (
-        ("num_samples", num_samples, 1),
-        ("num_chains", num_chains, 1),
-        ("num_warmup", num_warmup, 0),
-    ):
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}.")
+    at_least_one("sample", "num_samples", num_samples)
+    at_least_one("sample", "num_chains", num_chains)
+    if num_warmup != 0:
+        at_least_one("sample", "num_warmup", num_warmup)
+    if isinstance(kernel, MCMCKernel):
+        name = type(kernel).__name__
+        raise TypeError(
+            f"sample needs a function that makes a kernel, got {name}(...): write e.g. "
+            f"functools.partial({name}, step_size=0.1)."
+        )
     energy = density_of(energy)
     run = run_chains if progress_bar else _compiled_chains
     x, stats = run(energy, rng_key, kernel, num_samples, num_chains, num_warmup, progress_bar)
@@ -117,7 +121,8 @@ def run_chains(
         return kernel(potential_fn=lambda u: -free_log_density(energy, u))
 
     state = jax.eval_shape(lambda: new_kernel().init(run_key, num_warmup, u[0], (), {}))
-    fields = [name for name in _FIELDS if hasattr(state, name.partition(".")[0])]
+    # Of the type: a kernel's property may need values, and there are none yet.
+    fields = [name for name in _FIELDS if hasattr(type(state), name.partition(".")[0])]
     mcmc = MCMC(
         new_kernel(),
         num_warmup=num_warmup,

@@ -8,22 +8,24 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.inference import ScoreMatchingResult
+from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.normaliser.coordinates import Chart, free_log_density, from_free, to_free
 
-__all__ = ["density_of", "fitted_moments", "free_data", "one_density", "refuse_rays"]
+__all__ = ["Source", "density_of", "fitted_moments", "free_data", "one_density", "refuse_rays"]
+
+Source = Energy | ScoreMatchingResult | AdversarialResult
 
 
-def one_density(source: Energy | ScoreMatchingResult) -> Energy:
+def one_density(source: Source) -> Energy:
     """The energy of a source, if it has values and these are the same function for every row.
 
     Raises:
         TypeError: if the source is neither an energy nor a fit, or has a score but no density.
         ValueError: if rows have densities of their own.
     """
-    energy = source.energy if isinstance(source, ScoreMatchingResult) else source
+    energy = source.energy if isinstance(source, ScoreMatchingResult | AdversarialResult) else source
     if not isinstance(energy, Energy):
-        raise TypeError(f"Expected an Energy or a ScoreMatchingResult, got {type(source).__name__}.")
+        raise TypeError(f"Expected an Energy or a fit, got {type(source).__name__}.")
     if not energy.has_density:
         raise TypeError(
             f"Site '{energy._layout.score_terms[0]}' is a score_factor, whose density is unknown: declare an energy "
@@ -37,7 +39,7 @@ def one_density(source: Energy | ScoreMatchingResult) -> Energy:
     return energy
 
 
-def density_of(source: Energy | ScoreMatchingResult) -> Energy:
+def density_of(source: Source) -> Energy:
     """:func:`one_density`, with the values of data and density checked there."""
     energy = one_density(source)
     if not energy.is_concrete:
