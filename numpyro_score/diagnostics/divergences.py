@@ -39,8 +39,8 @@ def fisher_divergence(p: Any, q: Any, rng_key: Array | None = None, *, num_sampl
     Both are unbiased. On supports other than R^D both are weighted as :class:`~numpyro_score.ISM` describes for q's.
 
     Args:
-        p: an energy, a fit, a distribution, or rows of data. A pair (law, draws) uses these draws: an array of
-            independent rows, or what :func:`~numpyro_score.sample` returned.
+        p: an energy, a fit, a distribution, or rows of data: an array, or arrays by site. A pair (law, draws) uses
+            these draws: independent rows, or what :func:`~numpyro_score.sample` returned.
         q: an energy, a fit or a distribution; only its score is needed.
         rng_key: a key to draw from p, where that is needed.
         num_samples: how many draws of p. Those of an energy are MCMC draws of four chains, and the standard error
@@ -49,6 +49,9 @@ def fisher_divergence(p: Any, q: Any, rng_key: Array | None = None, *, num_sampl
     Raises:
         TypeError, ValueError: if q is rows; laws of different data; rows out of q's support, scores that are not
             finite, with the rows; no key where one is needed.
+
+    Warns:
+        UserWarning: where the values at rows of p have tails so heavy that their variance may be infinite.
 
     Example:
         >>> import jax, numpyro.distributions as dist
@@ -92,7 +95,7 @@ def kl_divergence(
     entropy of p. Unbiased but for the error of log Z, whose standard error is carried in.
 
     Args:
-        p: as in :func:`~numpyro_score.fisher_divergence`.
+        p: as in :func:`~numpyro_score.fisher_divergence`, whose warning of heavy tails holds here, too.
         q: an energy, a fit or a distribution, with a density.
         rng_key: a key, where draws of p or :func:`~numpyro_score.log_partition` need one.
         num_samples: how many draws of p.

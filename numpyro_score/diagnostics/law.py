@@ -288,7 +288,7 @@ def mean_and_error(values: Any, independent: bool) -> tuple[float, float, float]
         ValueError: for fewer than two values.
 
     Warns:
-        UserWarning: where the values have a tail so heavy that their variance does not exist.
+        UserWarning: where the values have a tail so heavy that their variance may not exist.
     """
     values = np.asarray(values, np.float64)
     size = values.size
@@ -303,17 +303,20 @@ def mean_and_error(values: Any, independent: bool) -> tuple[float, float, float]
 
 
 def _warn_of_tails(values: Float[np.ndarray, "n"]) -> None:
-    """Compares the tail index with ½, from where on the variance is infinite; 1 is where the mean is."""
+    """Warns where one row decides the variance, and the tail looks as if there was none."""
+    squares = (values - values.mean()) ** 2
+    share = squares.max() / max(squares.sum(), 1e-300)
     sizes = np.abs(values - np.median(values))
     sizes = sizes[sizes > 0]
-    if len(sizes) < 100:  # too few for a tail
+    if share < 0.3 or len(sizes) < 100:  # below 100 there is no tail to look at
         return
     k = _tail_index(np.log(sizes))
     error = (1 + k) / math.sqrt(min(len(sizes) / 5, 3 * math.sqrt(len(sizes))))  # of the generalised Pareto fit
     if k - 2 * error > 0.5:
         warnings.warn(
-            f"The values at rows of p have a tail of index {k:.2g} ± {error:.1g}, above ½: their variance, and from 1 "
-            "on the divergence itself, is infinite, so that neither value nor standard error can be trusted.",
+            f"One of {len(values)} rows of p makes up {share:.0%} of the variance of the values, whose tail has an "
+            f"index of {k:.2g} ± {error:.1g}. Their variance (above ½) or the divergence itself (above 1) may be "
+            "infinite: do not trust the standard error.",
             stacklevel=4,
         )
 

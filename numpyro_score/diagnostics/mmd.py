@@ -23,9 +23,9 @@ def mmd(
 
     k is the Gaussian kernel exp(−‖x − y‖²/(2ℓ²)), for which it is zero if and only if p is q [Gretton et al. 2012,
     eq. 3]. It needs rows alone. Unbiased at a given bandwidth, for independent rows, and so negative at times; the
-    chains of draws from `sample` are thinned until their rows all but are independent. The standard error has the terms
-    of first and second order of Hoeffding's decomposition, so that it holds where p is q, too. The p-value of a
-    difference is not this value over its error: where p is q the law of the value is not normal.
+    chains of draws from `sample` are thinned until their rows all but are independent. The standard error has the
+    terms of first and second order of Hoeffding's decomposition; where p is q it is too large, by less than √2, and the
+    law of the value is not normal, so that value and error make no test.
 
     Costs (N + M)² kernels; the matrix of pairs is never held. Rows are in the coordinates of
     :meth:`~numpyro_score.Energy.flatten`.
