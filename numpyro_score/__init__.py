@@ -2,7 +2,16 @@
 
 __version__ = "0.1.0.dev0"
 
-from numpyro_score.diagnostics import audit, to_arviz
+from numpyro_score.diagnostics import (
+    audit,
+    fisher_divergence,
+    kernel_stein_discrepancy,
+    kl_divergence,
+    local_variance,
+    mmd,
+    squared_log_ratio,
+    to_arviz,
+)
 from numpyro_score.energy import Energy
 from numpyro_score.flows import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
 from numpyro_score.inference import (
@@ -65,14 +74,20 @@ __all__ = [
     "audit",
     "curl",
     "cyclical_schedule",
+    "fisher_divergence",
     "fit_flow",
     "generalized_bayes",
     "geometric_levels",
+    "kernel_stein_discrepancy",
+    "kl_divergence",
+    "local_variance",
     "log_partition",
+    "mmd",
     "parzen_score",
     "polynomial_schedule",
     "sample",
     "score_factor",
     "sparse_path",
+    "squared_log_ratio",
     "to_arviz",
 ]
