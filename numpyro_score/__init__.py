@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0.dev0"
 
-from numpyro_score.diagnostics import audit, to_arviz
+from numpyro_score.diagnostics import audit, de_bruijn, entropy_from_scores, to_arviz
 from numpyro_score.energy import Energy
 from numpyro_score.flows import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
 from numpyro_score.inference import (
@@ -65,6 +65,8 @@ __all__ = [
     "audit",
     "curl",
     "cyclical_schedule",
+    "de_bruijn",
+    "entropy_from_scores",
     "fit_flow",
     "generalized_bayes",
     "geometric_levels",
