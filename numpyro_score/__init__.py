@@ -2,7 +2,18 @@
 
 __version__ = "0.1.0.dev0"
 
-from numpyro_score.diagnostics import audit, to_arviz
+from numpyro_score.diagnostics import (
+    audit,
+    plot_de_bruijn,
+    plot_density,
+    plot_influence,
+    plot_khat,
+    plot_losses,
+    plot_marginals,
+    plot_score_field,
+    report,
+    to_arviz,
+)
 from numpyro_score.energy import Energy
 from numpyro_score.flows import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
 from numpyro_score.inference import (
@@ -70,7 +81,15 @@ __all__ = [
     "geometric_levels",
     "log_partition",
     "parzen_score",
+    "plot_de_bruijn",
+    "plot_density",
+    "plot_influence",
+    "plot_khat",
+    "plot_losses",
+    "plot_marginals",
+    "plot_score_field",
     "polynomial_schedule",
+    "report",
     "sample",
     "score_factor",
     "sparse_path",
