@@ -24,11 +24,11 @@ KEY = jax.random.key(0)
 
 
 def boomerang(rng, n):
-    """x with the density exp(1.5x² − x⁴), and y = x² + ½ noise."""
+    """x with the density exp(1.5x² − x⁴), and y = x² + 0.7 noise."""
     grid = np.linspace(-2.5, 2.5, 5001)
     mass = np.exp(1.5 * grid**2 - grid**4)
     x = rng.choice(grid, n, p=mass / mass.sum())
-    return jnp.asarray(np.column_stack([x, x**2 + 0.5 * rng.normal(size=n)]), float)
+    return jnp.asarray(np.column_stack([x, x**2 + 0.7 * rng.normal(size=n)]), float)
 
 
 def model(x):
@@ -40,7 +40,7 @@ def model(x):
         numpyro.factor("energy", c[0] * u**2 - c[1] * u**4 - c[2] * v**2 + c[3] * u**2 * v)
 
 
-DATA = boomerang(np.random.default_rng(0), 500)
+DATA = boomerang(np.random.default_rng(0), 1500)
 
 
 @functools.cache

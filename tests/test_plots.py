@@ -405,6 +405,7 @@ def pictures():
     spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.draws = lambda: np.asarray(module.DATA)[:, ::-1]  # in place of NUTS
     return module
 
 

@@ -14,7 +14,7 @@ from numpyro_score.diagnostics.plots.fits import shares, solved_at_once
 from numpyro_score.diagnostics.stein import kernel_stein_discrepancy
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 
-__all__ = ["Check", "check_all", "converged"]
+__all__ = ["Check", "check_all", "converged", "short"]
 
 Fit = ScoreMatchingResult | AdversarialResult
 
@@ -27,6 +27,7 @@ class Check(NamedTuple):
     question: str
     found: str
     verdict: str  # "good", "look", "bad" or "unknown"
+    detail: str = ""
 
 
 def check_all(fit: Fit, samples: Any, rng_key: Array) -> list[Check]:
@@ -46,7 +47,7 @@ def check_all(fit: Fit, samples: Any, rng_key: Array) -> list[Check]:
     ]
 
 
-def _ask(question: str, check: Callable[..., tuple[str, str]], *args: Any) -> Check:
+def _ask(question: str, check: Callable[..., tuple[str, ...]], *args: Any) -> Check:
     """The answer, or the sentence with which what was asked refuses."""
     try:
         return Check(question, *check(*args))
@@ -66,12 +67,19 @@ def converged(fit: Fit, checks: list[Check]) -> str:
     return f"{start}{answer}: {decisive.found}"
 
 
+def short(value: float) -> str:
+    """Two digits, and an exponent only where there would be many zeros."""
+    if 1e-4 <= abs(value) < 1e6 or value == 0:
+        return np.format_float_positional(value, precision=2, fractional=False, trim="-")
+    return f"{value:.1e}"
+
+
 # -- the checks: what was found, and the verdict ----------------------------------------------------
 
 _gradient = jax.jit(lambda objective: jax.grad(objective)(objective.position))
 
 
-def _gradient_check(fit: ScoreMatchingResult) -> tuple[str, str]:
+def _gradient_check(fit: ScoreMatchingResult) -> tuple[str, str, str]:
     """How far a Newton step would go, in standard errors: the estimates are as good as the minimum below one."""
     curvature = fit.curvature
     gradient = np.asarray(_gradient(fit._objective), np.float64)
@@ -80,10 +88,11 @@ def _gradient_check(fit: ScoreMatchingResult) -> tuple[str, str]:
     ratio = np.where(errors > 0, step / np.where(errors > 0, errors, 1.0), 0.0)
     furthest = int(np.argmax(ratio))
     found = (
-        f"the minimum is {ratio[furthest]:.2g} standard errors from the estimates, furthest in "
-        f"{_parameter_names(fit)[furthest]}; the gradient's norm is {np.linalg.norm(gradient):.2g}."
+        f"the minimum is {short(ratio[furthest])} standard errors from the estimates, furthest in "
+        f"{_parameter_names(fit)[furthest]}."
     )
-    return found, "good" if ratio[furthest] <= 1 else "look" if ratio[furthest] <= 3 else "bad"
+    verdict = "good" if ratio[furthest] <= 1 else "look" if ratio[furthest] <= 3 else "bad"
+    return found, verdict, f"The gradient's norm is {short(np.linalg.norm(gradient))}."
 
 
 def _parameter_names(fit: ScoreMatchingResult) -> list[str]:
@@ -93,7 +102,7 @@ def _parameter_names(fit: ScoreMatchingResult) -> list[str]:
     return [name for site, shape in sites for name in numbered(site, shape)]
 
 
-def _trend(fit: Fit) -> tuple[str, str]:
+def _trend(fit: Fit) -> tuple[str, ...]:
     """What the last tenth of steps still changed, beside the whole and its noise (steps taken as independent)."""
     if isinstance(fit, AdversarialResult):
         what, values = "data term less bound on log Z", np.asarray(fit.data_term - fit.log_partition_bound, np.float64)
@@ -104,21 +113,21 @@ def _trend(fit: Fit) -> tuple[str, str]:
             return "one linear solve: there are no steps.", "good"
         what, values = "objective", np.asarray(fit.losses, np.float64)
     skipped = int((~np.isfinite(values)).sum())
-    note = f" {skipped} steps were skipped, as their loss was not finite." if skipped else ""
+    note = f"{skipped} of {len(values)} steps were skipped, as their loss was not finite." if skipped else ""
     values = values[np.isfinite(values)]
     k = len(values) // 10
     if k < 4:
-        return f"{len(values)} steps are too few to see a trend.{note}", "unknown"
+        return f"{len(values)} steps are too few to see a trend.", "unknown", note
     before, last = values[-2 * k : -k], values[-k:]
     change = last.mean() - before.mean()
     noise = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / k)
     whole = abs(last.mean() - values[0])
     moving = abs(change) > 3 * noise and abs(change) > 0.01 * whole
     found = (
-        f"over the last tenth of {len(values)} steps the {what} changed by {change:+.2g} ± {noise:.1g}, "
-        f"{abs(change) / whole if whole else 0.0:.1%} of its whole change.{note}"
+        f"over the last tenth of {len(values)} steps the {what} changed by {short(change)} ± {short(noise)}, "
+        f"{abs(change) / whole if whole else 0.0:.1%} of its whole change."
     )
-    return found, "look" if moving or skipped else "good"
+    return found, "look" if moving or skipped else "good", note
 
 
 def _sandwich(fit: ScoreMatchingResult) -> tuple[str, str]:
@@ -129,7 +138,7 @@ def _sandwich(fit: ScoreMatchingResult) -> tuple[str, str]:
     if not moved.any():
         return "the data move no parameter.", "bad"
     values = np.linalg.eigvalsh(covariance[np.ix_(moved, moved)] / np.outer(errors[moved], errors[moved]))
-    found = f"correlations of the {moved.sum()} estimates have eigenvalues {values[0]:.2g} to {values[-1]:.2g}."
+    found = f"correlations of the {moved.sum()} estimates have eigenvalues {short(values[0])} to {short(values[-1])}."
     if not moved.all():
         return f"{found} The data do not move {(~moved).sum()} parameters.", "look"
     return found, "good" if values[0] > 1e-3 else "look"
@@ -144,7 +153,7 @@ def _influence(fit: ScoreMatchingResult) -> tuple[str, str]:
     return found, "good" if largest**2 <= 0.25 else "look" if largest**2 <= 0.5 else "bad"
 
 
-def _stein(fit: Fit, rng_key: Array) -> tuple[str, str]:
+def _stein(fit: Fit, rng_key: Array) -> tuple[str, str, str]:
     """A test of fit by kernel Stein discrepancy, on the rows of the fit itself or a sample of them."""
     energy = fit.energy
     x, weights = (np.asarray(v) for v in energy.data_and_weights())
@@ -154,9 +163,10 @@ def _stein(fit: Fit, rng_key: Array) -> tuple[str, str]:
     result = kernel_stein_discrepancy(x[chosen], energy, test)
     pvalue = float(result.pvalue)
     some = f" on {len(chosen)} of {len(x)} rows" if len(chosen) < len(x) else ""
-    verdict = "the data tell the two apart" if pvalue < 0.01 else "no difference seen"
-    found = f"p = {pvalue:.2g}{some}: {verdict}. The model was fitted to these rows, so p is too large as a rule."
-    return found, "look" if pvalue < 0.01 else "good"
+    meaning = "the data tell the two apart" if pvalue < 0.01 else "no difference seen"
+    found = f"p = {short(pvalue)}{some}: {meaning}."
+    caution = "The model was fitted to these rows, so p is too large as a rule."
+    return found, "look" if pvalue < 0.01 else "good", caution
 
 
 def _mixing(samples: Any) -> tuple[str, str]:

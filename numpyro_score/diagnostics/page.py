@@ -65,7 +65,8 @@ body { font: 15px/1.4 system-ui, sans-serif; color: #111; max-width: 76rem; marg
 h1 { font-size: 1.35rem; margin: 0 0 0.5rem; }
 h2 { font-size: 1.1rem; margin: 1rem 0 0.3rem; }
 p { margin: 0.3rem 0; }
-code, dd, td { overflow-wrap: anywhere; }
+dd, li, p { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1rem; margin: 0; }
 dt { font-weight: 600; }
 dd { margin: 0; }

@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 import numpyro_score
 from numpyro_score._layout import plural
+from numpyro_score.diagnostics.audit import _describe
 from numpyro_score.diagnostics.checks import Check, check_all, converged
 from numpyro_score.diagnostics.page import Markup, page, picture, table, tag
 from numpyro_score.diagnostics.plots import (
@@ -40,7 +41,7 @@ _FIRST, _MOST = 10, 500  # numbers in the table of the first screen, and in that
 _WORDS = {"good": "✓ good", "look": "! look at this", "bad": "✗ bad", "unknown": "? not known"}
 
 
-def report(fit: Fit, path: str | Path, *, rng_key: Array | None = None, num_samples: int = 500) -> Path:
+def report(fit: Fit, path: str | Path, *, rng_key: Array | None = None, num_samples: int = 1000) -> Path:
     """Writes all there is to know about a fit to one HTML file.
 
     The first screen says what was fitted and by which loss, whether it converged, the estimates with their standard
@@ -156,8 +157,8 @@ def _what(fit: Fit) -> str:
     masked = int((weights == 0).sum())
     data = ", ".join(a.name for a in energy._layout.arrays)
     return (
-        f"The model {_name(fit)} with {plural(sum(sites.values()), 'parameter')}: {shown or 'none'}; to "
-        f"{plural(energy.num_rows, 'row')} of {plural(energy.dim, 'number')} each, {data}"
+        f"{_name(fit)}, with {plural(sum(sites.values()), 'parameter')}: {shown or 'none'}; on "
+        f"{plural(energy.num_rows, 'row')} of {plural(energy.dim, 'number')}: {data}"
         + (f", of which {masked} rows are masked." if masked else ".")
     )
 
@@ -173,7 +174,7 @@ def _loss(fit: Fit) -> str:
         loss = loss._choose(fit.energy)
     how = "in closed form" if solved_at_once(fit) else f"{plural(len(fit.losses), 'step')} of an optimiser"
     about = (type(loss).__doc__ or "").strip().split("\n")[0]
-    return f"{loss!r}: {about} {how.capitalize()}, learning rate β = {float(fit.learning_rate):.4g}."
+    return f"{_describe(loss)}: {about} {how.capitalize()}, learning rate β = {float(fit.learning_rate):.4g}."
 
 
 def _trust(checks: list[Check]) -> str:
@@ -185,13 +186,16 @@ def _trust(checks: list[Check]) -> str:
         return f"No, not before this is mended: {names}.{unknown}"
     if count["look"]:
         names = ", ".join(c.question for c in checks if c.verdict == "look")
-        return f"With care: {count['look']} of {known} checks want a look: {names}.{unknown}"
+        return f"With care: {count['good']} of {known} checks are good; look at: {names}.{unknown}"
     return f"Nothing speaks against it: {known} of {known} checks are good.{unknown}"
 
 
 def _check_table(checks: list[Check]) -> Markup:
-    rows = [(c.question, c.found, tag("span", _WORDS[c.verdict], class_=f"verdict {c.verdict}")) for c in checks]
-    return table(("check", "found", "verdict"), rows)
+    def row(c: Check) -> tuple[Any, ...]:
+        found = tag("span", c.found, " ", tag("span", c.detail, class_="note"))
+        return c.question, found, tag("span", _WORDS[c.verdict], class_=f"verdict {c.verdict}")
+
+    return table(("check", "found", "verdict"), map(row, checks))
 
 
 def _errors(fit: Fit) -> Any:
@@ -230,7 +234,9 @@ def _pictures(fit: Fit, samples: Any) -> list[Markup]:
     if not isinstance(samples, str):
         side = min(5, len(data_columns(energy)[0]))
         caption = "Data against draws of the model" + (", the first five columns" if side < energy.dim else "")
-        found.append(_draw(caption, lambda ax: plot_marginals(energy, samples, ax=ax), (side, side), 2.0 * max(side, 3)))
+        found.append(
+            _draw(caption, lambda ax: plot_marginals(energy, samples, ax=ax), (side, side), 2.0 * max(side, 3))
+        )
     if isinstance(fit, ScoreMatchingResult):
         found.append(_draw("Influence of rows", lambda ax: plot_influence(fit, ax=ax)))
     return found

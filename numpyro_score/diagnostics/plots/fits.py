@@ -134,9 +134,9 @@ def plot_influence(
         )  # fmt: skip
     axes.set(
         xlabel="row", ylabel="largest influence, in standard errors", title="Influence of rows",
-        ylim=(0, 1.15 * largest.max()),
+        ylim=(0, 1.35 * largest.max()),
     )  # fmt: skip
-    axes.legend(loc="best", framealpha=0.9)
+    axes.legend(loc="upper center", ncols=2, frameon=False)  # above the names of rows
     return axes
 
 

@@ -92,11 +92,12 @@ def plot_score_field(
     length = np.linalg.norm(np.where(finite[..., None], score, 0.0), axis=-1)
     unit = score / np.where(length > 0, length, 1.0)[..., None]
 
-    axes.scatter(x[:, i], x[:, j], s=8, color=ORANGE, alpha=0.5, linewidths=0, label=f"data, {len(x)} rows", zorder=1)
-    place = grid[finite][:, chosen]
-    arrows = axes.quiver(
-        *place.T, *unit[finite].T, length[finite], angles="xy", pivot="mid", cmap="viridis", width=0.005, zorder=2
+    axes.scatter(
+        x[:, i], x[:, j], s=_dot(x), color=ORANGE, alpha=0.5, linewidths=0, label=f"data, {len(x)} rows", zorder=1
     )
+    place = grid[finite][:, chosen]
+    form = dict(angles="xy", pivot="mid", scale_units="width", scale=1.2 * num_points, width=0.004, headwidth=3.5)
+    arrows = axes.quiver(*place.T, *unit[finite].T, length[finite], cmap="viridis", zorder=2, **form)
     if not finite.all():
         axes.scatter(*grid[~finite][:, chosen].T, marker="x", color=VERMILION, label="score not finite", zorder=3)
     units = "length of the score, per unit of x" if len(names) == 2 else "length of the two components"
@@ -166,7 +167,7 @@ def plot_density(source: Source, *, log_partition: LogPartition | float | None =
     shades = axes.contourf(first, second, below, levels=_LEVELS, cmap="Blues", extend="min")
     axes.contour(first, second, below, levels=_LEVELS[:-1], colors=BLACK, linewidths=0.4, linestyles="solid")
     edged = dict(edgecolors=BLACK, linewidths=0.3)  # seen on light and dark alike
-    axes.scatter(*x.T, s=10, color=ORANGE, label=f"data, {len(x)} rows", **edged)
+    axes.scatter(*x.T, s=_dot(x), color=ORANGE, label=f"data, {len(x)} rows", **edged)
     axes.figure.colorbar(shades, ax=axes, label="log density below its maximum here, in nats")
     axes.set(xlabel=names[0], ylabel=names[1], title="Data and fitted density")
     axes.legend(loc="upper right", framealpha=0.9)
@@ -224,7 +225,9 @@ def plot_marginals(
                     grid, density = az.kde(values[:, i])[:2]
                     panel.plot(grid, density, style, color=color, linewidth=2, label=label)
                 else:
-                    panel.scatter(values[:, j], values[:, i], s=5, color=color, alpha=alpha, linewidths=0)
+                    panel.scatter(
+                        values[:, j], values[:, i], s=_dot(values) / 2, color=color, alpha=alpha, linewidths=0
+                    )
             panel.set_xlim(*limits[j])
             if i == j:
                 panel.set(ylim=(0, None), yticks=[])
@@ -238,3 +241,8 @@ def plot_marginals(
     handles, labels = axes[0, 0].get_legend_handles_labels()
     axes[0, -1].legend(handles[::-1], labels[::-1], loc="upper right", fontsize="small" if count > 1 else None)
     return axes
+
+
+def _dot(rows: np.ndarray) -> float:
+    """The area of a dot in points², so that many rows do not hide all else."""
+    return float(np.clip(5000 / len(rows), 2, 10))
