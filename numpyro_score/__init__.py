@@ -4,6 +4,11 @@ __version__ = "0.1.0.dev0"
 
 from numpyro_score.diagnostics import (
     audit,
+    fisher_divergence,
+    kernel_stein_discrepancy,
+    kl_divergence,
+    local_variance,
+    mmd,
     plot_de_bruijn,
     plot_density,
     plot_influence,
@@ -12,6 +17,7 @@ from numpyro_score.diagnostics import (
     plot_marginals,
     plot_score_field,
     report,
+    squared_log_ratio,
     to_arviz,
 )
 from numpyro_score.energy import Energy
@@ -76,10 +82,15 @@ __all__ = [
     "audit",
     "curl",
     "cyclical_schedule",
+    "fisher_divergence",
     "fit_flow",
     "generalized_bayes",
     "geometric_levels",
+    "kernel_stein_discrepancy",
+    "kl_divergence",
+    "local_variance",
     "log_partition",
+    "mmd",
     "parzen_score",
     "plot_de_bruijn",
     "plot_density",
@@ -93,5 +104,6 @@ __all__ = [
     "sample",
     "score_factor",
     "sparse_path",
+    "squared_log_ratio",
     "to_arviz",
 ]

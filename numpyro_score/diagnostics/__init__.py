@@ -1,7 +1,15 @@
-"""What ArviZ needs to know about a fit, and what to look at before believing it."""
+"""What ArviZ needs to know about a fit, how far laws are apart, and what to look at before believing a fit."""
 
 from numpyro_score.diagnostics.arviz import to_arviz
 from numpyro_score.diagnostics.audit import Audit, AuditRow, audit
+from numpyro_score.diagnostics.divergences import (
+    Divergence,
+    fisher_divergence,
+    kl_divergence,
+    local_variance,
+    squared_log_ratio,
+)
+from numpyro_score.diagnostics.mmd import mmd
 from numpyro_score.diagnostics.plots import (
     plot_de_bruijn,
     plot_density,
@@ -12,11 +20,19 @@ from numpyro_score.diagnostics.plots import (
     plot_score_field,
 )
 from numpyro_score.diagnostics.report import report
+from numpyro_score.diagnostics.stein import SteinTest, kernel_stein_discrepancy
 
 __all__ = [
     "Audit",
     "AuditRow",
+    "Divergence",
+    "SteinTest",
     "audit",
+    "fisher_divergence",
+    "kernel_stein_discrepancy",
+    "kl_divergence",
+    "local_variance",
+    "mmd",
     "plot_de_bruijn",
     "plot_density",
     "plot_influence",
@@ -25,5 +41,6 @@ __all__ = [
     "plot_marginals",
     "plot_score_field",
     "report",
+    "squared_log_ratio",
     "to_arviz",
 ]

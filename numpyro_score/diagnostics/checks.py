@@ -157,12 +157,14 @@ def _stein(fit: Fit, rng_key: Array) -> tuple[str, str, str]:
     """A test of fit by kernel Stein discrepancy, on the rows of the fit itself or a sample of them."""
     energy = fit.energy
     x, weights = (np.asarray(v) for v in energy.data_and_weights())
-    x = x[weights != 0]
+    rows = x[weights != 0]
     choose, test = jax.random.split(rng_key)
-    chosen = np.asarray(jax.random.permutation(choose, len(x)))[:_KSD_ROWS]
-    result = kernel_stein_discrepancy(x[chosen], energy, test)
+    some = ""
+    if energy.resizable and len(rows) > _KSD_ROWS:
+        some = f" on {_KSD_ROWS} of {len(rows)} rows"
+        rows = rows[np.asarray(jax.random.permutation(choose, len(rows)))[:_KSD_ROWS]]
+    result = kernel_stein_discrepancy(energy.unflatten(rows), energy, test)
     pvalue = float(result.pvalue)
-    some = f" on {len(chosen)} of {len(x)} rows" if len(chosen) < len(x) else ""
     meaning = "the data tell the two apart" if pvalue < 0.01 else "no difference seen"
     found = f"p = {short(pvalue)}{some}: {meaning}."
     caution = "The model was fitted to these rows, so p is too large as a rule."
