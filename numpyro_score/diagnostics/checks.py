@@ -92,7 +92,7 @@ def _gradient_check(fit: ScoreMatchingResult) -> tuple[str, str, str]:
         f"{_parameter_names(fit)[furthest]}."
     )
     verdict = "good" if ratio[furthest] <= 1 else "look" if ratio[furthest] <= 3 else "bad"
-    return found, verdict, f"The gradient's norm is {short(np.linalg.norm(gradient))}."
+    return found, verdict, f"The gradient's norm is {short(float(np.linalg.norm(gradient)))}."
 
 
 def _parameter_names(fit: ScoreMatchingResult) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -278,6 +279,6 @@ def _machine() -> list[tuple[str, str]]:
         ("packages", ", ".join(f"{name} {version(name)}" for name in packages)),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("device", f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform}), {os.cpu_count()} CPU cores"),
-        ("precision", "float64" if jax.config.jax_enable_x64 else "float32"),
+        ("precision", str(jnp.result_type(float))),
         ("written", datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")),
     ]

@@ -88,7 +88,7 @@ def plot_score_field(
     grid = np.tile(held, (num_points, num_points, 1))
     grid[..., i], grid[..., j] = inner[:, 0], inner[:, 1, None]
     score = np.asarray(_score(energy, jnp.asarray(grid)), np.float64)[..., chosen]
-    finite = np.isfinite(score).all(axis=-1)
+    finite = np.asarray(np.isfinite(score).all(axis=-1))
     length = np.linalg.norm(np.where(finite[..., None], score, 0.0), axis=-1)
     unit = score / np.where(length > 0, length, 1.0)[..., None]
 
