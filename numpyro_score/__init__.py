@@ -4,6 +4,8 @@ __version__ = "0.1.0.dev0"
 
 from numpyro_score.diagnostics import (
     audit,
+    de_bruijn,
+    entropy_from_scores,
     fisher_divergence,
     kernel_stein_discrepancy,
     kl_divergence,
@@ -82,6 +84,8 @@ __all__ = [
     "audit",
     "curl",
     "cyclical_schedule",
+    "de_bruijn",
+    "entropy_from_scores",
     "fisher_divergence",
     "fit_flow",
     "generalized_bayes",

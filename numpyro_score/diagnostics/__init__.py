@@ -2,6 +2,7 @@
 
 from numpyro_score.diagnostics.arviz import to_arviz
 from numpyro_score.diagnostics.audit import Audit, AuditRow, audit
+from numpyro_score.diagnostics.de_bruijn import DeBruijn, de_bruijn
 from numpyro_score.diagnostics.divergences import (
     Divergence,
     fisher_divergence,
@@ -9,6 +10,7 @@ from numpyro_score.diagnostics.divergences import (
     local_variance,
     squared_log_ratio,
 )
+from numpyro_score.diagnostics.entropy import ScoreEntropy, entropy_from_scores
 from numpyro_score.diagnostics.mmd import mmd
 from numpyro_score.diagnostics.plots import (
     plot_de_bruijn,
@@ -25,9 +27,13 @@ from numpyro_score.diagnostics.stein import SteinTest, kernel_stein_discrepancy
 __all__ = [
     "Audit",
     "AuditRow",
+    "DeBruijn",
     "Divergence",
+    "ScoreEntropy",
     "SteinTest",
     "audit",
+    "de_bruijn",
+    "entropy_from_scores",
     "fisher_divergence",
     "kernel_stein_discrepancy",
     "kl_divergence",
