@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0.dev0"
 
-from numpyro_score.diagnostics import audit, to_arviz
+from numpyro_score.diagnostics import audit, hyvarinen_loo, hyvarinen_score, to_arviz
 from numpyro_score.energy import Energy
 from numpyro_score.flows import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
 from numpyro_score.inference import (
@@ -68,6 +68,8 @@ __all__ = [
     "fit_flow",
     "generalized_bayes",
     "geometric_levels",
+    "hyvarinen_loo",
+    "hyvarinen_score",
     "log_partition",
     "parzen_score",
     "polynomial_schedule",
