@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0.dev0"
 
-from numpyro_score.diagnostics import audit, hyvarinen_loo, hyvarinen_score, to_arviz
+from numpyro_score.diagnostics import audit, compare, hyvarinen_loo, hyvarinen_score, to_arviz
 from numpyro_score.energy import Energy
 from numpyro_score.flows import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
 from numpyro_score.inference import (
@@ -63,6 +63,7 @@ __all__ = [
     "ScoreMatchingResult",
     "adjust_draws",
     "audit",
+    "compare",
     "curl",
     "cyclical_schedule",
     "fit_flow",

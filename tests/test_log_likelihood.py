@@ -12,6 +12,7 @@ import optax
 import pytest
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
+from scipy.stats import norm
 
 from numpyro_score import SSM, ScoreMatching, generalized_bayes, log_partition, to_arviz
 from numpyro_score.inference import SandwichError
@@ -19,8 +20,9 @@ from numpyro_score.normaliser import LogPartition
 from tests.models import improper
 
 KEY = jax.random.key(0)
-N = 50
-X = np.random.default_rng(1).normal(size=(N, 2)) * [1.0, 0.5]
+N = 100
+# Normal quantiles in random order: no row is an outlier.
+X = np.stack([np.random.default_rng(s).permutation(norm.ppf((np.arange(N) + 0.5) / N)) for s in (1, 2)], -1) * [1, 0.5]
 
 
 def model(x):

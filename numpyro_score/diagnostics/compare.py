@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from numpyro_score.energy import Energy
 from numpyro_score.inference import AdversarialResult, FitCost, ScoreMatchingResult
 from numpyro_score.normaliser import LogPartition, sample
 from numpyro_score.normaliser import log_partition as estimate_log_partition
-from numpyro_score.normaliser.coordinates import data_to_row, row_log_jacobian
+from numpyro_score.normaliser.coordinates import row_log_jacobian
 
 __all__ = ["Comparison", "compare"]
 
@@ -98,6 +99,7 @@ _CELLS = [
     ("peak memory, bytes", "peak_memory", None),
     ("device", "device", None),
 ]
+_COLUMNS = [column for cell in _CELLS for column in cell[1:] if column is not None]
 
 
 def compare(
@@ -169,26 +171,25 @@ def compare(
 
     record = pd.DataFrame(index=names)
     exact = dict.fromkeys(names, 0.0)
-    order_fisher = _fill(record, "score", {k: -v for k, v in scores.items()}, exact, sign=-1)
+    columns, order_fisher = _sums("score", {k: -v for k, v in scores.items()}, exact, sign=-1)
     order_kl, table, errors = None, None, exact
     if likelihoods is not None:
         errors = {k: z.stderr for k, z in log_zs.items()}
-        _fill(record, "log_likelihood", likelihoods, errors, sign=1)
-        record["log_partition"] = [log_zs[k].value for k in names]
-        record["log_partition_stderr"] = [errors[k] for k in names]
+        more, _ = _sums("log_likelihood", likelihoods, errors, sign=1)
+        log_z = {"log_partition": {k: z.value for k, z in log_zs.items()}, "log_partition_stderr": errors}
+        columns |= more | log_z
         table = az.compare({k: _elpd(v) for k, v in likelihoods.items()})
         order_kl = tuple(table.index)
-    for k, e in energies.items():
-        found = _against_data(own[k], e, rows, keys[k], num_samples) | _cost(fits[k])
-        for column, value in found.items():
-            record.loc[k, column] = value
-    sentence = None if likelihoods is None else _sentence(likelihoods, errors, scores, rows)
+    found = {k: _against_data(k, own[k], data, keys[k], num_samples) | _cost(fit) for k, fit in fits.items()}
+    record = pd.DataFrame(columns, names).join(pd.DataFrame.from_dict(found, orient="index"))
+    sentence = None if likelihoods is None else _sentence(likelihoods, errors, scores, np.asarray(rows))
     lines = [f"{len(names)} fits on {len(rows)} rows; ≈ is for a difference within {_ERRORS:.0f} standard errors."]
-    if likelihoods is not None:
+    if order_kl is not None and likelihoods is not None:
         lines.append("Under KL, best first:     " + _joined(order_kl, likelihoods, errors))
     lines.append("Under Fisher, best first: " + _joined(order_fisher, scores, exact))
     lines += [] if sentence is None else [sentence]
-    return Comparison(record.loc[list(order_kl or order_fisher)], table, order_kl, order_fisher, sentence, tuple(lines))
+    record = record.reindex(index=list(order_kl or order_fisher), columns=_COLUMNS)
+    return Comparison(record, table, order_kl, order_fisher, sentence, tuple(lines))
 
 
 def _energies(fits: Mapping[str, Fit], log_partition: dict[str, Any]) -> dict[str, Energy]:
@@ -258,16 +259,21 @@ def _paired(a: np.ndarray, b: np.ndarray, *common: float) -> _Difference:
     return _Difference(float(difference.sum()), error)
 
 
-def _fill(record: pd.DataFrame, column: str, values: dict[str, Any], errors: dict[str, float], sign: int) -> tuple:
-    """Sums of values, of which higher is better, and their differences from the best; returns names, best first."""
+def _sums(
+    column: str, values: dict[str, Any], errors: dict[str, float], sign: int
+) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
+    """Sums of values, of which higher is better, and their differences from the best, by column; names, best first."""
     order = sorted(values, key=lambda k: -values[k].sum())
     best = order[0]
-    for k, v in values.items():
-        total = _paired(v, np.zeros(len(v)), errors[k])
-        behind = _paired(v, values[best], *(() if k == best else (errors[k], errors[best])))
-        record.loc[k, [column, f"{column}_se"]] = sign * total.value, total.error
-        record.loc[k, [f"{column}_diff", f"{column}_dse"]] = sign * behind.value, behind.error
-    return tuple(order)
+    totals = {k: _paired(v, np.zeros(len(v)), errors[k]) for k, v in values.items()}
+    behind = {k: _paired(v, values[best], *([errors[k], errors[best]] * (k != best))) for k, v in values.items()}
+    columns = {
+        column: {k: sign * v.value for k, v in totals.items()},
+        f"{column}_se": {k: v.error for k, v in totals.items()},
+        f"{column}_diff": {k: sign * v.value for k, v in behind.items()},
+        f"{column}_dse": {k: v.error for k, v in behind.items()},
+    }
+    return columns, tuple(order)
 
 
 def _elpd(values: np.ndarray) -> Any:
@@ -281,16 +287,18 @@ def _elpd(values: np.ndarray) -> Any:
     return az.ELPDData({"elpd_loo": total, "p_loo": 0.0, "loo_i": pointwise, **common})
 
 
-def _against_data(own: Energy, energy: Energy, rows: Array, keys: Array, num_samples: int) -> dict[str, Any]:
+def _against_data(name: str, energy: Energy, data: Any, keys: Array, num_samples: int) -> dict[str, Any]:
     """What the data say of one fit without another to compare with."""
-    test = kernel_stein_discrepancy(rows, energy, keys[1])
+    test = kernel_stein_discrepancy(data, energy, keys[1])
     found = {"ksd": test.value, "ksd_pvalue": test.pvalue}
     if not energy.has_density:
         return found
-    draws = sample(own, keys[2], num_samples)
-    values = {k: v.values for k, v in draws["posterior"].data_vars.items()}
-    x = jax.vmap(jax.vmap(lambda row: data_to_row(energy, row)))(values)
-    distance = mmd(rows, x.reshape(-1, energy.dim))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        draws = sample(energy, keys[2], num_samples)
+    for warning in caught:
+        warnings.warn(f"Draws of fit '{name}': {warning.message}", warning.category, stacklevel=3)
+    distance = mmd(data, (energy, draws))
     return found | {
         "mmd": distance.value,
         "mmd_stderr": distance.stderr,
@@ -300,13 +308,16 @@ def _against_data(own: Energy, energy: Energy, rows: Array, keys: Array, num_sam
 
 
 def _cost(fit: Fit) -> dict[str, Any]:
-    cost = getattr(fit, "cost", None) or FitCost(None, None, None, None, None)
-    return cost._asdict()
+    cost: FitCost | None = getattr(fit, "cost", None)  # an Energy was not run, and has none
+    return {} if cost is None else cost._asdict()
 
 
-def _sentence(likelihoods: dict, errors: dict, scores: dict, rows: Array) -> str | None:
+Rows = dict[str, np.ndarray]  # (N,) each
+
+
+def _sentence(likelihoods: Rows, errors: dict[str, float], scores: Rows, rows: Float[np.ndarray, "n d"]) -> str | None:
     """Of the pair of fits whose likelihoods differ most among those where Fisher disagrees."""
-    largest_variance = float(np.linalg.eigvalsh(np.atleast_2d(np.cov(np.asarray(rows, np.float64).T)))[-1])
+    largest_variance = float(np.linalg.eigvalsh(np.atleast_2d(np.cov(np.float64(rows).T)))[-1])
     found: list[tuple[float, str]] = []
     for a, b in itertools.permutations(likelihoods, 2):
         kl = _paired(likelihoods[a], likelihoods[b], errors[a], errors[b])
@@ -318,8 +329,8 @@ def _sentence(likelihoods: dict, errors: dict, scores: dict, rows: Array) -> str
             found.append(
                 (
                     kl.value,
-                    f"{ahead}, while their Hyvärinen scores differ by {_cell(*fisher)}: Fisher cannot see the weights of "
-                    "separated modes, nor anything else that changes the density only where there are no data. "
+                    f"{ahead}, while their Hyvärinen scores differ by {_cell(*fisher)}: Fisher cannot see the weights "
+                    "of separated modes, nor anything else that changes the density only where there are no data. "
                     "Go by the likelihood.",
                 )
             )

@@ -142,8 +142,6 @@ class ScoreMatching(SVI):
                 f"build it on generalized_bayes(model, loss)."
             )
         self._default_optim, self._default_guide = optim is None, default_guide
-        # Such an optimiser may evaluate the loss more than once a step, as often as it likes.
-        self._searches = isinstance(optim, optax.GradientTransformationExtraArgs | Minimize)
         if optim is None:
             optim = default_optimizer(num_steps)
         elif isinstance(optim, optax.GradientTransformation):
@@ -288,8 +286,12 @@ class ScoreMatching(SVI):
         return self.loss.loss(jax.random.split(svi_state.rng_key)[1], params, self.model, self.guide, *args, **kwargs)
 
     def _evaluations(self, fit: ScoreMatchingResult) -> float | None:
-        """Evaluations of the density in one step, for each row; None for a closed form, or where it is not known."""
-        if self._searches or isinstance(self.learning_rate, str) or int(fit.state.optim_state[0]) == 0:
+        """Evaluations of the density in one step, for each row.
+
+        None for a closed form, and where it is not known: searches along a line, and several fits to calibrate β.
+        """
+        searches = isinstance(self.optim, Minimize) or getattr(self.optim, "searches", False)
+        if searches or isinstance(self.learning_rate, str) or int(fit.state.optim_state[0]) == 0:
             return None
         energy = fit.energy
         loss = self.score_loss._choose(energy) if isinstance(self.score_loss, DefaultLoss) else self.score_loss
