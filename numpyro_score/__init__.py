@@ -2,7 +2,19 @@
 
 __version__ = "0.1.0.dev0"
 
-from numpyro_score.diagnostics import audit, compare, hyvarinen_loo, hyvarinen_score, to_arviz
+from numpyro_score.diagnostics import (
+    audit,
+    compare,
+    fisher_divergence,
+    hyvarinen_loo,
+    hyvarinen_score,
+    kernel_stein_discrepancy,
+    kl_divergence,
+    local_variance,
+    mmd,
+    squared_log_ratio,
+    to_arviz,
+)
 from numpyro_score.energy import Energy
 from numpyro_score.flows import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
 from numpyro_score.inference import (
@@ -66,16 +78,22 @@ __all__ = [
     "compare",
     "curl",
     "cyclical_schedule",
+    "fisher_divergence",
     "fit_flow",
     "generalized_bayes",
     "geometric_levels",
     "hyvarinen_loo",
     "hyvarinen_score",
+    "kernel_stein_discrepancy",
+    "kl_divergence",
+    "local_variance",
     "log_partition",
+    "mmd",
     "parzen_score",
     "polynomial_schedule",
     "sample",
     "score_factor",
     "sparse_path",
+    "squared_log_ratio",
     "to_arviz",
 ]

@@ -276,8 +276,8 @@ def _summary(
         if warning := len(bad) > 0:
             warnings.warn(
                 f"{len(bad)} of {len(used)} rows have a Pareto k above {good_k:.2f}, the largest "
-                f"{pareto_k[used].max():.2f} at row {used[pareto_k[used].argmax()]}: the posterior without them is too far from the draws for "
-                "importance weights. Fit again without these rows, or look at what is odd about them.",
+                f"{pareto_k[used].max():.2f} at row {used[pareto_k[used].argmax()]}: the posterior without them is too "
+                "far from the draws for importance weights. Fit again without these rows, or see what is odd about them.",
                 stacklevel=4,
             )
     weighted = (weights * values)[used].astype(np.float64)

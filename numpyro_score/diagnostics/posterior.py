@@ -66,7 +66,7 @@ def draws_of(
             )
         if draws is not None:
             raise TypeError("An MCMC run has its own draws: pass draws=... with generalized_bayes(model, loss).")
-        source, draws = source.sampler.model, source.get_samples(group_by_chain=True)
+        draws, source = source.get_samples(group_by_chain=True), source.sampler.model
     elif not isinstance(source, GeneralizedModel):
         raise TypeError(
             f"Expected a ScoreMatchingResult, an MCMC run over generalized_bayes(model, loss), or that model with "

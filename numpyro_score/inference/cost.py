@@ -76,9 +76,9 @@ def with_cost(run: Callable[..., Any]) -> Callable[..., Any]:
         compiling: list[float] = []
         thread = threading.get_ident()
 
-        def listen(event: str, seconds: float, **_: Any) -> None:
+        def listen(event: str, duration_secs: float, **_: str | int) -> None:
             if event == "/jax/core/compile/backend_compile_duration" and threading.get_ident() == thread:
-                compiling.append(seconds)
+                compiling.append(duration_secs)
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         begin = time.perf_counter()
