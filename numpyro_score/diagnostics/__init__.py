@@ -2,6 +2,7 @@
 
 from numpyro_score.diagnostics.arviz import to_arviz
 from numpyro_score.diagnostics.audit import Audit, AuditRow, audit
+from numpyro_score.diagnostics.compare import Comparison, compare
 from numpyro_score.diagnostics.de_bruijn import DeBruijn, de_bruijn
 from numpyro_score.diagnostics.divergences import (
     Divergence,
@@ -11,6 +12,7 @@ from numpyro_score.diagnostics.divergences import (
     squared_log_ratio,
 )
 from numpyro_score.diagnostics.entropy import ScoreEntropy, entropy_from_scores
+from numpyro_score.diagnostics.loo import HyvarinenScore, hyvarinen_loo, hyvarinen_score
 from numpyro_score.diagnostics.mmd import mmd
 from numpyro_score.diagnostics.plots import (
     plot_de_bruijn,
@@ -27,14 +29,19 @@ from numpyro_score.diagnostics.stein import SteinTest, kernel_stein_discrepancy
 __all__ = [
     "Audit",
     "AuditRow",
+    "Comparison",
     "DeBruijn",
     "Divergence",
+    "HyvarinenScore",
     "ScoreEntropy",
     "SteinTest",
     "audit",
+    "compare",
     "de_bruijn",
     "entropy_from_scores",
     "fisher_divergence",
+    "hyvarinen_loo",
+    "hyvarinen_score",
     "kernel_stein_discrepancy",
     "kl_divergence",
     "local_variance",

@@ -25,12 +25,14 @@ from numpyro.infer.autoguide import (
     AutoSurrogateLikelihoodDAIS,
 )
 from numpyro.infer.util import transform_fn
+from numpyro.optim import Minimize
 
 from numpyro_score._arguments import join_arrays, split_arrays
 from numpyro_score._check import evaluate_for_check
 from numpyro_score.energy import Energy
 from numpyro_score.inference.calibration import calibrated_fit
 from numpyro_score.inference.closed_form import ClosedFormError, FlatObjectiveError, solve
+from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
 from numpyro_score.inference.generalized import generalized_bayes, prior_model
 from numpyro_score.inference.loop import (
@@ -188,6 +190,7 @@ class ScoreMatching(SVI):
             raise ValueError(f"init_params has {sorted(unknown)}, but the param sites are {sorted(known)}: use these.")
         return state
 
+    @with_cost
     def run(
         self,
         rng_key: Array | None = None,
@@ -281,6 +284,18 @@ class ScoreMatching(SVI):
         mutable = jax.tree.map(jnp.asarray, svi_state.mutable_state or {})  # a copy, which the model may change
         params = {**self.get_params(svi_state), **mutable}
         return self.loss.loss(jax.random.split(svi_state.rng_key)[1], params, self.model, self.guide, *args, **kwargs)
+
+    def _evaluations(self, fit: ScoreMatchingResult) -> float | None:
+        """Evaluations of the density in one step, for each row.
+
+        None for a closed form, and where it is not known: searches along a line, and several fits to calibrate β.
+        """
+        searches = isinstance(self.optim, Minimize) or getattr(self.optim, "searches", False)
+        if searches or isinstance(self.learning_rate, str) or int(fit.state.optim_state[0]) == 0:
+            return None
+        energy = fit.energy
+        loss = self.score_loss._choose(energy) if isinstance(self.score_loss, DefaultLoss) else self.score_loss
+        return evaluations_per_row(loss, energy.dim, energy.num_rows)
 
     def _check_memory(self, state: Any) -> None:
         # NumPyro would start the memory anew in every step.
