@@ -59,12 +59,47 @@ def draws():
     return ns.sample(fit(), KEY, 1000)
 
 
+@functools.cache
+def noised():
+    """A narrow mixture of two modes against a normal law."""
+    modes = dist.MixtureSameFamily(dist.Categorical(jnp.array([0.3, 0.7])), dist.Normal(jnp.array([-2.0, 1.0]), 0.6))
+    return ns.de_bruijn(modes, dist.Normal(0.0, 1.5), jnp.geomspace(0.01, 30.0, 12), KEY, num_samples=4000)
+
+
+@functools.cache
+def left_out():
+    """Of 60 rows, the first made an outlier."""
+    return ns.hyvarinen_loo(ns.ScoreMatching(model).run(KEY, DATA[:60].at[0].set(jnp.array([1.9, 2.0]))))
+
+
+def normal(x):
+    """A normal law for each column, which cannot bend."""
+    k = numpyro.param("k", jnp.ones(2))
+    m = numpyro.param("m", jnp.zeros(2))
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (2,)), obs=x)
+        numpyro.factor("energy", jnp.sum(m * x - 0.5 * k * x**2, axis=-1))
+
+
+@functools.cache
+def compared():
+    fits = {
+        "quartic, ISM": fit(),
+        "quartic, SSM": fit_by_steps(),
+        "normal, ISM": ns.ScoreMatching(normal).run(KEY, DATA),
+    }
+    return ns.compare(fits, boomerang(np.random.default_rng(1), 500), rng_key=KEY, num_samples=500)
+
+
 PICTURES = {
     "losses": lambda: ns.plot_losses(fit_by_steps()),
     "influence": lambda: ns.plot_influence(fit()),
     "score_field": lambda: ns.plot_score_field(fit()),
     "density": lambda: ns.plot_density(fit()),
     "marginals": lambda: ns.plot_marginals(fit(), draws()),
+    "de_bruijn": lambda: ns.plot_de_bruijn(noised()),
+    "khat": lambda: ns.plot_khat(left_out()),
+    "comparison": lambda: ns.plot_comparison(compared()),
 }
 
 

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pandas as pd
 import pytest
 import scipy.stats
 import xarray as xr
@@ -25,6 +26,7 @@ from numpyro.distributions import constraints
 from numpyro_score import (
     Energy,
     ScoreMatching,
+    plot_comparison,
     plot_de_bruijn,
     plot_density,
     plot_influence,
@@ -33,6 +35,7 @@ from numpyro_score import (
     plot_marginals,
     plot_score_field,
 )
+from numpyro_score.diagnostics import Comparison, DeBruijn
 from numpyro_score.diagnostics.arviz import as_arviz, dataset
 from numpyro_score.inference import AdversarialResult
 
@@ -264,23 +267,14 @@ def test_influence_in_standard_errors():
     assert of.texts[0].get_text() == f"row {np.argmax(expected)}, of"
 
 
-class Noisy(NamedTuple):
+def noisy(times=(0.1, 0.5, 2.0, 8.0), diffusion=1.0):
     """What `de_bruijn` returns, of N(0, 1) against N(0, 4) along t in closed form."""
-
-    times: np.ndarray
-    kl: np.ndarray
-    kl_stderr: np.ndarray
-    fisher: np.ndarray
-    fisher_stderr: np.ndarray
-    slope: np.ndarray
-    slope_stderr: np.ndarray
-
-
-def noisy(times=(0.1, 0.5, 2.0, 8.0)):
     t = np.array(times)
     a, b = 1 + t, 4 + t
     kl, fisher = 0.5 * (a / b - 1 + np.log(b / a)), 0.5 * (1 / b - 1 / a) ** 2 * a
-    return Noisy(t, kl, 0.1 * kl, fisher, 0.2 * fisher, fisher, 0.05 * fisher)
+    slope, zero = diffusion * fisher, 0.0 * t
+    bands = (0.1 * kl, fisher, 0.2 * fisher, slope, 0.05 * slope, np.full(len(t), diffusion), zero, zero)
+    return DeBruijn(t, kl, *bands, 0.32, 0.0, 0.0, 0.0, 0.0)
 
 
 def test_kl_and_fisher_along_noise():
@@ -297,12 +291,49 @@ def test_kl_and_fisher_along_noise():
     segments = np.array(bars.lines[2][0].get_segments())
     np.testing.assert_allclose(np.ptp(segments[..., 1], axis=1), 4 * result.slope_stderr)
     assert left.get_xscale() == right.get_xscale() == "log"
-    assert plot_de_bruijn(noisy((0.0, 1.0, 2.0)))[0].get_xscale() == "linear"
+    assert plot_de_bruijn(noisy((0.5, 1.0, 2.0)))[0].get_xscale() == "linear"
+
+
+def test_fisher_is_times_the_diffusion():
+    result = noisy(diffusion=2.0)
+    panel = plot_de_bruijn(result)[1]
+    np.testing.assert_array_equal(panel.lines[0].get_ydata(), 2 * result.fisher)
+    assert panel.get_legend().get_texts()[0].get_text() == "β² × Fisher divergence"
 
 
 class Loo(NamedTuple):
-    pareto_k: xr.DataArray
+    """What a plot reads of `hyvarinen_loo`'s result."""
+
+    pareto_k: xr.DataArray | None
     good_k: float = 0.7
+
+
+def compared():
+    """What a plot reads of `compare`'s result."""
+    table = pd.DataFrame(
+        {
+            "log_likelihood_diff": [0.0, -3.0, -40.0], "log_likelihood_dse": [0.0, 2.0, 5.0],
+            "score_diff": [1.5, 0.0, 90.0], "score_dse": [1.0, 0.0, 7.0],
+        },
+        ["ism", "pcd", "nce"],
+    )  # fmt: skip
+    return Comparison(table, None, ("ism", "pcd", "nce"), ("pcd", "ism", "nce"), None, ())
+
+
+def test_comparison_is_a_forest():
+    """Differences and two standard errors on both sides, in the table's order from the top; one side without KL."""
+    comparison = compared()
+    table = comparison.table
+    axes = plot_comparison(comparison)
+    for panel, column in zip(axes, ("log_likelihood", "score"), strict=True):
+        (bars,) = panel.containers
+        np.testing.assert_array_equal(bars.lines[0].get_xdata(), table[f"{column}_diff"])
+        segments = np.array(bars.lines[2][0].get_segments())
+        np.testing.assert_allclose(np.ptp(segments[..., 0], axis=1), 4 * table[f"{column}_dse"])
+        assert [t.get_text() for t in panel.get_yticklabels()] == list(table.index)
+        assert panel.yaxis_inverted()
+    (only,) = plot_comparison(dataclasses.replace(comparison, order_kl=None))
+    np.testing.assert_array_equal(only.containers[0].lines[0].get_xdata(), table["score_diff"])
 
 
 def test_khat_names_rows_above_the_line():
@@ -312,7 +343,9 @@ def test_khat_names_rows_above_the_line():
     points = np.concatenate([c.get_offsets() for c in axes.collections])
     np.testing.assert_allclose(points, np.column_stack([np.arange(30), k]))
     assert [t.get_text() for t in axes.texts] == ["row 20", "row 3"]
-    assert axes.get_title() == "Leave-one-out: 2 of 30 rows unreliable"
+    assert axes.get_title() == "Leave-one-out: 2 of 30 rows unreliable" and axes.get_xlabel() == "row"
+    some = Loo(xr.DataArray([0.1, 0.9], dims="row", coords={"row": [4, 8]}))  # the others are masked
+    assert [t.get_text() for t in plot_khat(some).texts] == ["row 8"]
     np.testing.assert_array_equal(axes.lines[-1].get_ydata(), [0.7, 0.7])
 
 
@@ -330,6 +363,7 @@ def calls():
         "influence": (lambda ax: plot_influence(fitted(1), ax=ax), 1),
         "de Bruijn": (lambda ax: plot_de_bruijn(noisy(), ax=ax), 2),
         "k-hat": (lambda ax: plot_khat(k, ax=ax), 1),
+        "comparison": (lambda ax: plot_comparison(compared(), ax=ax), 2),
     }
 
 
@@ -367,6 +401,7 @@ def on_sphere(x):
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
+        (lambda: plot_khat(Loo(None)), ValueError, "not found by importance weights"),
         (lambda: plot_losses(at(1, [1.0])), TypeError, "plot_losses takes a fit, got Energy"),
         (lambda: plot_influence(at(1, [1.0])), TypeError, "takes a fit of ScoreMatching, got Energy"),
         (lambda: plot_density(3), TypeError, "plot_density takes a fit or an Energy, got int"),
@@ -405,11 +440,15 @@ def pictures():
     spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.draws = lambda: np.asarray(module.DATA)[:, ::-1]  # in place of NUTS
+    # In place of what takes long.
+    module.draws = lambda: np.asarray(module.DATA)[:, ::-1]
+    module.noised = noisy
+    module.left_out = lambda: Loo(xr.DataArray(np.linspace(-0.3, 0.9, 40), dims="row"))
+    module.compared = compared
     return module
 
 
-NAMES = ["density", "influence", "losses", "marginals", "score_field"]
+NAMES = ["comparison", "de_bruijn", "density", "influence", "khat", "losses", "marginals", "score_field"]
 
 
 def test_every_picture_is_kept_and_shown():

@@ -15,6 +15,7 @@ from numpyro_score.diagnostics.entropy import ScoreEntropy, entropy_from_scores
 from numpyro_score.diagnostics.loo import HyvarinenScore, hyvarinen_loo, hyvarinen_score
 from numpyro_score.diagnostics.mmd import mmd
 from numpyro_score.diagnostics.plots import (
+    plot_comparison,
     plot_de_bruijn,
     plot_density,
     plot_influence,
@@ -46,6 +47,7 @@ __all__ = [
     "kl_divergence",
     "local_variance",
     "mmd",
+    "plot_comparison",
     "plot_de_bruijn",
     "plot_density",
     "plot_influence",

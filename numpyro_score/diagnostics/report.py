@@ -139,7 +139,7 @@ def _body(fit: Fit, samples: Any, checks: list[Check], errors: Any) -> list[Mark
         if len(rows) > _MOST:
             body.append(tag("p", f"The first {_MOST} of {len(rows)} numbers.", class_="note"))
     body += [tag("h2", "Data and draws"), _moments(fit, samples)]
-    return [*body, tag("h2", "Versions and machine"), table(("", ""), _machine())]
+    return [*body, tag("h2", "Cost, versions and machine"), table(("", ""), _cost(fit) + _machine())]
 
 
 # -- the answers -----------------------------------------------------------------------------------
@@ -269,6 +269,19 @@ def _moments(fit: Fit, samples: Any) -> Markup:
             columns.append(np.concatenate([np.ravel(samples[group][k].values) for k in sites]))
     rows = [(name, *(f"{c[i]:.4g}" for c in columns)) for i, name in enumerate(names[:_MOST])]
     return table(head, rows, range(1, len(head)))
+
+
+def _cost(fit: Fit) -> list[tuple[str, str]]:
+    """What the run took, as far as it was measured."""
+    if fit.cost is None:
+        return []
+    cost = fit.cost
+    found = [("run", f"{cost.seconds:.1f} s, {cost.compile_seconds:.1f} s of it compiling, on {cost.device}")]
+    if cost.gradient_evaluations is not None:
+        found.append(("gradient evaluations", f"{cost.gradient_evaluations:,.0f} of each row of a step's data"))
+    if cost.peak_memory is not None:
+        found.append(("peak memory", f"{cost.peak_memory / 2**20:,.0f} MiB of the device, by the whole process so far"))
+    return found
 
 
 def _machine() -> list[tuple[str, str]]:

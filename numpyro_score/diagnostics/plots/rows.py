@@ -245,4 +245,4 @@ def plot_marginals(
 
 def _dot(rows: np.ndarray) -> float:
     """The area of a dot in points², so that many rows do not hide all else."""
-    return float(np.clip(5000 / len(rows), 2, 10))
+    return float(np.clip(7500 / len(rows), 3, 10))
