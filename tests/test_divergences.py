@@ -152,7 +152,7 @@ def test_standard_errors():
     p, q, n = gaussian(0, "distribution"), gaussian(1, "energy"), 60
     rows = p.sample(KEY, (150, n))
     for divergence, given in (
-        (functools.partial(fisher_divergence, q=q), [(p, x) for x in rows]),
+        (functools.partial(fisher_divergence, q=q), [(gaussian(0, "energy"), x) for x in rows]),
         (functools.partial(kl_divergence, q=q, log_partition_q=0.0), rows),
     ):
         found = np.array([divergence(x)[:2] for x in given])
@@ -176,12 +176,9 @@ def shifted(theta, x):
 def test_standard_errors_of_chains():
     """Correlated draws count as their effective number: three times the naive variance at ρ = ½."""
     q = energy_of(shifted, 1.0, np.zeros((2, 1)))
-    p = dist.Normal(0.0, 1.0).expand([1]).to_event(1)
-    replications = [
-        kl_divergence((p, chains(k, 0.5, 4, 250)), q, log_partition_q=0.5 * math.log(2 * math.pi))
-        for k in jax.random.split(KEY, 150)
-    ]
-    found = np.array([r[:2] for r in replications])
+    p = energy_of(shifted, 0.0, np.zeros((2, 1)))
+    draws = [chains(key, 0.5, 4, 250) for key in jax.random.split(KEY, 150)]
+    found = np.array([kl_divergence((p, d), q, log_partition_p=0.0, log_partition_q=0.0)[:2] for d in draws])
     assert_mean(found[:, 0], 0.5)
     # The estimate of the effective size is itself some per cent off.
     ratio = found[:, 0].var(ddof=1) / np.mean(found[:, 1] ** 2)
@@ -198,6 +195,41 @@ def test_thinned_chains_are_all_but_independent(rho):
     assert rho**step < 0.1 and step <= 1.2 * (2 * (1 + rho) / (1 - rho) - 1)
     # independent rows stay as they are
     assert len(thin(Draws(jnp.asarray(given[:1]), True))) == 4000
+
+
+def test_infinite_divergences_are_flagged():
+    """A Cauchy law and normal tails: every sample has a finite mean, and it means nothing."""
+    q = energy_of(lambda theta, x: -0.5 * theta * x**2, 1.0, np.zeros(3))
+    for divergence in (kl_divergence, fisher_divergence):
+        with pytest.warns(UserWarning, match="tail of index .* above ½"):
+            divergence(dist.Cauchy(0.0, 1.0).sample(KEY, (2000,)), q)
+
+
+def one_point(x):
+    numpyro.factor("energy", -0.5 * jnp.sum(x**2))
+
+
+def test_one_big_point():
+    """A model without rows takes draws of the whole."""
+    energy, p = Energy(one_point, {}, np.zeros(2)), gaussian(0, "distribution")
+    gap = np.eye(2) - K1
+    close(fisher_divergence(p, energy, KEY), 0.5 * (np.trace(gap @ S1 @ gap) + M1 @ M1), 0.1)
+    log_z = LogPartition(math.log(2 * math.pi), 0.0, "", {})
+    close(kl_divergence(p, energy, KEY, log_partition_q=log_z), kl_divergence(p, NORMAL, KEY).value, 0.1)
+
+
+def regression(x, z):
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(1), obs=x)
+        numpyro.factor("energy", -0.5 * (x[:, 0] - z) ** 2)
+
+
+def test_covariates():
+    """The Hyvärinen score of data whose rows have densities of their own; no draws, no log Z."""
+    z, x = RNG.normal(size=(2, 30))
+    found = fisher_divergence(x[:, None], Energy(regression, {}, x[:, None], z))
+    assert found.value == pytest.approx(np.mean(0.5 * (x - z) ** 2 - 1), rel=1e-5)
+    assert found.stderr == pytest.approx(np.std(0.5 * (x - z) ** 2, ddof=1) / 30**0.5, rel=1e-5)
 
 
 # -- maximum mean discrepancy -------------------------------------------------------------------------------------
@@ -326,6 +358,17 @@ def test_score_terms():
         kl_divergence(p, SCORE, KEY)
 
 
+def masked(x, z):
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(1), obs=x)
+        with numpyro.handlers.mask(mask=z > 0):
+            numpyro.factor("energy", -0.5 * z * x[:, 0] ** 2)
+
+
+TRUNCATED = energy_of(lambda theta, x: jnp.where(x < theta, -x, -jnp.inf), 1.0, np.zeros(3))
+MASKED = Energy(masked, {}, np.ones((3, 1)), np.array([0.0, 1.0, 2.0]))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -337,7 +380,13 @@ def test_score_terms():
         (lambda: kl_divergence(NORMAL, NORMAL, KEY, log_partition_p=0.0), ValueError, "leave out log_partition_p"),
         (lambda: kl_divergence(ROWS, gaussian(1, "energy"), log_partition_q=math.nan), ValueError, "must be finite"),
         (lambda: kl_divergence(NORMAL, dist.Normal(0.0, 1.0), KEY), ValueError, "not laws of the same data"),
-        (lambda: kl_divergence(dist.Normal(0.0, 1.0), GAMMA, KEY), ValueError, "outside of the support of the site"),
+        (
+            lambda: kl_divergence(dist.Normal(0.0, 1.0), GAMMA, KEY),
+            ValueError,
+            "outside of the support of q's site 'x'",
+        ),
+        (lambda: fisher_divergence(np.array([0.5, 1.5]), TRUNCATED), ValueError, "q is not finite at p's row 1 "),
+        (lambda: fisher_divergence(np.ones((3, 1)), MASKED), ValueError, "q masks or weighs"),
         (lambda: kl_divergence(dist.Normal(np.zeros(2), 1.0), NORMAL, KEY), ValueError, r"\.to_event\(1\)"),
         (lambda: kl_divergence(dist.Poisson(2.0), NORMAL, KEY), TypeError, "p is discrete"),
         (lambda: kl_divergence(NORMAL, improper(2), KEY), TypeError, "q is an ImproperUniform"),

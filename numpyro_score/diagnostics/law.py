@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
+import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import xarray as xr
 from jaxtyping import Array, Float
 from numpyro.diagnostics import effective_sample_size
 
-from numpyro_score import _check
+from numpyro_score import _check, _layout, _supports
 from numpyro_score.energy import Energy
 from numpyro_score.inference import ScoreMatchingResult
 from numpyro_score.losses.base import at_least_one
@@ -233,23 +236,43 @@ def thin(draws: Draws) -> Float[Array, "n d"]:
     return rows.reshape(-1, rows.shape[-1])
 
 
-_evaluate_for_check = jax.jit(_check.evaluate_for_check)
-
-
 def check_rows(energy: Energy, rows: Float[Array, "n d"]) -> None:
-    """Raises ValueError, naming the rows, if they leave the support or the density is not finite there."""
-    if energy.resizable or energy.num_rows == len(rows):
-        energy.at(rows).check(_evaluate_for_check)
-    elif not energy._layout.flat:
-        for row in rows:
-            energy.at(row[None]).check(_evaluate_for_check)
+    """Raises ValueError, naming rows of p, where they leave the support of q or its log density is not finite."""
+    if not energy._layout.flat and not energy.resizable and energy.num_rows != len(rows):
+        raise NotImplementedError(
+            "q's model has one row with bounds or curvature: give it a plate that follows the length of the data."
+        )
+    outside, log_density = jax.device_get(_look(energy, rows))
+    for name, wrong in outside.items():
+        if bad := _check._rows_text(wrong):
+            raise ValueError(
+                f"Rows of p lie outside of the support of q's site '{name}' in {bad}: p is no law there, or the "
+                "support is not what the data have."
+            )
+    if bad := _check._rows_text(~np.isfinite(log_density)):
+        raise ValueError(f"The log density of q is not finite at p's {bad}: the divergence is infinite or unknown.")
+
+
+@jax.jit
+def _look(energy: Energy, x: Float[Array, "n d"]) -> tuple[dict[str, Array], Float[Array, "n"]]:
+    """Which rows lie outside of each site's support, and the log density, or zero where only the score is known."""
+    outside = {}
+    if not energy._layout.flat:
+        at = energy.at(x)
+        sites, layout = at._run().sites, at._layout
+        for a in layout.arrays:
+            if a.is_site and a.support.kind not in ("real", "other"):
+                value, support = sites[a.name]["value"], sites[a.name]["fn"].support
+                wrong = _supports.outside(a.support.kind, value, support)
+                outside[a.name] = _layout.rows_first(wrong, a.row_axes).any(-1)
+    return outside, energy.log_density(x) if energy.has_density else jnp.zeros(len(x), x.dtype)
 
 
 def refuse_rows(what: str, values: Array | np.ndarray) -> None:
     """Raises ValueError unless the values (N, ...) of rows are finite."""
     finite = np.isfinite(np.asarray(values))
     if bad := _check._rows_text(~finite.reshape(len(finite), -1).all(-1)):
-        raise ValueError(f"The {what} is not finite in {bad}: drop these rows, or correct the density there.")
+        raise ValueError(f"The {what} is not finite at p's {bad}: correct the density there, or drop these rows.")
 
 
 # -- means --------------------------------------------------------------------------------------------------------
@@ -260,16 +283,44 @@ def mean_and_error(values: Any, independent: bool) -> tuple[float, float, float]
 
     Raises:
         ValueError: for fewer than two values.
+
+    Warns:
+        UserWarning: where the values have a tail so heavy that their variance does not exist.
     """
     values = np.asarray(values, np.float64)
     size = values.size
     if size < 2 or not (independent or values.shape[1] > 3):
         raise ValueError(f"A standard error needs at least two rows, or chains of four, got shape {values.shape}.")
+    _warn_of_tails(values.reshape(-1))
     spread = float(values.std(ddof=1))
     ess = float(size)
     if not independent and spread > 0:
         ess = min(float(effective_sample_size(values)), ess)
     return float(values.mean()), spread / math.sqrt(ess), ess
+
+
+def _warn_of_tails(values: Float[np.ndarray, "n"]) -> None:
+    """Compares the tail index with ½, from where on the variance is infinite; 1 is where the mean is."""
+    sizes = np.abs(values - np.median(values))
+    sizes = sizes[sizes > 0]
+    if len(sizes) < 100:  # too few for a tail
+        return
+    k = _tail_index(np.log(sizes))
+    error = (1 + k) / math.sqrt(min(len(sizes) / 5, 3 * math.sqrt(len(sizes))))  # of the generalised Pareto fit
+    if k - 2 * error > 0.5:
+        warnings.warn(
+            f"The values at rows of p have a tail of index {k:.2g} ± {error:.1g}, above ½: their variance, and from 1 "
+            "on the divergence itself, is infinite, so that neither value nor standard error can be trusted.",
+            stacklevel=4,
+        )
+
+
+def _tail_index(log_sizes: Float[np.ndarray, "n"]) -> float:
+    """The shape k of a generalised Pareto law fitted to the largest values, by ArviZ [Vehtari et al. 2024]."""
+    if hasattr(az, "psislw"):  # ArviZ 0.23
+        return float(az.psislw(log_sizes)[1])
+    # 1.x takes log likelihoods, the negative of log weights.
+    return float((-xr.DataArray(log_sizes, dims="__sample__")).azstats.psislw(dim="__sample__")[1])
 
 
 def log_normaliser(law: Law, given: LogPartition | float | None, rng_key: Array | None) -> tuple[float, float]:
