@@ -189,10 +189,10 @@ def _along(
 
         at, along = jax.jvp(path, (t,), (jnp.ones_like(t),))
         kl, slopes = jax.vmap(jax.value_and_grad(log_ratio, argnums=(0, 1, 2)))(*at)
-        slope = sum(jnp.sum(s * d) for s, d in zip(slopes, along, strict=True))
+        slope = jnp.stack([jnp.sum(s * d) for s, d in zip(slopes, along, strict=True)]).sum()
         return kl.mean(), -0.5 * slope, 0.25 * jnp.sum(slopes[0] ** 2)
 
-    at_once = max(2**20 // (x.shape[1] * max(len(p.means), len(q.means))), 1)  # so that a few MB hold the terms
+    at_once = max(2**18 // (x.shape[1] * max(len(p.means), len(q.means))), 1)  # so that the terms fit a cache
     return jax.lax.map(
         lambda t: jax.lax.map(lambda xz: of_draw(t, *xz), (x, z), batch_size=min(at_once, len(x))), times
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from numpyro_score.objective import require_flat
 
 __all__ = ["Law", "NoisedLaw", "noised_pair"]
 
-Law = Energy | ScoreMatchingResult | dist.Distribution | Array | np.ndarray
+Law: TypeAlias = Energy | ScoreMatchingResult | dist.Distribution | Array | np.ndarray
 
 
 class NormalMixture(NamedTuple):
@@ -59,6 +59,11 @@ class NoisedLaw(NamedTuple):
     resolved: float  # the least variance of noise that hides the grid, or 0 where there is no grid
     discrete: bool  # whether the law is the rows of an array, without a density of its own
 
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.mixture.means.shape[1]
+
 
 def noised_pair(p: Law, q: Law, rng_key: Array) -> tuple[NoisedLaw, NoisedLaw]:
     """Both laws along noise.
@@ -70,18 +75,21 @@ def noised_pair(p: Law, q: Law, rng_key: Array) -> tuple[NoisedLaw, NoisedLaw]:
     Raises:
         ValueError, TypeError, NotImplementedError: if a law is none of these, or no grid resolves it.
     """
-    found = [
-        _closed_form(law) or _Density.of(law, key) for law, key in zip((p, q), jax.random.split(rng_key), strict=True)
-    ]
-    known = [law if isinstance(law, _Density) else _Density.of_mixture(law, rng_key) for law in found]
-    dims = [law.rows.shape[1] for law in known]
+    keys = jax.random.split(rng_key)
+    found = [_closed_form(law) or _Density.of(law, key) for law, key in zip((p, q), keys, strict=True)]
+    dims = [law.dim for law in found]
     if dims[0] != dims[1]:
         raise ValueError(f"p has {dims[0]} dimensions and q has {dims[1]}: give laws of the same rows.")
-    open_laws = [law for law in found if isinstance(law, _Density)]
-    if open_laws:
+    if any(isinstance(law, _Density) for law in found):
+        known = [
+            law if isinstance(law, _Density) else _Density.of_mixture(law, key)
+            for law, key in zip(found, keys, strict=True)
+        ]
         points, log_masses, spacing = _grid(known)
-        on_grid = [NoisedLaw(_points(points, m), spacing**2, False) for m in log_masses]
-        found = [new if isinstance(law, _Density) else law for law, new in zip(found, on_grid, strict=True)]
+        found = [
+            NoisedLaw(_points(points, mass), spacing**2, False) if isinstance(law, _Density) else law
+            for law, mass in zip(found, log_masses, strict=True)
+        ]
     one, other = found
     assert isinstance(one, NoisedLaw) and isinstance(other, NoisedLaw)
     return one, other
@@ -161,6 +169,10 @@ class _Density(NamedTuple):
     log_density: Callable[[np.ndarray], np.ndarray] | None  # (n, D) to (n,), up to a constant
     rows: np.ndarray  # (N, D): where the mass is
     closed: bool  # whether the law is known without a grid, so that this need not resolve it
+
+    @property
+    def dim(self) -> int:
+        return self.rows.shape[1]
 
     @classmethod
     def of(cls, law: Energy | ScoreMatchingResult | dist.Distribution, rng_key: Array) -> _Density:
