@@ -277,7 +277,7 @@ def _summary(
             warnings.warn(
                 f"{len(bad)} of {len(used)} rows have a Pareto k above {good_k:.2f}, the largest "
                 f"{pareto_k[used].max():.2f} at row {used[pareto_k[used].argmax()]}: the posterior without them is too "
-                "far from the draws for importance weights. Fit again without these rows, or see what is odd about them.",
+                "far from the draws for importance weights. Fit without these rows, or see what is odd about them.",
                 stacklevel=4,
             )
     weighted = (weights * values)[used].astype(np.float64)

@@ -42,27 +42,30 @@ def evaluations_per_row(loss: Loss, dim: int, num_rows: int) -> float | None:
 
     None for a loss that is not the package's.
     """
+    count: float
     match loss:
         case ISM():
-            return dim + 2
+            count = dim + 2
         case SSM():
-            return 1 + loss.num_projections
+            count = 1 + loss.num_projections
         case DSM():
             levels = len(loss.sigma) if isinstance(loss.sigma, tuple) and loss.levels == "all" else 1
-            return levels * (2 if loss.control_variate or loss.antithetic else 1)
+            count = levels * (2 if loss.control_variate or loss.antithetic else 1)
         case FSM():
-            return 2 * loss.num_projections + (loss.sigma is None)
+            count = 2 * loss.num_projections + (loss.sigma is None)
         case ESM():
-            return 1
+            count = 1
         case KLContraction():
-            return 1 + loss.num_samples
+            count = 1 + loss.num_samples
         case NCE():
-            return 1 + loss.num_noise
+            count = 1 + loss.num_noise
         case CD():
-            return 2 + loss.num_steps
+            count = 2 + loss.num_steps
         case PCD():
-            return 1 + (loss.num_steps + 1) * loss.num_chains / num_rows
-    return None
+            count = 1 + (loss.num_steps + 1) * loss.num_chains / num_rows
+        case _:
+            return None
+    return float(count)
 
 
 def with_cost(run: Callable[..., Any]) -> Callable[..., Any]:

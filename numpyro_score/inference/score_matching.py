@@ -57,15 +57,16 @@ class DefaultLoss:
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
-        return self._choose(energy)(energy, rng_key)
+        return self.of_dimension(energy.dim)(energy, rng_key)
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """As of the loss chosen."""
-        return self._choose(energy).rows_per_chunk(energy)
+        return self.of_dimension(energy.dim).rows_per_chunk(energy)
 
     @staticmethod
-    def _choose(energy: Energy) -> ISM | SSM:
-        return ISM() if energy.dim <= 64 else SSM()
+    def of_dimension(dim: int) -> ISM | SSM:
+        """The loss for rows of so many numbers."""
+        return ISM() if dim <= 64 else SSM()
 
 
 class ScoreMatching(SVI):
@@ -293,9 +294,11 @@ class ScoreMatching(SVI):
         searches = isinstance(self.optim, Minimize) or getattr(self.optim, "searches", False)
         if searches or isinstance(self.learning_rate, str) or int(fit.state.optim_state[0]) == 0:
             return None
-        energy = fit.energy
-        loss = self.score_loss._choose(energy) if isinstance(self.score_loss, DefaultLoss) else self.score_loss
-        return evaluations_per_row(loss, energy.dim, energy.num_rows)
+        dim, num_rows = self._shape
+        loss = self.score_loss
+        if isinstance(loss, DefaultLoss):
+            loss = loss.of_dimension(dim)
+        return evaluations_per_row(loss, dim, num_rows)
 
     def _check_memory(self, state: Any) -> None:
         # NumPyro would start the memory anew in every step.
@@ -306,6 +309,7 @@ class ScoreMatching(SVI):
             )
 
     def _check(self, energy: Energy) -> None:
+        self._shape = energy.dim, energy.num_rows  # of a step's data
         if energy.is_concrete:
             energy.check(self._evaluate)
             check_settings(self.score_loss, energy)
