@@ -1,8 +1,13 @@
-"""Makes the pictures of diagnostics.md, in docs/images: python docs/pictures.py [NAME ...]."""
+"""Makes the pictures of diagnostics.md, in docs/images: python docs/pictures.py [NAME ...].
+
+That of the report needs Chromium.
+"""
 
 import functools
 import io
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -104,14 +109,33 @@ PICTURES = {
 
 
 def save(axes, path):
-    """A small PNG: 128 colours are enough for plots."""
+    """A plot as a small PNG."""
     buffer = io.BytesIO()
     np.ravel(axes)[0].figure.savefig(buffer, dpi=100)
-    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
+    shrink(buffer, path)
+
+
+def save_report(path):
+    """The first screen of a report, as Chromium shows it."""
+    with tempfile.TemporaryDirectory() as folder:
+        page, shot = ns.report(fit_by_steps(), Path(folder) / "fit.html"), Path(folder) / "shot.png"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,800"]
+        options += [f"--user-data-dir={folder}/profile", f"--screenshot={shot}"]
+        subprocess.run(["chromium", *options, page.as_uri()], check=True, capture_output=True, timeout=120)
+        shrink(shot, path)
+
+
+def shrink(source, path):
+    """128 colours are enough for plots and text."""
+    Image.open(source).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
-    for name in sys.argv[1:] or PICTURES:
-        save(PICTURES[name](), IMAGES / f"{name}.png")
-        print(f"{name}.png, {(IMAGES / f'{name}.png').stat().st_size // 1000} kB")
+    for name in sys.argv[1:] or [*PICTURES, "report"]:
+        path = IMAGES / f"{name}.png"
+        if name == "report":
+            save_report(path)
+        else:
+            save(PICTURES[name](), path)
+        print(f"{name}.png, {path.stat().st_size // 1000} kB")

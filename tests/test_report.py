@@ -26,6 +26,7 @@ import numpyro_score
 from numpyro_score import ISM, ScoreMatching, report
 from numpyro_score.diagnostics import checks
 from numpyro_score.diagnostics.page import page, table, tag
+from numpyro_score.diagnostics.report import _with_error
 from numpyro_score.inference import AdversarialResult
 
 KEY = jax.random.key(0)
@@ -46,8 +47,13 @@ X = np.random.default_rng(0).normal(0.3, 1.2, (N, 2)).astype(np.float32)
 
 
 @functools.cache
+def matcher():
+    return ScoreMatching(model)
+
+
+@functools.cache
 def fitted():
-    return ScoreMatching(model, num_steps=3).run(KEY, X, progress_bar=False)
+    return matcher().run(KEY, X, progress_bar=False)
 
 
 def moved(fit, distance):
@@ -104,14 +110,25 @@ def read(path):
 def test_estimates_are_those_of_the_fit(read):
     fit = fitted()
     errors = fit.stderr()
-    expected = [
-        [name, f"{v:.4g}", f"{e:.2g}"]
-        for name, v, e in (
-            *((f"{EVIL}[{i}]", float(fit.estimates[EVIL][i]), float(errors[EVIL][i])) for i in range(2)),
-            ("m", float(fit.estimates["m"]), float(errors["m"])),
-        )
-    ]
-    assert read.tables[0] == [["parameter", "estimate", "standard error"], *expected]
+    names = [f"{EVIL}[0]", f"{EVIL}[1]", "m"]
+    assert [row[0] for row in read.tables[0]] == ["parameter", *names]
+    values, spreads = (np.append(tree[EVIL], tree["m"]) for tree in (fit.estimates, errors))
+    np.testing.assert_allclose([float(row[1]) for row in read.tables[0][1:]], values, atol=0.5e-2)
+    np.testing.assert_allclose([float(row[2]) for row in read.tables[0][1:]], spreads, atol=0.5e-2)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (1.88, 0.1134, ("1.88", "0.11")),
+        (-12345.678, 98.7, ("-12346", "99")),
+        (0.5, None, ("0.5", "–")),
+        (2.0, 0.0, ("2", "0")),
+        (1.0, float("nan"), ("1", "nan")),
+    ],
+)
+def test_estimates_have_the_digits_of_their_errors(value, error, shown):
+    assert _with_error(value, error) == shown
 
 
 def test_first_lines_answer(read):
@@ -268,7 +285,7 @@ def test_sandwich_eigenvalues():
 def test_one_row_that_carries_an_estimate():
     x = X.copy()
     x[17, 1] = 12.0
-    fit = ScoreMatching(model, num_steps=3).run(KEY, x, progress_bar=False)
+    fit = matcher().run(KEY, x, progress_bar=False)
     found, verdict = checks._influence(fit)
     assert found.startswith(f"row 17 moves {EVIL}[1] by ") and verdict == "bad"
     square = x[:, 1].astype(float) ** 2 - np.mean(x[:, 1].astype(float) ** 2)  # 1/k̂ is the mean of squares

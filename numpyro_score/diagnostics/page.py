@@ -45,7 +45,7 @@ def picture(figure: Any, caption: str) -> Markup:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return tag("figure", tag("img", src=source, alt=caption), tag("figcaption", caption))
+    return tag("figure", tag("img", src=source, alt=caption, decoding="sync"), tag("figcaption", caption))
 
 
 def page(title: str, *body: Markup) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import math
 import os
 import platform
 import warnings
@@ -30,8 +31,8 @@ from numpyro_score.diagnostics.plots import (
     plot_score_field,
 )
 from numpyro_score.diagnostics.plots.axes import data_columns, numbered, sample_columns
-from numpyro_score.diagnostics.plots.fits import solved_at_once
-from numpyro_score.inference import AdversarialResult, DefaultLoss, ScoreMatchingResult
+from numpyro_score.diagnostics.plots.fits import loss_of, solved_at_once
+from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.normaliser import sample
 
 __all__ = ["report"]
@@ -170,9 +171,7 @@ def _loss(fit: Fit) -> str:
             "Maximum likelihood through a flow's bound on log Z (adversarial dynamics embedding), "
             f"{plural(len(fit.losses), 'step')}."
         )
-    loss: Any = fit.svi.score_loss
-    if isinstance(loss, DefaultLoss):
-        loss = loss._choose(fit.energy)
+    loss = loss_of(fit)
     how = "in closed form" if solved_at_once(fit) else f"{plural(len(fit.losses), 'step')} of an optimiser"
     about = (type(loss).__doc__ or "").strip().split("\n")[0]
     return f"{_describe(loss)}: {about} {how.capitalize()}, learning rate β = {float(fit.learning_rate):.4g}."
@@ -207,9 +206,18 @@ def _errors(fit: Fit) -> Any:
 
 
 def _estimate_rows(fit: Fit, errors: Any) -> list[tuple[str, str, str]]:
-    values = _numbers(fit.estimates)
-    found = dict(_numbers(errors)) if not isinstance(errors, str) else {}
-    return [(k, f"{v:.4g}", f"{found[k]:.2g}" if k in found else "–") for k, v in values]
+    found = {} if isinstance(errors, str) else dict(_numbers(errors))
+    return [(name, *_with_error(value, found.get(name))) for name, value in _numbers(fit.estimates)]
+
+
+def _with_error(value: float, error: float | None) -> tuple[str, str]:
+    """Both to the second digit of the error."""
+    if error is None:
+        return f"{value:.4g}", "–"
+    if not 1e-6 < error < 1e6:
+        return f"{value:.4g}", f"{error:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f}", f"{error:.{decimals}f}"
 
 
 def _numbers(tree: Any) -> list[tuple[str, float]]:

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from numpyro_score.diagnostics.plots.axes import BLACK, BLUE, GREY, ORANGE, VERMILION, as_axes, numbered
-from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
+from numpyro_score.inference import AdversarialResult, DefaultLoss, ScoreMatchingResult
 
-__all__ = ["plot_influence", "plot_losses", "shares", "solved_at_once"]
+__all__ = ["loss_of", "plot_influence", "plot_losses", "shares", "solved_at_once"]
 
 
 def plot_losses(fit: ScoreMatchingResult | AdversarialResult, *, ax: Any = None) -> Any:
@@ -48,7 +48,7 @@ def plot_losses(fit: ScoreMatchingResult | AdversarialResult, *, ax: Any = None)
         raise TypeError(f"plot_losses takes a fit, got {type(fit).__name__}.")
     (axes,) = as_axes("plot_losses", ax).ravel()
     losses = np.asarray(fit.losses, np.float64)
-    name = type(fit.svi.score_loss).__name__
+    name = type(loss_of(fit)).__name__
     if len(losses) == 1:
         axes.plot([0], losses, "o", color=BLUE)
         axes.set_title(f"{name}: solved in closed form" if solved_at_once(fit) else f"{name}: one step")
@@ -88,6 +88,12 @@ def _scale_to_settled(axes: Any, *series: np.ndarray) -> None:
     if settled.size and np.ptp(settled) > 0:
         margin = 0.05 * np.ptp(settled)
         axes.set_ylim(settled.min() - margin, settled.max() + margin)
+
+
+def loss_of(fit: ScoreMatchingResult) -> Any:
+    """The loss of a fit, the one chosen where none was given."""
+    loss = fit.svi.score_loss
+    return loss.of_dimension(fit.energy.dim) if isinstance(loss, DefaultLoss) else loss
 
 
 def solved_at_once(fit: ScoreMatchingResult) -> bool:
