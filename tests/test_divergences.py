@@ -121,7 +121,7 @@ def test_mixtures_by_quadrature():
     logs = [np.logaddexp(first, second), np.log(of_law)]
     logs[0] -= np.log(integrate.trapezoid(np.exp(logs[0]), grid))
     for p, draw, q, (log_p, log_q) in ((energy, of_energy, law, logs), (law, law, energy, logs[::-1])):
-        given, ratio, weight = (p, draw.sample(KEY, (8000,))), log_p - log_q, np.exp(log_p)
+        given, ratio, weight = (p, draw.sample(KEY, (4000,))), log_p - log_q, np.exp(log_p)
         close(kl_divergence(given, q), integrate.trapezoid(weight * ratio, grid), 0.05)
         slope = np.gradient(ratio, grid)
         close(fisher_divergence(given, q), integrate.trapezoid(0.5 * weight * slope**2, grid), 0.2)
@@ -177,8 +177,11 @@ def test_standard_errors_of_chains():
     """Correlated draws count as their effective number: three times the naive variance at ρ = ½."""
     q = energy_of(shifted, 1.0, np.zeros((2, 1)))
     p = energy_of(shifted, 0.0, np.zeros((2, 1)))
-    draws = [chains(key, 0.5, 4, 250) for key in jax.random.split(KEY, 150)]
-    found = np.array([kl_divergence((p, d), q, log_partition_p=0.0, log_partition_q=0.0)[:2] for d in draws])
+    found = []
+    for rows in chains(KEY, 0.5, 150 * 4, 250)["posterior"]["x"].values.reshape(150, 4, 250, 1):
+        draws = as_arviz({"posterior": dataset({"x": rows}, ("chain", "draw"))})
+        found.append(kl_divergence((p, draws), q, log_partition_p=0.0, log_partition_q=0.0)[:2])
+    found = np.array(found)
     assert_mean(found[:, 0], 0.5)
     # The estimate of the effective size is itself some per cent off.
     ratio = found[:, 0].var(ddof=1) / np.mean(found[:, 1] ** 2)
@@ -202,7 +205,7 @@ def test_infinite_divergences_are_flagged():
     q = energy_of(lambda theta, x: -0.5 * theta * x**2, 1.0, np.zeros(3))
     for divergence in (kl_divergence, fisher_divergence):
         with pytest.warns(UserWarning, match="tail of index .* above ½"):
-            divergence(dist.Cauchy(0.0, 1.0).sample(KEY, (2000,)), q)
+            divergence(dist.Cauchy(0.0, 1.0).sample(KEY, (4000,)), q)
 
 
 def one_point(x):
@@ -269,20 +272,19 @@ def test_mmd_is_the_statistic():
     assert mmd(x, y).value == pytest.approx(sum(within) - 2 * across, abs=1e-6)
 
 
+@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+def replicated_mmd(keys, shift):
+    def one(key):
+        rows = jax.random.normal(key, (150, 2)).at[:60].add(shift)
+        return mmd_statistic(rows[:60], rows[60:], jnp.asarray(1.3))
+
+    return jax.lax.map(one, keys, batch_size=100)
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.1, 1.0])
 def test_mmd_unbiased_and_its_error(shift):
     """Mean and spread of replications: where both orders of the error matter, far apart, and at p = q."""
-    n, m, replications = 60, 90, 1000
-
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
-    def replicate(keys, shift):
-        def one(key):
-            rows = jax.random.normal(key, (n + m, 2)).at[:n].add(shift)
-            return mmd_statistic(rows[:n], rows[n:], jnp.asarray(1.3))
-
-        return jax.lax.map(one, keys, batch_size=100)
-
-    value, stderr = map(np.asarray, replicate(jax.random.split(KEY, replications), shift))
+    value, stderr = map(np.asarray, replicated_mmd(jax.random.split(KEY, 1000), shift))
     law = np.full(2, shift), np.eye(2)
     assert_mean(value, mmd_exact(law, (np.zeros(2), np.eye(2)), 1.3))
     if shift:
@@ -331,7 +333,7 @@ def test_simplex():
     cross_entropy = log_z - means @ (BETA - 1)
     entropy = float(p.entropy())
     close(kl_divergence(p, DIRICHLET, KEY, log_partition_q=log_z), cross_entropy - entropy, 0.1)
-    close(kl_divergence(p.sample(KEY, (2000,)), DIRICHLET, log_partition_q=log_z), cross_entropy, 0.1)
+    close(kl_divergence(p.sample(KEY, (4000,)), DIRICHLET, log_partition_q=log_z), cross_entropy, 0.1)
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------
