@@ -109,8 +109,8 @@ def test_arviz_compares_the_likelihoods():
     _, found = gaussians()
     assert isinstance(found.arviz, pd.DataFrame) and tuple(found.arviz.index) == found.order_kl
     elpd = found.arviz["elpd" if "elpd" in found.arviz else "elpd_loo"]
-    np.testing.assert_allclose(elpd, found.table["log_likelihood"], rtol=0.01)
-    np.testing.assert_allclose(np.abs(found.arviz["elpd_diff"]), np.abs(found.table["log_likelihood_diff"]), rtol=0.02)
+    np.testing.assert_allclose(elpd, found.table["log_likelihood"], rtol=1e-6)
+    np.testing.assert_allclose(np.abs(found.arviz["elpd_diff"]), np.abs(found.table["log_likelihood_diff"]), rtol=1e-6)
 
 
 def test_what_a_run_cost():
@@ -167,8 +167,9 @@ def test_when_there_is_a_sentence():
     """Opposite and both significant, or KL significant and Fisher nil, in either order of the two fits."""
     noise = np.random.default_rng(5).normal(size=400)
     clear, unclear, nil = 0.5 + noise, 0.05 + noise, 1e-4 * noise
-    assert "'a'" in sentence(clear, -clear).split(":")[1].split("above")[0]
-    assert "Go by what" in sentence(clear, -clear) or "go by what" in sentence(clear, -clear)
+    assert "log likelihood of 'a'" in sentence(clear, -clear) and "its Hyvärinen score is worse" in sentence(
+        clear, -clear
+    )
     assert "Fisher cannot see" in sentence(clear, nil)
     assert "log likelihood of 'b'" in sentence(-clear, nil)
     assert sentence(clear, clear) is None  # they agree

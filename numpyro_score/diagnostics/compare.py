@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
 import warnings
@@ -28,6 +29,7 @@ from numpyro_score.normaliser.coordinates import row_log_jacobian
 
 __all__ = ["Comparison", "compare"]
 
+Rows = dict[str, np.ndarray]  # (N,) each, by fit
 Fit = ScoreMatchingResult | AdversarialResult | Energy
 
 _ERRORS = 3.0  # a difference is beyond its error above this many standard errors
@@ -78,7 +80,7 @@ class Comparison:
         return "\n".join([self._shown().to_string(), "", *self.lines])
 
     def _repr_html_(self) -> str:
-        paragraphs = "".join(f"<p>{line}</p>" for line in self.lines)
+        paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in self.lines)
         return self._shown().to_html() + paragraphs
 
 
@@ -178,7 +180,7 @@ def compare(
         more, _ = _sums("log_likelihood", likelihoods, errors, sign=1)
         log_z = {"log_partition": {k: z.value for k, z in log_zs.items()}, "log_partition_stderr": errors}
         columns |= more | log_z
-        table = az.compare({k: _elpd(v) for k, v in likelihoods.items()})
+        table = _compared_by_arviz(likelihoods)
         order_kl = tuple(table.index)
     found = {k: _against_data(k, own[k], data, keys[k], num_samples) | _cost(fit) for k, fit in fits.items()}
     record = pd.DataFrame(columns, names).join(pd.DataFrame.from_dict(found, orient="index"))
@@ -276,15 +278,18 @@ def _sums(
     return columns, tuple(order)
 
 
-def _elpd(values: np.ndarray) -> Any:
-    """Log likelihoods of held-out rows as what `az.compare` takes; no row was in the fit, so none is left out."""
-    pointwise = xr.DataArray(values, dims="row")
-    se = math.sqrt(len(values) * np.var(values))
-    common = dict(se=se, n_samples=1, n_data_points=len(values), scale="log", warning=False, good_k=0.7)
-    total = float(values.sum())
-    if hasattr(az, "ELPDDataLOO"):  # ArviZ 1.x
-        return az.ELPDDataLOO(elpd=total, p=0.0, elpd_i=pointwise, **common)
-    return az.ELPDData({"elpd_loo": total, "p_loo": 0.0, "loo_i": pointwise, **common})
+def _compared_by_arviz(likelihoods: Rows) -> pd.DataFrame:
+    """`az.compare` of log likelihoods of held-out rows. No row was in the fit, so none is to be left out."""
+    elpds = {}
+    for name, values in likelihoods.items():
+        total, pointwise = float(values.sum()), xr.DataArray(values, dims="row")
+        se = math.sqrt(len(values) * np.var(values))
+        common = dict(se=se, n_samples=1, n_data_points=len(values), scale="log", warning=False, good_k=0.7)
+        if hasattr(az, "ELPDDataLOO"):  # ArviZ 1.x
+            elpds[name] = az.ELPDDataLOO(elpd=total, p=0.0, elpd_i=pointwise, **common)
+        else:
+            elpds[name] = az.ELPDData({"elpd_loo": total, "p_loo": 0.0, "loo_i": pointwise, **common})
+    return az.compare(elpds, **({"round_to": "none"} if hasattr(az, "ELPDDataLOO") else {}))
 
 
 def _against_data(name: str, energy: Energy, data: Any, keys: Array, num_samples: int) -> dict[str, Any]:
@@ -312,9 +317,6 @@ def _cost(fit: Fit) -> dict[str, Any]:
     return {} if cost is None else cost._asdict()
 
 
-Rows = dict[str, np.ndarray]  # (N,) each
-
-
 def _sentence(likelihoods: Rows, errors: dict[str, float], scores: Rows, rows: Float[np.ndarray, "n d"]) -> str | None:
     """Of the pair of fits whose likelihoods differ most among those where Fisher disagrees."""
     largest_variance = float(np.linalg.eigvalsh(np.atleast_2d(np.cov(np.float64(rows).T)))[-1])
@@ -330,8 +332,7 @@ def _sentence(likelihoods: Rows, errors: dict[str, float], scores: Rows, rows: F
                 (
                     kl.value,
                     f"{ahead}, while their Hyvärinen scores differ by {_cell(*fisher)}: Fisher cannot see the weights "
-                    "of separated modes, nor anything else that changes the density only where there are no data. "
-                    "Go by the likelihood.",
+                    "of separated modes, nor anything else that slopes at the data do not show. Go by the likelihood.",
                 )
             )
         elif fisher.value < 0 and fisher.significant:
@@ -355,11 +356,12 @@ def _joined(order: tuple[str, ...], values: dict[str, Any], errors: dict[str, fl
 
 
 def _cell(value: Any, error: Any = None) -> str:
+    """A value to two digits of its error; four digits without one, and a dash where there is nothing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, str):
         return value
-    if error is None or not error > 0:
-        return f"{value:.4g}"
+    if error is None or error < 5e-5:  # beyond what anyone reads
+        return f"{value + 0.0:.4g}"  # no negative zero
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
