@@ -401,7 +401,7 @@ def on_sphere(x):
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: plot_khat(Loo(None)), ValueError, "not found by importance weights"),
+        (lambda: plot_khat(Loo(None)), ValueError, "no k̂ in this: pass the result of hyvarinen_loo"),
         (lambda: plot_losses(at(1, [1.0])), TypeError, "plot_losses takes a fit, got Energy"),
         (lambda: plot_influence(at(1, [1.0])), TypeError, "takes a fit of ScoreMatching, got Energy"),
         (lambda: plot_density(3), TypeError, "plot_density takes a fit or an Energy, got int"),

@@ -66,8 +66,8 @@ def plot_khat(loo: Any, *, ax: Any = None) -> Any:
         ValueError: for a score without importance weights.
         ImportError: without Matplotlib, `pip install numpyro-score[plots]`.
     """
-    if loo.pareto_k is None:
-        raise ValueError("The score was not found by importance weights, so there is no k̂: pass that of hyvarinen_loo.")
+    if getattr(loo, "pareto_k", None) is None:  # a held-out score, or `az.loo` without pointwise values
+        raise ValueError("There is no k̂ in this: pass the result of hyvarinen_loo, or of az.loo(..., pointwise=True).")
     (axes,) = as_axes("plot_khat", ax).ravel()
     k, good = loo.pareto_k, float(loo.good_k)
     if hasattr(az, "PlotCollection"):  # ArviZ 1.x
