@@ -1,0 +1,173 @@
+"""The kernel Stein discrepancy: its value, and the test's level and power."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from models import FAST_COMPILE, assert_mean, assert_variance, energy_of
+from numpyro.distributions import constraints
+from scipy import integrate, stats
+from test_divergences import SCORE, chains, gaussian, on
+
+from numpyro_score import Energy, kernel_stein_discrepancy
+from numpyro_score.diagnostics.law import Draws, thin
+from numpyro_score.diagnostics.pairs import median_distance
+from numpyro_score.diagnostics.stein import stein_statistic
+
+FALSE_ALARM = 2e-5
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+
+
+def double_well(theta, x):
+    return theta * jnp.sum(x**2, -1) - 0.3 * jnp.sum(x**4, -1) - x[:, 0] * x[:, 1]
+
+
+@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+def pairs(x, scores, length):
+    """The Stein kernel of all pairs, from derivatives of the kernel by JAX."""
+
+    def k(a, b):
+        return (1 + jnp.sum((a - b) ** 2) / length**2) ** -0.5
+
+    def h(a, s, b, t):
+        mixed = jnp.trace(jax.jacfwd(jax.grad(k), argnums=1)(a, b))
+        return s @ t * k(a, b) + s @ jax.grad(k, 1)(a, b) + t @ jax.grad(k)(a, b) + mixed
+
+    return jax.vmap(jax.vmap(h, (None, None, 0, 0)), (0, 0, None, None))(x, scores, x, scores)
+
+
+def obvious(x, log_density, length):
+    """The mean over different rows, written out."""
+    h = np.asarray(pairs(x, jax.vmap(jax.grad(log_density))(x), length))
+    n = len(h)
+    return np.mean([h[i, j] for i in range(n) for j in range(n) if i != j])
+
+
+def test_value_at_given_rows(x64):
+    """Of an energy; the median distance is the default."""
+    x = jnp.asarray(RNG.normal(size=(6, 2)))
+    found = kernel_stein_discrepancy(x, energy_of(double_well, 1.2, x), KEY)
+    length = np.median([np.linalg.norm(x[i] - x[j]) for i in range(6) for j in range(i)])
+    assert found.bandwidth == pytest.approx(length)
+    assert found.value == pytest.approx(obvious(x, lambda r: double_well(1.2, r[None])[0], length), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [dist.Gamma(2.5, 2.0).expand([2]).to_event(1), dist.Dirichlet(np.array([2.5, 2.0, 0.7]))],
+    ids=["box", "simplex"],
+)
+def test_value_in_free_coordinates(law, x64):
+    """Those of NumPyro's `biject_to`, whatever the rows of the energy are."""
+    free = dist.biject_to(law.support)
+    x = law.sample(KEY, (6,))
+    found = kernel_stein_discrepancy(x, law, KEY, bandwidth=0.7)
+
+    def log_density(u):
+        return law.log_prob(free(u)) + jnp.sum(free.log_abs_det_jacobian(u, free(u)))
+
+    assert found.value == pytest.approx(obvious(free.inv(x), log_density, 0.7))
+
+
+def test_closed_form_for_the_standard_normal():
+    """KSD² of N(m, I) from N(0, I) is ‖m‖² E(1 + 2χ²_D/ℓ²)^{-1/2}, as their scores differ by m everywhere."""
+    length, mean = 1.5, np.array([0.5, 0.3, 0.2])
+    factor = integrate.quad(lambda r: stats.chi2(3).pdf(r) * (1 + 2 * r / length**2) ** -0.5, 0, np.inf)[0]
+    q = dist.Normal(0.0, 1.0).expand([3]).to_event(1)
+    found = kernel_stein_discrepancy(mean + RNG.normal(size=(3000, 3)), q, KEY, bandwidth=length, num_bootstrap=20)
+    assert 0 < found.stderr < 0.1 * mean @ mean
+    assert abs(found.value - mean @ mean * factor) < 5 * found.stderr
+
+
+@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+def run_tests(rows, key):
+    """Tests of many sets of rows against N(0, I), at the default bandwidth."""
+
+    def one(given):
+        x, key = given
+        return stein_statistic(x, -x, median_distance(x), key, 200)
+
+    return jax.lax.map(one, (rows, jax.random.split(key, len(rows))), batch_size=50)
+
+
+REPLICATIONS = RNG.normal(size=(600, 80, 2))
+
+
+def test_level():
+    """The p-value is uniform where p is q, and the value's mean zero. Its error is then too large, by less than √2."""
+    value, stderr, pvalue = map(np.asarray, run_tests(REPLICATIONS, KEY))
+    assert stats.kstest(pvalue, "uniform").pvalue > FALSE_ALARM
+    assert_mean(value, 0.0)
+    assert 1 < np.mean(stderr.astype(float) ** 2) / value.var() < 2
+
+
+def test_power():
+    """A mean of (0.35, 0.35) is found at level 0.05 by 80 rows with power 0.9 at least."""
+    value, stderr, pvalue = map(np.asarray, run_tests(REPLICATIONS + 0.35, KEY))
+    assert np.mean(pvalue <= 0.05) > 0.9
+    assert_variance(value, np.mean(stderr.astype(float) ** 2))
+
+
+def test_correlated_draws_are_thinned():
+    """The p-value of thinned chains is uniform, too; that of all their draws is not."""
+    draws = chains(KEY, 0.7, 200 * 8, 400, 2)["posterior"]["x"].values.reshape(200, 8, 400, 2)
+    thinned = [np.asarray(thin(Draws(jnp.asarray(d), False)))[:80] for d in draws]
+    assert stats.kstest(run_tests(np.stack(thinned), KEY)[2], "uniform").pvalue > FALSE_ALARM
+    assert stats.kstest(run_tests(draws[:, 0, :80], KEY)[2], "uniform").pvalue < FALSE_ALARM
+
+
+def test_an_energy_is_drawn_from():
+    """Both sides are energies: the same one is not told apart, and another one is; chains are thinned."""
+    p = gaussian(0, "draws of an energy")
+    same = kernel_stein_discrepancy(p, gaussian(0, "energy"), KEY)
+    other = kernel_stein_discrepancy(p, gaussian(1, "energy"), KEY)
+    assert same.pvalue > 1e-3 >= other.pvalue and other.value > 5 * other.stderr
+    assert same.num_rows < 4000
+
+
+def test_score_terms():
+    """A score network that is that of the standard normal law."""
+    x = RNG.normal(size=(200, 2))
+    found = kernel_stein_discrepancy(x, SCORE, KEY)
+    normal = kernel_stein_discrepancy(x, dist.Normal(0.0, 1.0).expand([2]).to_event(1), KEY)
+    np.testing.assert_allclose(found, normal, rtol=1e-4)
+
+
+SPHERE = Energy(on(constraints.sphere, lambda x: x[:, 0], 3), {}, np.eye(3))
+CIRCLE = Energy(on(constraints.circular, jnp.cos), {}, np.zeros(3))
+CUSP = Energy(on(constraints.real, lambda x: -jnp.sqrt(jnp.abs(x))), {}, np.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: kernel_stein_discrepancy(np.eye(3), SPHERE, KEY),
+            NotImplementedError,
+            "of site 'x', a sphere",
+        ),
+        (lambda: kernel_stein_discrepancy(np.ones(5), CIRCLE, KEY), NotImplementedError, "support of site 'x'"),
+        (
+            lambda: kernel_stein_discrepancy(np.arange(5.0), CUSP, KEY),
+            ValueError,
+            "q is not finite at p's row 0",
+        ),
+        (lambda: kernel_stein_discrepancy(np.ones(5), CUSP, KEY), ValueError, "give kernel_stein_discrepancy a bandw"),
+        (lambda: kernel_stein_discrepancy(np.arange(3.0), CUSP, KEY), ValueError, "at least four independent rows"),
+        (lambda: kernel_stein_discrepancy(np.ones(5), CUSP, KEY, bandwidth=-1.0), ValueError, "positive bandwidth"),
+        (lambda: kernel_stein_discrepancy(np.ones(5), CUSP, KEY, num_bootstrap=0), ValueError, "num_bootstrap of at"),
+        (
+            lambda: kernel_stein_discrepancy(np.array([0.0, 0.5, 1.0, 0.2]), dist.Uniform(0.0, 1.0), KEY),
+            ValueError,
+            "boundary of the support, is not finite at p's rows 0, 2",
+        ),
+    ],
+)
+def test_refused(call, error, message):
+    """Each with its site, argument or rows."""
+    with pytest.raises(error, match=message):
+        call()
