@@ -194,12 +194,14 @@ def wine_case(key, num_steps, models, num_particles):
     x = jax.random.permutation(order_key, wine_rows())
     test, train = x[: len(x) // 5], x[len(x) // 5 :]
     objectives = {
-        "Fisher (ISM)": ScoreMatching(wine_model, loss=ISM()),
-        "KL (PCD)": ScoreMatching(wine_model, loss=PCD(500, 10, kernel=MALA(step_size=0.05)), num_steps=num_steps),
+        "Fisher (ISM)": dict(loss=ISM()),
+        "KL (PCD)": dict(loss=PCD(500, 10, kernel=MALA(step_size=0.05)), num_steps=num_steps),
     }
     fits = {
-        f"{name}, {objective}": matching.run(fit_key, train, quartic=quartic, progress_bar=False)
-        for objective, matching in objectives.items()
+        f"{name}, {objective}": ScoreMatching(wine_model, **settings).run(
+            fit_key, train, quartic=quartic, progress_bar=False
+        )
+        for objective, settings in objectives.items()
         for name, quartic in models.items()
     }
     z_keys = dict(zip(fits, jax.random.split(z_key, len(fits)), strict=True))
