@@ -219,7 +219,7 @@ def wine_table(found):
             "log_likelihood": "log_likelihood_se", "log_likelihood_diff": "log_likelihood_dse",
             "score": "score_se", "score_diff": "score_dse",
         }  # fmt: skip
-        cells = [f"{r[value]:.1f} ± {r[error]:.1f}" for value, error in pairs.items()]
+        cells = [f"{r[value] + 0.0:.1f} ± {r[error]:.1f}" for value, error in pairs.items()]
         lines.append(f"| {name} | {r['seconds']:.1f} | {r['compile_seconds']:.1f} | {' | '.join(cells)} |")
     return [*lines, "", *found.lines]
 
