@@ -11,6 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+import xarray as xr
 from flax import nnx
 from numpyro.contrib.module import nnx_module
 from numpyro.distributions import constraints
@@ -95,7 +96,7 @@ def runs():
 def test_groups_of_a_fit(data):
     """Four groups at most: no log likelihood of an unnormalised density, and no group is empty."""
     assert names(data) == {"posterior", "observed_data", "score_matching"}
-    assert type(data).__name__ == ("InferenceData" if OLD else "DataTree")
+    assert isinstance(data, az.InferenceData if OLD else xr.DataTree)
 
 
 def test_draws_of_a_fit(data, fit):

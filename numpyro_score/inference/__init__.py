@@ -8,6 +8,7 @@ from numpyro_score.inference.adversarial import (
 )
 from numpyro_score.inference.calibration import adjust_draws, calibrated_learning_rate
 from numpyro_score.inference.closed_form import ClosedFormError, Coordinates, FlatObjectiveError, Quadratic
+from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.generalized import (
     LOSS_SITE,
     GeneralizedModel,
@@ -35,6 +36,7 @@ __all__ = [
     "Curvature",
     "DefaultLoss",
     "DenoisingGenerator",
+    "FitCost",
     "FlatObjectiveError",
     "GeneralizedModel",
     "GeneratorResult",

@@ -23,6 +23,7 @@ from numpyro_score._check import evaluate_for_check
 from numpyro_score.energy import Energy
 from numpyro_score.flows.dynamics import DynamicsFlow, Trajectory, as_pytree
 from numpyro_score.flows.fit import FlowFunction, LearnedFlow, build_flow, flow_params, flow_step
+from numpyro_score.inference.cost import FitCost, with_cost
 from numpyro_score.inference.generalized import LOSS_SITE, prior_model
 from numpyro_score.inference.loop import (
     NonFiniteLossError,
@@ -70,6 +71,7 @@ class AdversarialResult:
         energy: the model bound to its estimates, on all rows of its data.
         flow: the fitted flow, along the energy's score.
         interrupted: whether Ctrl-C ended the fit early.
+        cost: seconds, memory and evaluations of the density that the run took.
     """
 
     params: dict[str, Any]
@@ -81,6 +83,7 @@ class AdversarialResult:
     energy: Energy
     flow: DynamicsFlow
     interrupted: bool = False
+    cost: FitCost | None = None
 
     @cached_property
     def estimates(self) -> dict[str, Any]:
@@ -210,6 +213,7 @@ class AdversarialDynamicsEmbedding:
         """`flow_steps` steps of the flow and one of the model; the terms are those of the last simulation."""
         return self._update(state, self._flow_optim(self.num_steps, 0), args, kwargs)
 
+    @with_cost
     def run(
         self,
         rng_key: Array | None = None,
@@ -272,6 +276,11 @@ class AdversarialDynamicsEmbedding:
             flow,
             interrupted,
         )
+
+    def _evaluations(self, fit: AdversarialResult) -> float:
+        """In one step, for each row: one at the row, and of each draw T + 1 along its flow and one in θ's step."""
+        draws = self.num_samples * (self.flow_steps * (fit.flow.num_steps + 1) + 1)
+        return 1 + draws / fit.energy.num_rows
 
     # -- one step -------------------------------------------------------------------------------------------------
 

@@ -125,9 +125,7 @@ class GeneralizedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the loss is a factor of its own."""
-        learning_rate = self.learning_rate
-        if isinstance(learning_rate, str):
-            learning_rate = self._calibrated(args, kwargs, lambda: np.asarray(self.energy(*args, **kwargs).data))
+        learning_rate = self.rate(*args, **kwargs)
         value, energy = _run_parameters(self.model, self.data, args, kwargs)
         if energy.is_concrete:
             energy.check()
@@ -144,6 +142,12 @@ class GeneralizedModel:
             energy.params[name].update(new)  # in place, as NumPyro's mutable sites take a new value
         numpyro.factor(LOSS_SITE, -learning_rate * total)
         return value
+
+    def rate(self, *args: Any, **kwargs: Any) -> Any:
+        """β for these arguments of the model: the number given, or the calibrated one."""
+        if not isinstance(self.learning_rate, str):
+            return self.learning_rate
+        return self._calibrated(args, kwargs, lambda: np.asarray(self.energy(*args, **kwargs).data))
 
     def energy(self, *args: Any, **kwargs: Any) -> Energy:
         """The energy at parameters drawn from the prior: for what does not depend on them, such as the data."""

@@ -43,7 +43,10 @@ def optax_optimizer(transformation: optax.GradientTransformation, no_line_search
     optim = optax_to_numpyro(transformation)
     update = optax.with_extra_args_support(transformation).update
 
+    optim.searches = False  # whether it has evaluated the loss at points of its own
+
     def value_fn(fn: Callable[[Any], tuple[Any, Any]], params: Any) -> Any:
+        optim.searches = True
         if no_line_search is not None:
             raise NotImplementedError(
                 f"The optimiser searches along a line for a smaller loss, but {no_line_search}: use optax.adam or "

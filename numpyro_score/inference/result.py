@@ -17,6 +17,7 @@ from numpyro.infer.autoguide import AutoDelta, AutoGuide
 
 from numpyro_score.energy import Energy
 from numpyro_score.inference.calibration import calibrated_learning_rate
+from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.influence import diagonal_stderr, influence
 from numpyro_score.inference.sandwich import (
     MAX_PARAMETERS,
@@ -30,6 +31,7 @@ from numpyro_score.inference.sandwich import (
 
 if TYPE_CHECKING:
     from numpyro_score.inference.score_matching import ScoreMatching
+    from numpyro_score.normaliser import LogPartition
 
 __all__ = ["ScoreMatchingResult"]
 
@@ -47,6 +49,7 @@ class ScoreMatchingResult:
         svi: the :class:`~numpyro_score.ScoreMatching` that made the fit.
         args, kwargs: the model's arguments.
         interrupted: whether Ctrl-C ended the fit early.
+        cost: seconds, memory and evaluations of the density that the run took.
     """
 
     params: dict[str, Any]
@@ -56,6 +59,7 @@ class ScoreMatchingResult:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     interrupted: bool = False
+    cost: FitCost | None = None
 
     def __repr__(self) -> str:
         shapes = {k: jax.tree.map(jnp.shape, v) for k, v in self.params.items()}
@@ -183,11 +187,16 @@ class ScoreMatchingResult:
 
         return {**draws, **jax.vmap(run)(draws)} if names else draws
 
-    def to_arviz(self, rng_key: Array | None = None, num_samples: int = 1000) -> Any:
+    def to_arviz(
+        self,
+        rng_key: Array | None = None,
+        num_samples: int = 1000,
+        log_partition: LogPartition | float | None = None,
+    ) -> Any:
         """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
         from numpyro_score.diagnostics import to_arviz  # the diagnostics stand on top of the fits
 
-        return to_arviz(self, rng_key=rng_key, num_samples=num_samples)
+        return to_arviz(self, rng_key=rng_key, num_samples=num_samples, log_partition=log_partition)
 
     @cached_property
     def _latents(self) -> dict[str, Any]:

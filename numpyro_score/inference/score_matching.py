@@ -25,12 +25,14 @@ from numpyro.infer.autoguide import (
     AutoSurrogateLikelihoodDAIS,
 )
 from numpyro.infer.util import transform_fn
+from numpyro.optim import Minimize
 
 from numpyro_score._arguments import join_arrays, split_arrays
 from numpyro_score._check import evaluate_for_check
 from numpyro_score.energy import Energy
 from numpyro_score.inference.calibration import calibrated_fit
 from numpyro_score.inference.closed_form import ClosedFormError, FlatObjectiveError, solve
+from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
 from numpyro_score.inference.generalized import generalized_bayes, prior_model
 from numpyro_score.inference.loop import (
@@ -55,15 +57,16 @@ class DefaultLoss:
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
-        return self._choose(energy)(energy, rng_key)
+        return self.of_dimension(energy.dim)(energy, rng_key)
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """As of the loss chosen."""
-        return self._choose(energy).rows_per_chunk(energy)
+        return self.of_dimension(energy.dim).rows_per_chunk(energy)
 
     @staticmethod
-    def _choose(energy: Energy) -> ISM | SSM:
-        return ISM() if energy.dim <= 64 else SSM()
+    def of_dimension(dim: int) -> ISM | SSM:
+        """The loss for rows of so many numbers."""
+        return ISM() if dim <= 64 else SSM()
 
 
 class ScoreMatching(SVI):
@@ -188,6 +191,7 @@ class ScoreMatching(SVI):
             raise ValueError(f"init_params has {sorted(unknown)}, but the param sites are {sorted(known)}: use these.")
         return state
 
+    @with_cost
     def run(
         self,
         rng_key: Array | None = None,
@@ -282,6 +286,20 @@ class ScoreMatching(SVI):
         params = {**self.get_params(svi_state), **mutable}
         return self.loss.loss(jax.random.split(svi_state.rng_key)[1], params, self.model, self.guide, *args, **kwargs)
 
+    def _evaluations(self, fit: ScoreMatchingResult) -> float | None:
+        """Evaluations of the density in one step, for each row.
+
+        None for a closed form, and where it is not known: searches along a line, and several fits to calibrate β.
+        """
+        searches = isinstance(self.optim, Minimize) or getattr(self.optim, "searches", False)
+        if searches or isinstance(self.learning_rate, str) or int(fit.state.optim_state[0]) == 0:
+            return None
+        dim, num_rows = self._shape
+        loss = self.score_loss
+        if isinstance(loss, DefaultLoss):
+            loss = loss.of_dimension(dim)
+        return evaluations_per_row(loss, dim, num_rows)
+
     def _check_memory(self, state: Any) -> None:
         # NumPyro would start the memory anew in every step.
         if hasattr(self.score_loss, "advance") and not state.mutable_state:
@@ -291,6 +309,7 @@ class ScoreMatching(SVI):
             )
 
     def _check(self, energy: Energy) -> None:
+        self._shape = energy.dim, energy.num_rows  # of a step's data
         if energy.is_concrete:
             energy.check(self._evaluate)
             check_settings(self.score_loss, energy)

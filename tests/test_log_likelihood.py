@@ -1,0 +1,132 @@
+"""Normalised log likelihoods for ArviZ, and the refusal of others."""
+
+import functools
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.distributions import constraints
+from numpyro.infer import MCMC, NUTS
+from scipy.stats import norm
+
+from numpyro_score import SSM, ScoreMatching, generalized_bayes, log_partition, to_arviz
+from numpyro_score.inference import SandwichError
+from numpyro_score.normaliser import LogPartition
+from tests.models import improper
+
+KEY = jax.random.key(0)
+N = 100
+# Normal quantiles in random order: no row is an outlier.
+X = np.stack([np.random.default_rng(s).permutation(norm.ppf((np.arange(N) + 0.5) / N)) for s in (1, 2)], -1) * [1, 0.5]
+
+
+def model(x):
+    tau = numpyro.param("tau", jnp.ones(2), constraint=constraints.positive)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(2), obs=x)
+        numpyro.factor("energy", -0.5 * jnp.sum(tau * x**2, axis=-1))
+
+
+@functools.cache
+def fit():
+    return ScoreMatching(model).run(KEY, jnp.asarray(X), progress_bar=False)
+
+
+@functools.cache
+def data():
+    """With log Z by quadrature."""
+    return fit().to_arviz(jax.random.key(2), num_samples=1000, log_partition=log_partition(fit()))
+
+
+def exact(tau, x):
+    """log N(x; 0, 1/τ) of each draw and row."""
+    tau, x = np.float64(tau)[..., None, :], np.float64(x)
+    return (0.5 * np.log(tau / (2 * np.pi)) - 0.5 * tau * x**2).sum(-1)
+
+
+def test_log_likelihood_is_normalised_at_every_draw():
+    """log Z of each draw by importance sampling from the fitted model, within 5 of its standard errors."""
+    group = data()["log_likelihood"]
+    expected = exact(data()["posterior"]["tau"], X)
+    assert group["x"].dims == ("chain", "draw", "row") and group["x"].shape == expected.shape == (4, 250, N)
+    error = group.attrs["log_partition_ratio_stderr"]
+    assert 0 < error < 0.05
+    np.testing.assert_allclose(group["x"], expected, atol=5 * error + 1e-4)
+    # Normalised only at the estimates, it would be off by much more.
+    tau, at = np.float64(data()["posterior"]["tau"]), np.float64(fit().estimates["tau"])
+    assert np.abs(0.5 * np.log(tau / at).sum(-1)).max() > 10 * error
+    np.testing.assert_allclose(group.attrs["log_partition"], -0.5 * np.log(at / (2 * np.pi)).sum(), atol=1e-3)
+    assert 0 <= group.attrs["log_partition_stderr"] < 1e-3
+
+
+def test_loo_of_a_normalised_fit():
+    """ArviZ's estimate is near the exact log likelihood minus two parameters."""
+    loo = az.loo(data(), pointwise=True)
+    elpd, p = (loo.elpd, loo.p) if hasattr(loo, "elpd") else (loo.elpd_loo, loo.p_loo)
+    pointwise = exact(np.asarray(fit().estimates["tau"]), X)
+    assert abs(elpd - (pointwise.sum() - p)) < 1.0 and 0.5 < p < 5
+    assert not loo.warning
+
+
+@pytest.mark.parametrize("source", ["fit", "mcmc"])
+def test_loo_of_an_unnormalised_fit_is_refused(source):
+    """By our message, in ArviZ's own functions of both generations; everything else works as before."""
+    if source == "fit":
+        found = fit().to_arviz(num_samples=100)
+    else:
+        found = to_arviz(mcmc())
+    with pytest.raises(TypeError, match=r"the density is unnormalised.*hyvarinen_loo"):
+        az.loo(found)
+    assert not hasattr(found, "something_else")
+    assert len(az.summary(found)) == 2
+
+
+@functools.cache
+def mcmc():
+    def bayesian(x):
+        tau = numpyro.sample("tau", dist.HalfNormal(5.0).expand([2]).to_event(1))
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(2), obs=x)
+            numpyro.factor("energy", -0.5 * jnp.sum(tau * x**2, axis=-1))
+
+    run = MCMC(NUTS(generalized_bayes(bayesian, SSM())), num_warmup=50, num_samples=50, progress_bar=False)
+    run.run(KEY, jnp.asarray(X))
+    return run
+
+
+def test_log_partition_where_it_does_not_belong(unchecked):
+    """MCMC runs have no estimates; a fit without draws has nothing to normalise."""
+    with pytest.raises(TypeError, match="an MCMC run has none"):
+        to_arviz(mcmc(), log_partition=0.0)
+
+    def flat(x):
+        tau = numpyro.param("tau", jnp.ones(2), constraint=constraints.positive)
+        other = numpyro.param("other", 1.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(2), obs=x)
+            numpyro.factor("energy", -0.5 * jnp.sum(tau * x**2, axis=-1) + other)
+
+    found = ScoreMatching(flat, optim=optax.adam(0.1), num_steps=5).run(KEY, jnp.asarray(X), progress_bar=False)
+    with pytest.raises(SandwichError):
+        found.to_arviz(log_partition=LogPartition(0.0, 0.0, "smc", {}))
+
+
+def test_draws_that_cannot_be_normalised_are_found():
+    """A linear model of the precision whose draws reach below zero."""
+
+    def linear(x):
+        tau = numpyro.param("tau", 1.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(1), obs=x)
+            numpyro.factor("energy", -0.5 * tau * x[:, 0] ** 2)
+
+    x = jnp.asarray(np.random.default_rng(4).standard_t(1.2, size=(12, 1)))
+    found = ScoreMatching(linear).run(KEY, x, progress_bar=False)
+    assert found.stderr()["tau"] > 0.3 * found.estimates["tau"]
+    with pytest.raises(ValueError, match=r"At draw \d+ of the parameters: The density is not normalisable"):
+        found.to_arviz(num_samples=400, log_partition=log_partition(found))
