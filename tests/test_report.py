@@ -352,6 +352,8 @@ def test_reasons_are_given(tmp_path):
     assert "Score field over the data: not drawn. plot_score_field draws one density" in text
     assert read.tables[0][1][2] == "–"
     verdicts = {row[0]: row[2] for row in read.tables[1][1:]}
+    found = {row[0]: row[1] for row in read.tables[1][1:]}
+    assert found["Sandwich eigenvalues"].strip() == "as for: Gradient at the end."
     assert verdicts["Gradient at the end"] == verdicts["Draws of the model"] == "? not known"
     assert read.answer("Did it converge?") == "Not known: 5 steps are too few to see a trend."
 
@@ -366,7 +368,8 @@ def test_report_of_an_adversarial_fit(tmp_path):
     )  # fmt: skip
     read = Reader(report(fit, tmp_path / "fit.html", num_samples=0).read_text())
     assert read.answer("By which loss").endswith("(adversarial dynamics embedding), 200 steps.")
-    assert read.answer("Did it converge?").startswith("Yes: over the last tenth of 200 steps the data term less bound")
+    answer = "As far as can be seen, yes: over the last tenth of 200 steps the data term less bound"
+    assert read.answer("Did it converge?").startswith(answer)
     assert [row[2] for row in read.tables[0][1:]] == ["–"] * 3
     assert "Objective by step" in pictures(read)
 
@@ -376,7 +379,7 @@ def test_warnings_are_repeated(tmp_path):
     read = Reader(report(moved(fitted(), 9.0), tmp_path / "fit.html", num_samples=0).read_text())
     assert "Warnings on the way" in read.text
     assert any("The fit has not converged: the minimum is" in text for text in read.text)
-    assert read.answer("Can it be trusted?").startswith("No, not before this is mended: Gradient at the end.")
+    assert read.answer("Can it be trusted?").startswith("Not as it is: see Gradient at the end.")
 
 
 def test_what_is_refused(unchecked, tmp_path):

@@ -59,12 +59,14 @@ def converged(fit: Fit, checks: list[Check]) -> str:
     """Whether the fit converged, in one sentence, from its first checks."""
     by_name = {c.question: c for c in checks}
     gradient, trend = by_name.get("Gradient at the end"), by_name["End of the fit"]
-    start = "Ctrl-C ended the fit early. " if fit.interrupted else ""
-    decisive = trend if gradient is None or gradient.verdict == "unknown" else gradient
-    answer = {"good": "Yes", "look": "Nearly", "bad": "No", "unknown": "Not known"}[decisive.verdict]
-    if isinstance(fit, ScoreMatchingResult) and solved_at_once(fit) and decisive.verdict == "good":
-        return f"Yes: the objective is quadratic in the parameters and was solved in closed form; {decisive.found}"
-    return f"{start}{answer}: {decisive.found}"
+    early = "Ctrl-C ended the fit early. " if fit.interrupted else ""
+    if gradient is None or gradient.verdict == "unknown":  # no news of the minimum itself
+        answer = {"good": "As far as can be seen, yes", "look": "Not yet", "unknown": "Not known"}[trend.verdict]
+        return f"{early}{answer}: {trend.found}"
+    answer = {"good": "Yes", "look": "Nearly", "bad": "No"}[gradient.verdict]
+    if isinstance(fit, ScoreMatchingResult) and solved_at_once(fit) and answer == "Yes":
+        return f"Yes: the objective is quadratic in the parameters and was solved in closed form; {gradient.found}"
+    return f"{early}{answer}: {gradient.found}"
 
 
 def short(value: float) -> str:
@@ -137,6 +139,8 @@ def _sandwich(fit: ScoreMatchingResult) -> tuple[str, str]:
     moved = errors > 0
     if not moved.any():
         return "the data move no parameter.", "bad"
+    if len(errors) == 1:
+        return "there is one parameter, and the data determine it.", "good"
     values = np.linalg.eigvalsh(covariance[np.ix_(moved, moved)] / np.outer(errors[moved], errors[moved]))
     found = f"correlations of the {moved.sum()} estimates have eigenvalues {short(values[0])} to {short(values[-1])}."
     if not moved.all():
@@ -149,7 +153,8 @@ def _influence(fit: ScoreMatchingResult) -> tuple[str, str]:
     names, share = shares(fit)
     row, parameter = np.unravel_index(np.argmax(share), share.shape)
     largest = share[row, parameter]
-    found = f"row {row} moves {names[parameter]} by {largest:.2g} standard errors, {largest**2:.0%} of its variance."
+    percent = short(100 * largest**2)
+    found = f"row {row} moves {names[parameter]} by {largest:.2g} standard errors, {percent}% of its variance."
     return found, "good" if largest**2 <= 0.25 else "look" if largest**2 <= 0.5 else "bad"
 
 

@@ -40,12 +40,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[
     return tag("div", tag("table", tag("thead", line("th", head)), body), class_="wide")
 
 
-def picture(figure: Any, caption: str) -> Markup:
-    """A Matplotlib figure as a PNG inside the page."""
+def picture(figure: Any, caption: str, *, broad: bool = False) -> Markup:
+    """A Matplotlib figure as a PNG inside the page; a broad one takes all columns."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return tag("figure", tag("img", src=source, alt=caption, decoding="sync"), tag("figcaption", caption))
+    image = tag("img", src=source, alt=caption, decoding="sync")
+    return tag("figure", image, tag("figcaption", caption), **({"class_": "broad"} if broad else {}))
 
 
 def page(title: str, *body: Markup) -> str:
@@ -70,7 +71,8 @@ td { overflow-wrap: break-word; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1rem; margin: 0; }
 dt { font-weight: 600; }
 dd { margin: 0; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); gap: 0 2rem; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); gap: 0 2rem;
+  grid-auto-flow: dense; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.15rem 0.5rem; border-bottom: 1px solid #ccc; text-align: left; vertical-align: top; }
@@ -82,6 +84,7 @@ th { border-bottom-color: #111; }
 .bad { color: #a33b00; }
 .unknown, .note { color: #555; }
 figure { margin: 0.5rem 0; }
+.broad { grid-column: 1 / -1; max-width: 60rem; }
 img { max-width: 100%; height: auto; }
 figcaption { color: #333; font-size: 0.93em; }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dt { margin-top: 0.3rem; } }

@@ -183,7 +183,7 @@ def _trust(checks: list[Check]) -> str:
     unknown = f" {plural(count['unknown'], 'check')} could not be made." if count["unknown"] else ""
     if count["bad"]:
         names = ", ".join(c.question for c in checks if c.verdict == "bad")
-        return f"No, not before this is mended: {names}.{unknown}"
+        return f"Not as it is: see {names}.{unknown}"
     if count["look"]:
         names = ", ".join(c.question for c in checks if c.verdict == "look")
         return f"With care: {count['good']} of {known} checks are good; look at: {names}.{unknown}"
@@ -191,7 +191,11 @@ def _trust(checks: list[Check]) -> str:
 
 
 def _check_table(checks: list[Check]) -> Markup:
+    first = {c.found: c.question for c in reversed(checks)}
+
     def row(c: Check) -> tuple[Any, ...]:
+        if first[c.found] != c.question:
+            c = c._replace(found=f"as for: {first[c.found]}.")
         found = tag("span", c.found, " ", tag("span", c.detail, class_="note"))
         return c.question, found, tag("span", _WORDS[c.verdict], class_=f"verdict {c.verdict}")
 
@@ -235,7 +239,7 @@ def _numbers(tree: Any) -> list[tuple[str, float]]:
 def _pictures(fit: Fit, samples: Any) -> list[Markup]:
     """The pictures that can be drawn of this fit; one that cannot says why."""
     energy, wide = fit.energy, isinstance(fit, AdversarialResult)
-    found = [_draw("Objective by step", lambda ax: plot_losses(fit, ax=ax), (1, 2 if wide else 1))]
+    found = [_draw("Objective by step", lambda ax: plot_losses(fit, ax=ax), (1, 1 + wide), 6.0 + 6.0 * wide)]
     if energy.dim <= 2 and energy.has_density:
         found.append(_draw("Data and fitted density", lambda ax: plot_density(energy, ax=ax)))
     if energy.dim == 2:
@@ -259,7 +263,7 @@ def _draw(caption: str, plot: Callable[[Any], Any], shape: tuple[int, int] = (1,
     reason = _or_reason(lambda: plot(axes))
     if isinstance(reason, str):
         return tag("p", f"{caption}: not drawn. {reason}", class_="note")
-    return picture(figure, caption)
+    return picture(figure, caption, broad=width > 6)
 
 
 def _moments(fit: Fit, samples: Any) -> Markup:

@@ -132,17 +132,14 @@ def plot_influence(
     axes.vlines(np.arange(n), 0, largest, color=GREY, linewidth=0.6)
     axes.plot(np.arange(n), largest, "o", color=BLUE, markersize=3, label="rows")
     axes.axhline(n**-0.5, color=BLACK, linestyle="--", linewidth=1, label=f"equal shares, 1/√{n}")
-    for row in np.argsort(-largest)[:3]:
-        left = row > n / 2
-        axes.annotate(
-            f"row {row}, {names[parameter[row]]}", (row, largest[row]), (-5 if left else 5, 3),
-            textcoords="offset points", ha="right" if left else "left",
-        )  # fmt: skip
-    axes.set(
-        xlabel="row", ylabel="largest influence, in standard errors", title="Influence of rows",
-        ylim=(0, 1.35 * largest.max()),
-    )  # fmt: skip
-    axes.legend(loc="upper center", ncols=2, frameon=False)  # above the names of rows
+    most = np.argsort(-largest)[:3]
+    for row in most:
+        axes.annotate(str(row), (row, largest[row]), (3, 2), textcoords="offset points")
+    named = "\n".join(f"row {row}: {names[parameter[row]]}" for row in most)
+    axes.text(0.02, 0.97, named, transform=axes.transAxes, va="top")
+    axes.set(xlabel="row", ylabel="largest influence, in standard errors", title="Influence of rows")
+    axes.set_ylim(0, 1.45 * largest.max())  # the names and the legend are above the rows
+    axes.legend(loc="upper right", frameon=False)
     return axes
 
 
