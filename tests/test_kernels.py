@@ -258,6 +258,17 @@ def test_a_chain_that_runs_away_is_flagged_and_gives_no_number():
             assert np.isnan(draws[first + 1 :]).all()
 
 
+@pytest.mark.parametrize(
+    "potential",
+    [lambda x: -0.5 * jnp.sum(x**2), lambda x: jnp.sum(x**3), lambda x: x[0] ** 2 - x[1] ** 4, lambda x: -jnp.sum(x)],
+    ids=["normal", "cubic", "saddle", "exponential"],
+)
+def test_mala_refuses_a_density_without_a_normaliser(potential):
+    """Its chains would drift until nearly all steps are refused, and never be other than finite."""
+    with pytest.raises(ValueError, match=r"falls without bound.*no normaliser"):
+        MALA(potential_fn=potential, step_size=0.1).init(KEY, 0, jnp.ones(2))
+
+
 def test_mala_refuses_a_proposal_that_is_not_finite(x64):
     """The exponential law on x > 0, NaN elsewhere: refused and flagged, and the law is right."""
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 from numpyro.infer import init_to_uniform
@@ -14,6 +15,7 @@ from numpyro.infer import init_to_uniform
 from numpyro_score.kernels.base import Anchor, GradientKernel, KernelState, check_number
 from numpyro_score.kernels.langevin import (
     Chains,
+    ChainState,
     Evaluate,
     LogDensity,
     MomentumState,
@@ -23,9 +25,10 @@ from numpyro_score.kernels.langevin import (
     mala_step,
     sghmc_chains,
     sghmc_step,
+    start,
     start_with_momentum,
 )
-from numpyro_score.kernels.potential import ModelPotential
+from numpyro_score.kernels.potential import ModelPotential, is_concrete
 from numpyro_score.kernels.schedules import Schedule
 
 __all__ = ["MALA", "SGHMC", "SGLD", "RMSProp"]
@@ -186,8 +189,7 @@ class MALA(GradientKernel):
     [Roberts & Rosenthal 1998]; there h goes as D^(−1/3).
 
     A proposal whose energy or gradient is not finite is refused, with `accept_prob` 0, and this one draw is flagged
-    `diverging`. If the density has no normaliser, chains drift outwards until they are refused nearly always, without
-    a flag: look at `accept_prob` and R-hat.
+    `diverging`.
 
     Args:
         model: a NumPyro model without subsampled plates, or
@@ -199,7 +201,7 @@ class MALA(GradientKernel):
 
     Raises:
         ValueError: for a step size that is not positive, both or neither of `model` and `potential_fn`, discrete latent
-            sites, a subsampled plate, and an energy that is not finite at the start.
+            sites, a subsampled plate, an energy that is not finite at the start, and one that falls far away from it.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -241,8 +243,31 @@ class MALA(GradientKernel):
         # A model's random numbers, such as a loss's projections, are held fixed: one well-defined density.
         return super()._potential(target, jax.random.key(0), z)
 
+    def _start(self, evaluate: Evaluate, x: Array) -> ChainState:
+        chain = start(evaluate, x)
+        if is_concrete(chain):
+            _refuse_growth(evaluate, x.reshape(-1, x.shape[-1])[0])
+        return chain
+
     def _step(self, evaluate: Evaluate, rng_key: Array, state: KernelState, step_size: Array) -> KernelState:
         return state._replace(chain=mala_step(evaluate, rng_key, state.chain, step_size))
+
+
+def _refuse_growth(evaluate: Evaluate, x: Float[Array, "d"]) -> None:
+    """Raises ValueError if the density grows from 1e3 to 1e6 away from x, along the diagonal or one of the first axes.
+
+    Unadjusted chains run away there, and say so; a Metropolis step refuses to, and the chain looks like that of a law.
+    """
+    rays = jnp.concatenate([jnp.ones((1, len(x))), jnp.eye(len(x))[:3]])
+    rays = jnp.concatenate([rays, -rays])
+    near, far = np.split(np.asarray(evaluate(x + jnp.concatenate([1e3 * rays, 1e6 * rays]))[0]), 2)
+    grows = np.isfinite(near) & (far > near + 1e3)
+    if grows.any():
+        which = int(np.argmax(grows))
+        raise ValueError(
+            f"The potential energy falls without bound, from {-near[which]:.3g} to {-far[which]:.3g} between distances "
+            "of 1e3 and 1e6, so that the density has no normaliser: add a term or a prior that confines it."
+        )
 
 
 class SGHMC(_StochasticGradientKernel):
