@@ -7,6 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+import xarray as xr
 from models import counted_compilations, energy_of
 from numpyro.distributions import constraints
 from numpyro.infer import HMC, NUTS, BarkerMH
@@ -55,7 +56,7 @@ def test_dirichlet(compositions):
 def test_diagnostics_are_arviz(compositions):
     """R-hat and ESS of every number, as ArviZ computes them from the draws, and the kernel's statistics."""
     data = compositions[1]
-    assert type(data).__name__ == ("InferenceData" if OLD else "DataTree")
+    assert isinstance(data, az.InferenceData if OLD else xr.DataTree)
     np.testing.assert_allclose(
         data["r_hat"]["x"], az.rhat(data["posterior"].to_dataset() if not OLD else data.posterior)["x"]
     )
