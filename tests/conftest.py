@@ -4,6 +4,7 @@ The array shapes that the package's annotations state are checked under test: `a
 pyproject.toml installs jaxtyping's import hook before anything is imported.
 """
 
+import gc
 import os
 
 import jax
@@ -17,6 +18,9 @@ numpyro.set_host_device_count(2)  # for test_sharding.py; the rest runs on the f
 # the code as it is compiled for users, set XLA_FLAGS=--xla_backend_optimization_level=3.
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+# Tracing makes many small objects that live on: by default, to look for cycles among them takes a sixth of the time.
+gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture
