@@ -276,8 +276,9 @@ def _density(energy: Energy, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     found = jax.device_get(_evaluate(energy, jnp.asarray(padded, energy._dtype)))
     g, finite, resolved = (v[: len(u)] for v in found)
     # Beyond the floats the density is cut off, and _cut_off says what that costs.
-    g, resolved = np.where(finite, g, -np.inf), resolved & finite
     bad = np.isnan(g) | (g == np.inf)
+    beyond = ~finite | (bad & ~resolved)
+    g, resolved, bad = np.where(beyond, -np.inf, g), resolved & finite, bad & ~beyond
     if bad.any():
         raise _NotANumberError(
             f"The log density is {g[bad][0]} at the free coordinates {u[bad][0]}: write the factor so that it is a "
