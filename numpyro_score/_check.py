@@ -16,7 +16,27 @@ from numpyro_score import _layout, _supports
 if TYPE_CHECKING:
     from numpyro_score.energy import Energy
 
-__all__ = ["check", "evaluate_for_check"]
+__all__ = ["by_name", "check", "evaluate_for_check"]
+
+
+def by_name(layout: _layout.Layout, values: Any) -> dict[str, Any]:
+    """Data of all sites, given as {name: array}, or as one array where there is one site.
+
+    Raises:
+        TypeError: for one array where there are several sites.
+        ValueError: if sites are missing or empty, or names are not the model's.
+    """
+    names = [a.name for a in layout.arrays]
+    if not isinstance(values, dict):
+        if len(names) > 1:
+            raise TypeError(f"The data are several sites: pass a dict with {names}.")
+        values = {names[0]: values}
+    if set(values) != set(names):
+        raise ValueError(f"The data have {sorted(values)}, and the model's sites are {names}: pass all of these.")
+    for name in names:
+        if np.size(values[name]) == 0:
+            raise ValueError(f"Data '{name}' are empty, of shape {np.shape(values[name])}: pass at least one row.")
+    return values
 
 
 def check(energy: Energy, evaluate: Callable[[Energy], Any] | None = None) -> None:

@@ -203,14 +203,12 @@ class Energy:
 
         Rows hold the data as they are where these are real, bounded coordinate by coordinate, or on a sphere; √x for x
         on a simplex; and unconstrained coordinates by NumPyro's `biject_to` for any other support.
+
+        Raises:
+            TypeError, ValueError: if sites are missing, empty, or not the model's.
         """
-        arrays = self._layout.arrays
-        if not isinstance(values, dict):
-            if len(arrays) > 1:
-                raise TypeError(f"The data are several sites: pass a dict with {[a.name for a in arrays]}.")
-            values = {arrays[0].name: values}
-        columns = []
-        for a in arrays:
+        values, columns = _check.by_name(self._layout, values), []
+        for a in self._layout.arrays:
             value = a.support.to_coordinates(jnp.asarray(values[a.name], self._dtype))
             columns.append(_layout.rows_first(value, a.row_axes))
         return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)

@@ -224,6 +224,15 @@ def positive(x):
         numpyro.sample("x", dist.HalfNormal(1.0).expand([1]).to_event(1), obs=x)
 
 
+def regression(x, z):
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(1), obs=x)
+        numpyro.factor("energy", -0.5 * (x[:, 0] - z) ** 2)
+
+
+REGRESSION = Energy(regression, {}, TRAIN, TRAIN[:, 0] + 1.0)
+
+
 @pytest.mark.parametrize(
     ("fits", "data", "error", "message"),
     [
@@ -232,6 +241,10 @@ def positive(x):
         ({"a": at(0.0, 1.0), "b": Energy(positive, {}, abs(TRAIN))}, NEW, ValueError, "on the same support"),
         ({"a": at(0.0, 1.0), "b": at(0.0, 2.0)}, NEW * np.nan, ValueError, "Fit 'a' cannot take the data"),
         ({"a": at(0.0, 1.0), "b": gaussian}, NEW, TypeError, "Fit 'b' is a function"),
+        ([at(0.0, 1.0), at(0.0, 2.0)], NEW, TypeError, "takes fits by name, got a list"),
+        ({"a": at(0.0, 1.0), "b": at(0.0, 2.0)}, NEW[:0], ValueError, "Data 'x' are empty"),
+        ({"a": at(0.0, 1.0), "b": at(0.0, 2.0)}, {"y": NEW}, ValueError, "have .'y'., and the model's sites are .'x'."),
+        ({"a": at(0.0, 1.0), "b": REGRESSION}, NEW, NotImplementedError, "Rows of fit 'b' differ in density"),
     ],
 )
 def test_fits_that_cannot_be_compared(fits, data, error, message, unchecked):

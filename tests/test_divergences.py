@@ -338,6 +338,8 @@ MASKED = Energy(masked, {}, np.ones((3, 1)), np.array([0.0, 1.0, 2.0]))
         (lambda: fisher_divergence(np.array([[0.0, np.nan]] * 3), NORMAL), ValueError, "p have NaN or infinity in"),
         (lambda: fisher_divergence(np.zeros((5, 3)), NORMAL), ValueError, "have 3 numbers"),
         (lambda: fisher_divergence(np.zeros((1, 2)), NORMAL), ValueError, "at least two rows"),
+        (lambda: fisher_divergence(np.zeros((0, 2)), NORMAL), ValueError, "are empty, of shape"),
+        (lambda: mmd(np.zeros((0, 2)), ROWS), ValueError, "p is empty, of shape"),
         (lambda: mmd(ROWS, ROWS), ValueError, "give mmd a bandwidth"),
         (lambda: mmd(ROWS, ROWS[:, :1]), ValueError, "rows of 2 numbers and q of 1"),
         (lambda: kernel_stein_discrepancy(NORMAL, ROWS, KEY), TypeError, "needs the density of q"),

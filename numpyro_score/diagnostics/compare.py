@@ -134,6 +134,7 @@ def compare(
 
     Raises:
         TypeError: for anything but a fit or an energy.
+        NotImplementedError: for models whose rows differ in density, e.g. by covariates.
         ValueError: for fewer than two fits, fits of different data, data that these cannot take, or a log Z that
             belongs to none of them or cannot be estimated.
 
@@ -195,6 +196,8 @@ def compare(
 
 
 def _energies(fits: Mapping[str, Fit], log_partition: dict[str, Any]) -> dict[str, Energy]:
+    if not isinstance(fits, Mapping):
+        raise TypeError(f'compare takes fits by name, got a {type(fits).__name__}: write {{"ism": fit1, "pcd": fit2}}.')
     if len(fits) < 2:
         raise ValueError(
             f"compare needs two fits or more, got {len(fits)}: for one, use hyvarinen_score and kl_divergence."
@@ -205,6 +208,12 @@ def _energies(fits: Mapping[str, Fit], log_partition: dict[str, Any]) -> dict[st
     if unknown := sorted(set(log_partition) - set(fits)):
         raise ValueError(f"log_partition has '{unknown[0]}', which is no fit: the fits are {sorted(fits)}.")
     energies = {k: fit if isinstance(fit, Energy) else fit.energy for k, fit in fits.items()}
+    for name, energy in energies.items():
+        if energy.num_rows > 1 and not energy.resizable:
+            raise NotImplementedError(
+                f"Rows of fit '{name}' differ in density (covariates, or a plate of fixed size), so that each has its "
+                "own normaliser: compare such fits by hyvarinen_score of their energies on the new rows."
+            )
     sites = {k: [(a.name, a.support.kind, e.dim) for a in e._layout.arrays] for k, e in energies.items()}
     first, *others = sites
     for name in others:

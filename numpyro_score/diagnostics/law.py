@@ -198,6 +198,8 @@ def _to_rows(law: Law, values: Any, space: Energy | None) -> Float[Array, "n d"]
         values = jnp.asarray(values, float)
         if values.ndim == 0:
             raise ValueError(f"{law.name} is the number {values}: pass an array of rows (N, D).")
+        if values.size == 0:
+            raise ValueError(f"{law.name} is empty, of shape {values.shape}: pass at least one row.")
         return values.reshape(len(values), -1)
     arrays = space._layout.arrays
     if not isinstance(values, dict):
