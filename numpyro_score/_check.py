@@ -77,9 +77,11 @@ def check(energy: Energy, evaluate: Callable[[Energy], Any] | None = None) -> No
         )
     what = "log density" if energy.has_density else "score"
     if bad := _rows_text(used & ~np.isfinite(f)):
+        rounded = any(a.support.kind in ("sphere", "simplex") for a in layout.arrays)
         raise ValueError(
             f"The {what} of {names} is not finite in {bad}: drop these rows, or start from other parameters "
-            "(init_params, or the guide's init_loc_fn)."
+            "(init_params, or the guide's init_loc_fn)"
+            + (", or divide the rows by their sum or norm, if it is off one by rounding." if rounded else ".")
         )
     # What is small at the data, such as a squared distance from a curve, may be rounding of larger numbers.
     tolerance = max(1e-4 * np.abs(f[used]).max(initial=0.0), 10 * np.finfo(f.dtype).eps * elsewhere)

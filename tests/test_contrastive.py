@@ -454,3 +454,11 @@ def test_state_without_chains():
     sm = ScoreMatching(one_parameter, optim=optax.adam(0.01), loss=LOSSES[1])
     with pytest.raises(ValueError, match=re.escape("init_state has no mutable_state, where PCD keeps its chains")):
         sm.run(KEY, x, init_state=state, progress_bar=False)
+
+
+def test_state_with_the_chains_of_another_loss():
+    x = jnp.asarray(RNG.normal(size=(20, 1)))
+    state = ScoreMatching(one_parameter, optim=optax.adam(0.01), loss=LOSSES[1]).init(KEY, x)
+    sm = ScoreMatching(one_parameter, optim=optax.adam(0.01), loss=ISM())
+    with pytest.raises(ValueError, match=r"init_state has the mutable sites \[.+\], and this fit has \[\]"):
+        sm.run(KEY, x, init_state=state, progress_bar=False)

@@ -164,6 +164,12 @@ def test_refused_models(x64):
         init(SGLD(mean_model, step_size=0.1, center={"mu": 0.0}), y, None)
     with pytest.raises(ValueError, match="center has values for 'nu', and the model's latent sites are 'mu'"):
         init(SGLD(mean_model, step_size=0.1, center={"nu": 0.0}), y, 5)
+    with pytest.raises(ValueError, match=r"center has shape \(2,\) for site 'mu', whose values have shape \(\)"):
+        init(SGLD(mean_model, step_size=0.1, center={"mu": np.zeros(2)}), y, 5)
+    with pytest.raises(ValueError, match="center has NaN or infinity for site 'mu'"):
+        init(SGLD(mean_model, step_size=0.1, center={"mu": np.nan}), y, 5)
+    with pytest.raises(TypeError, match="center must be a dict of values of the latent sites, got a float"):
+        SGLD(mean_model, step_size=0.1, center=1.0)
     with pytest.raises(ValueError, match="center needs a model"):
         SGLD(potential_fn=jnp.sum, step_size=0.1, center={"mu": 0.0})
 

@@ -377,6 +377,13 @@ def test_data_outside_of_the_support():
         (constraints.sphere, x, fisher, MU, "outside of the support.*unit sphere"),
         (constraints.simplex, x, dirichlet, np.ones(4), "outside of the support.*simplex"),
         (constraints.simplex, np.eye(3), dirichlet, 2 * np.ones(4), "not finite in rows 0, 1, 2"),
+        (
+            constraints.simplex,
+            (1 + 1e-5) * np.full((4, 3), 1 / 3),
+            dirichlet,
+            np.ones(4),
+            "divide the rows by their sum",
+        ),
         (constraints.ordered_vector, -np.sort(x), rugged, K, "outside of the support"),
     ]
     for support, data, f, theta, message in cases:

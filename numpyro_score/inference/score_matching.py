@@ -186,6 +186,7 @@ class ScoreMatching(SVI):
         )
         state = structure.init(rng_key, *args, init_params=init_params, **kwargs)
         self.constrain_fn = structure.constrain_fn
+        self._mutable = sorted(state.mutable_state or {})
         known = self.get_params(state)
         if unknown := set(init_params or ()) - set(known):
             raise ValueError(f"init_params has {sorted(unknown)}, but the param sites are {sorted(known)}: use these.")
@@ -306,6 +307,11 @@ class ScoreMatching(SVI):
             raise ValueError(
                 f"init_state has no mutable_state, where {type(self.score_loss).__name__} keeps its chains: pass a "
                 "state of a fit with this loss, or init_params=fit.params."
+            )
+        if (found := sorted(state.mutable_state or {})) != self._mutable:
+            raise ValueError(
+                f"init_state has the mutable sites {found}, and this fit has {self._mutable}: pass a state of a fit "
+                "with the same model and loss, or init_params=fit.params."
             )
 
     def _check(self, energy: Energy) -> None:

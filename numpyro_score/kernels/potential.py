@@ -87,6 +87,15 @@ class ModelPotential:
                 "give one for each."
             )
 
+    def check_values(self, values: dict[str, Array], what: str) -> None:
+        """Raises ValueError unless there is a finite value of the right shape for each latent site."""
+        self.check_names(values, what)
+        for name, site in self.latents.items():
+            if (found := values[name].shape) != (shape := jnp.shape(site["value"])):
+                raise ValueError(f"{what} has shape {found} for site '{name}', whose values have shape {shape}.")
+            if is_concrete(values[name]) and not np.isfinite(values[name]).all():
+                raise ValueError(f"{what} has NaN or infinity for site '{name}': give finite values.")
+
     def check_plates(self) -> None:
         """Raises ValueError for a subsampled plate whose rows do not matter, because nothing in it is observed."""
         z = self.unconstrain({k: s["value"] for k, s in self.latents.items()}, "the model")

@@ -52,6 +52,8 @@ class _StochasticGradientKernel(GradientKernel):
     def _set_center(self, center: dict[str, Any] | None) -> None:
         if center is not None and self.model is None:
             raise ValueError("center needs a model, whose rows it can subsample: leave it out.")
+        if center is not None and not isinstance(center, dict):
+            raise TypeError(f"center must be a dict of values of the latent sites, got a {type(center).__name__}.")
         self.center = center
 
     def _anchor(self, target: ModelPotential | None) -> Anchor | None:
@@ -60,6 +62,7 @@ class _StochasticGradientKernel(GradientKernel):
         if not target.plates:
             raise ValueError("center reduces the noise of subsampled plates, and the model has none: leave it out.")
         float_center = {k: jnp.asarray(v, jnp.result_type(float)) for k, v in self.center.items()}
+        target.check_values(float_center, "center")
         x, unravel = ravel_pytree(target.unconstrain(float_center, "center"))
         return Anchor(x, *jax.value_and_grad(lambda x: -target.on_all_rows(unravel(x)))(x))
 
