@@ -10,6 +10,7 @@ import numpyro.distributions as dist
 import optax
 import pandas as pd
 import pytest
+from models import improper
 from numpyro.distributions import constraints
 
 from numpyro_score import (
@@ -22,7 +23,6 @@ from numpyro_score import (
 )
 from numpyro_score.diagnostics.compare import _sentence
 from numpyro_score.normaliser import LogPartition
-from tests.models import improper
 
 # Chains are short here, and the R-hat is in the table.
 pytestmark = pytest.mark.filterwarnings("ignore:Draws of fit:UserWarning")
@@ -208,6 +208,25 @@ def test_a_score_without_a_density_has_no_order_under_kl():
     found = compare(fits, NEW, rng_key=KEY)
     assert found.order_fisher == ("good", "bad") and found.order_kl is None and found.arviz is None
     assert "Under KL" not in repr(found) and found.table["mmd"].isna().all()
+
+
+@pytest.mark.filterwarnings("ignore:Draws of fit")
+def test_angles_have_a_likelihood_and_no_stein_discrepancy():
+    """Von Mises laws, whose normaliser is 2π I₀(κ)."""
+
+    def von_mises(x):
+        kappa = numpyro.param("kappa", 1.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(constraints.circular, (), ()), obs=x)
+            numpyro.factor("energy", kappa * jnp.cos(x))
+
+    angles = np.asarray(dist.VonMises(0.0, 2.0).sample(KEY, (100,)))
+    fits = {str(kappa): Energy(von_mises, {"kappa": jnp.asarray(kappa)}, angles[:50]) for kappa in (2.0, 1.0)}
+    table = compare(fits, angles[50:], rng_key=KEY, num_samples=100).table
+    for name, row in table.iterrows():
+        expected = dist.VonMises(0.0, float(name)).log_prob(angles[50:]).sum()
+        np.testing.assert_allclose(row["log_likelihood"], expected, rtol=1e-4)
+    assert table["ksd"].isna().all() and table["ksd_pvalue"].isna().all() and (table["mmd"] < 0.5).all()
 
 
 # -- errors -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from models import improper
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 from scipy.stats import norm
@@ -17,7 +18,6 @@ from scipy.stats import norm
 from numpyro_score import SSM, ScoreMatching, generalized_bayes, log_partition, to_arviz
 from numpyro_score.inference import SandwichError
 from numpyro_score.normaliser import LogPartition
-from tests.models import improper
 
 KEY = jax.random.key(0)
 N = 100

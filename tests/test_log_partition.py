@@ -223,6 +223,23 @@ def test_two_sites_in_a_row(x64):
     np.testing.assert_allclose(result.value, math.log(expected), atol=1e-9)
 
 
+def test_axes_have_spacings_of_their_own():
+    """A row far out on one axis, where the density is sharp, asks for a fine grid along this axis alone."""
+
+    def model(x, y):
+        with numpyro.plate("rows", len(y)):
+            x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (2,)), obs=x)
+            y = numpyro.sample("y", dist.ImproperUniform(constraints.positive, (), ()), obs=y)
+            numpyro.factor("energy", -0.5 * (x**2).sum(-1) - y - 0.2 * x[:, 0] * jnp.sqrt(y) - 0.1 * y**2)
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 2)), np.append(rng.exponential(size=49), 9.0)
+    expected = 2 * math.pi * quad(lambda y: math.exp(-y - 0.1 * y**2 + 0.02 * y), 0, np.inf)[0]
+    result = log_partition(Energy(model, {}, x, y))
+    assert abs(result.value - math.log(expected)) < 3 * result.stderr < 1e-3
+    assert result.diagnostics["points"] < 300_000
+
+
 # -- sequential Monte Carlo ------------------------------------------------------------------------
 
 D = 50

@@ -9,6 +9,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from models import Langevin, improper
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.autoguide import AutoNormal
 from scipy import stats
@@ -23,7 +24,6 @@ from numpyro_score import (
     hyvarinen_score,
 )
 from numpyro_score.diagnostics.loo import pareto_smoothed
-from tests.models import Langevin, improper
 
 KEY = jax.random.key(0)
 N, BETA, SCALE = 60, 0.7, 5.0

@@ -18,7 +18,7 @@ from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one, positive
 from numpyro_score.normaliser.coordinates import from_free, to_free
 
-__all__ = ["SteinTest", "kernel_stein_discrepancy", "stein_statistic"]
+__all__ = ["SteinTest", "closed_sites", "kernel_stein_discrepancy", "stein_statistic"]
 
 
 class SteinTest(NamedTuple):
@@ -155,11 +155,18 @@ def _free_scores(energy: Energy, x: Float[Array, "n d"]) -> tuple[Float[Array, "
 
 
 def _refuse_closed(energy: Energy) -> None:
-    sites = energy._run().sites
+    if closed := closed_sites(energy):
+        raise NotImplementedError(
+            f"kernel_stein_discrepancy has no kernel on the support of site '{closed[0]}', a sphere or circle: use "
+            "fisher_divergence or mmd."
+        )
+
+
+def closed_sites(energy: Energy) -> list[str]:
+    """Sites on spheres and circles, where the kernel is none."""
+    sites, found = energy._run().sites, []
     for a in energy._layout.arrays:
         base = _supports.base_constraint(sites[a.name]["fn"].support) if a.is_site else constraints.real
         if a.support.kind == "sphere" or isinstance(base, type(constraints.circular)):
-            raise NotImplementedError(
-                f"kernel_stein_discrepancy has no kernel on the support of site '{a.name}', a sphere or circle: use "
-                "fisher_divergence or mmd."
-            )
+            found.append(a.name)
+    return found

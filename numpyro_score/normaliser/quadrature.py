@@ -152,19 +152,19 @@ def _frames(known: _Known) -> Iterator[_Frame]:
     yield _Frame("unit", known.points[best], np.eye(p))
 
 
-def _grid(frame: _Frame, known: _Known) -> tuple[np.ndarray, np.ndarray, float]:
-    """The box in t and the widest spacing that resolves the known points."""
+def _grid(frame: _Frame, known: _Known) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The box in t and the widest spacing of each axis that resolves the known points, (P,) each."""
     t = frame.to_t(known.points)
     p = t.shape[1]
     reach = {1: 7.0, 2: 5.0, 3: 3.5}[p]
     low, high = np.minimum(t.min(0) - 1.0, -reach), np.maximum(t.max(0) + 1.0, reach)
     columns = frame.scale.T[None] * np.cosh(t)[:, :, None]  # du / dt_j at each point, (M, P, P)
     curvature = np.abs(np.einsum("mja,mab,mjb->mj", columns, known.hessians, columns))
-    # Spaced by one standard deviation, the rule is right to exp(−2π²) for a Gaussian.
-    return low, high, min(0.5, 1.0 / np.sqrt(curvature.max()) if curvature.max() > 0 else 0.5)
+    # Spaced by one standard deviation, the rule is right to exp(−2π²) for a Gaussian with independent coordinates.
+    return low, high, 1.0 / np.sqrt(np.maximum(curvature.max(0), 4.0))
 
 
-def _num_points(low: np.ndarray, high: np.ndarray, spacing: float) -> float:
+def _num_points(low: np.ndarray, high: np.ndarray, spacing: np.ndarray) -> float:
     return float(np.prod(np.ceil((high - low) / spacing)))
 
 
@@ -219,7 +219,9 @@ class _Rule(NamedTuple):
     points: int
 
 
-def _trapezoid(energy: Energy, frame: _Frame, low: np.ndarray, high: np.ndarray, spacing: float) -> tuple[float, _Rule]:
+def _trapezoid(
+    energy: Energy, frame: _Frame, low: np.ndarray, high: np.ndarray, spacing: np.ndarray
+) -> tuple[float, _Rule]:
     """Log of the integral over the box, by the midpoints of a grid."""
     counts = np.ceil((high - low) / spacing).astype(int)
     steps = (high - low) / counts
