@@ -184,7 +184,9 @@ def compare(
         columns |= more | log_z
         table = _compared_by_arviz(likelihoods)
         order_kl = tuple(table.index)
-    found = {k: _against_data(k, own[k], data, keys[k], num_samples) | _cost(fit) for k, fit in fits.items()}
+    found = {}
+    for k, fit in fits.items():
+        found[k] = _against_data(k, own[k], data, keys[k], num_samples) | _cost(fit)
     record = pd.DataFrame(columns, names).join(pd.DataFrame.from_dict(found, orient="index"))
     sentence = None if likelihoods is None else _sentence(likelihoods, errors, scores, np.asarray(rows))
     lines = [f"{len(names)} fits on {len(rows)} rows; ≈ is for a difference within {_ERRORS:.0f} standard errors."]
