@@ -276,7 +276,7 @@ def test_smc_in_fifty_dimensions(case):
 
 
 @pytest.mark.slow
-def test_smc_states_its_spread():
+def test_smc_states_its_spread(optimised):
     """Over 250 estimates of 8 replicates: mean right, spread at most 1.25 of what is stated.
 
     If the stated variance is right, that of the estimates is more than 1.5625 times as large in 3e-8 of cases.
