@@ -16,8 +16,10 @@ numpyro.set_host_device_count(2)  # for test_sharding.py; the rest runs on the f
 
 # Most of the suite's time is that of compiling what then runs once. JAX reads the flags when it first computes. To test
 # the code as it is compiled for users, set XLA_FLAGS=--xla_backend_optimization_level=3.
-if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICKLY_COMPILED = "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]
+if QUICKLY_COMPILED:
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"  # where the fixture `optimised` lifts that
     if jax.__version_info__[:2] == (0, 10):  # the older emitters take half the time to compile; 0.12 has them no more
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
@@ -36,3 +38,11 @@ def x64():
 def unchecked(monkeypatch):
     """No shape checks, as users run the package: its own errors come first."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def optimised():
+    """For a test that runs for longer than it compiles: what it compiles runs up to twenty times as fast."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", QUICKLY_COMPILED)

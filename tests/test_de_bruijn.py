@@ -194,7 +194,7 @@ def with_noise(log_density, t):
     return at
 
 
-def test_energies_and_other_laws_on_the_line():
+def test_energies_and_other_laws_on_the_line(optimised):
     """A double well against the logistic law: both sides, and their integral against KL by quadrature."""
     well = energy_of(double_well, 0.2, np.linspace(-2.5, 2.5, 50))
     wide = dist.Logistic(0.5, 1.5)
@@ -213,7 +213,7 @@ def test_energies_and_other_laws_on_the_line():
         assert_within(found.fisher[i], mass @ (0.5 * (score_p - score_q) ** 2), found.fisher_stderr[i], slack=1e-5)
 
 
-def test_energies_in_the_plane():
+def test_energies_in_the_plane(optimised):
     """A normal energy against its closed form, in single precision; log Z plays no part."""
     k = np.array([[2.0, 0.8], [0.8, 1.0]], np.float32)
     rows = np.linalg.solve(np.linalg.cholesky(k).T, np.random.default_rng(0).normal(size=(2, 60))).T
@@ -329,7 +329,7 @@ def test_parzen_score_against_the_slow_way(x64):
     np.testing.assert_allclose(found.value, slow_parzen(x[:, 0], z, TIMES, 0.5), rtol=1e-10)
 
 
-def test_parzen_bound_of_a_normal_law():
+def test_parzen_bound_of_a_normal_law(optimised):
     """In two dimensions: above the entropy, and closer with more rows, at the default bandwidth."""
     covariance = np.array([[1.0, 0.6], [0.6, 2.0]])
     entropy = 0.5 * np.log(np.linalg.det(2 * np.pi * np.e * covariance))

@@ -123,13 +123,15 @@ def test_prior_and_likelihood_in_another_model(normal):
     np.testing.assert_allclose(-mcmc.get_extra_fields()["potential_energy"], log_joint, atol=1e-4)
 
 
-def test_draws(normal):
-    """Compiled, as an argument, over a batch of keys: independent chains give independent draws."""
-    draw = jax.jit(jax.vmap(lambda p, key: p.sample(key, (2,)), in_axes=(None, 0)))
-    x = draw(normal, jax.random.split(KEY, 400))
-    assert x.shape == (400, 2, 2)
-    assert_mean(x[:, 0], 0.0)
-    assert_variance(x[:, 1], 0.25)
+def test_draws(normal, optimised):
+    """Compiled, as an argument, over a batch of keys: independent chains, one for each draw, give independent draws."""
+    draw = jax.jit(jax.vmap(lambda p, key: p.sample(key, (2, 2)), in_axes=(None, 0)))
+    x = draw(normal, jax.random.split(KEY, 100))
+    assert x.shape == (100, 2, 2, 2)
+    x = x.reshape(400, 2)
+    assert_mean(x, 0.0)
+    assert_variance(x, 0.25)
+    assert_mean(x.reshape(100, 4, 2).mean(1) ** 2, 0.25 / 4)  # the draws of one key are independent, too
     assert normal.sample(KEY, (0, 3)).shape == (0, 3, 2)
 
 

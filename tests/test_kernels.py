@@ -136,7 +136,7 @@ def test_law_of_sghmc_on_a_gaussian(x64):
     assert_mean(jnp.mean(curvature * state.z**2, axis=-1), heat)  # E[x·∇U]/D
 
 
-def test_effective_temperature_beyond_quadratics(x64):
+def test_effective_temperature_beyond_quadratics(optimised, x64):
     """What is recorded has the mean of x·∇U(x)/D, for any energy."""
     settings = dict(potential_fn=lambda x: -logistic(x[None]), step_size=0.5)
     for kernel in (SGLD(**settings), SGHMC(**settings, friction=0.5)):

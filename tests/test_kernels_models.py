@@ -54,7 +54,7 @@ def chains_of(kernel, size, num_steps=60):
 
 
 @pytest.mark.parametrize("what, size", [("SGLD", 6), ("SGLD", 30), ("SGHMC", 6), ("generalized", 6)])
-def test_every_step_has_rows_of_its_own(what, size, x64):
+def test_every_step_has_rows_of_its_own(what, size, x64, optimised):
     """(T + hV/2α) / (a (1 − ha/(4 − 2α))), of chains that draw their rows independently; α = 1 for SGLD."""
     h, a, friction = 0.3 / (1 + N), 1 + N, 0.5 if what == "SGHMC" else 1.0
     kernel = {

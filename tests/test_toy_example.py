@@ -40,8 +40,12 @@ def test_draws_and_their_discrepancy(toy):
     assert_mean(found, expected)
 
 
-def test_every_method_beats_the_start(toy):
-    """In a few hundred steps all six come near the law of the ring, by held-out likelihood."""
+def test_every_method_beats_the_start(toy, monkeypatch):
+    """In 150 steps of 100 rows all six come near the law of the ring, by held-out likelihood.
+
+    Over two keys they gain 0.91 nats or more.
+    """
+    monkeypatch.setattr(toy, "BATCH", 100)
     rng = np.random.default_rng(0)
     train, test = toy.standardised("ring", rng)
     radius = np.linalg.norm(np.asarray(test), axis=1)
