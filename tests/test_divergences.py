@@ -324,6 +324,7 @@ MASKED = Energy(masked, {}, np.ones((3, 1)), np.array([0.0, 1.0, 2.0]))
         (lambda: kl_divergence(NORMAL, NORMAL), TypeError, "p is to be drawn from: pass rng_key"),
         (lambda: kl_divergence(NORMAL, NORMAL, KEY, log_partition_p=0.0), ValueError, "leave out log_partition_p"),
         (lambda: kl_divergence(ROWS, gaussian(1, "energy"), log_partition_q=math.nan), ValueError, "must be finite"),
+        (lambda: kl_divergence(ROWS, gaussian(1, "energy"), log_partition_q="smc"), TypeError, "must be a number or a"),
         (lambda: kl_divergence(NORMAL, dist.Normal(0.0, 1.0), KEY), ValueError, "not laws of the same data"),
         (
             lambda: kl_divergence(dist.Normal(0.0, 1.0), GAMMA, KEY),

@@ -108,7 +108,7 @@ SD = np.sqrt(np.diag(np.linalg.inv(PRECISION)))
 
 
 @pytest.mark.parametrize("chains, draws", [(1, 150_000), (200, 1000)])
-def test_regression_on_one_hundredth_of_the_rows(chains, draws):
+def test_regression_on_one_hundredth_of_the_rows(chains, draws, optimised):
     """Mean and standard deviation within 5% of the closed form, by one long chain or many vectorised short ones.
 
     The precision is N, nearly, so that h = 0.08/N makes the deviations 1/√(1 − 0.04) = 1.02 of what they should be.

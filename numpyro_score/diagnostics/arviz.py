@@ -165,7 +165,7 @@ def _log_likelihood(
 ) -> xr.Dataset:
     """Normalised log densities of the data, in the measure of the data's own shapes."""
     draws = {k: v for k, v in draws.items() if k in energy.params}
-    value, stderr = log_partition[:2] if isinstance(log_partition, LogPartition) else (float(log_partition), 0.0)
+    value, stderr = LogPartition.of(log_partition)[:2]
     ratios, errors = partition_ratios(energy, draws, rng_key)
     log_density, weights = jax.device_get(_data_log_densities(energy, draws))
     (used,) = np.nonzero(weights)

@@ -234,10 +234,8 @@ def _described(sites: list[tuple[str, str, int]]) -> str:
 
 
 def _log_partition(name: str, energy: Energy, given: LogPartition | float | None, rng_key: Array) -> LogPartition:
-    if isinstance(given, LogPartition):
-        return given
     if given is not None:
-        return LogPartition(float(given), 0.0, "given", {})
+        return LogPartition.of(given, f"log_partition['{name}']")
     try:
         return estimate_log_partition(energy, rng_key=rng_key)
     except ValueError as error:

@@ -344,8 +344,5 @@ def log_normaliser(law: Law, given: LogPartition | float | None, rng_key: Array 
         return law.normaliser
     if given is None:
         given = log_partition(law.energy, rng_key=rng_key)
-    value, stderr = given[:2] if isinstance(given, tuple) else (given, 0.0)
-    value, stderr = float(value), float(stderr)
-    if not (math.isfinite(value) and math.isfinite(stderr)):
-        raise ValueError(f"log_partition_{law.name} must be finite, got {value} with a standard error of {stderr}.")
-    return value, stderr
+    found = LogPartition.of(given, f"log_partition_{law.name}")
+    return found.value, found.stderr

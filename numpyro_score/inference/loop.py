@@ -123,7 +123,7 @@ def run_steps(
     except KeyboardInterrupt:
         if not done:
             raise
-        warnings.warn(f"Interrupted after {done} of {num_steps} steps; this is the fit so far.", stacklevel=3)
+        warnings.warn(f"Interrupted after {done} of {num_steps} steps; this is the fit so far.", stacklevel=4)
     return state, _joined(chunks, done), done < num_steps
 
 

@@ -254,7 +254,7 @@ class ScoreMatching(SVI):
                 state, loss = solve(self, initial, args, kwargs)
                 return ScoreMatchingResult(self.get_params(state), state, np.array([loss]), self, args, kwargs)
             except FlatObjectiveError as error:
-                warnings.warn(f"{error} The optimiser finds one of many minima.", stacklevel=2)
+                warnings.warn(f"{error} The optimiser finds one of many minima.", stacklevel=3)
             except ClosedFormError:
                 pass
         arrays, static = split_arrays((args, kwargs))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from jaxtyping import Array
 
 from numpyro_score.normaliser.bridge import nce
@@ -31,6 +33,22 @@ class LogPartition(NamedTuple):
     stderr: float  # of the value; by quadrature its numerical error
     method: str
     diagnostics: dict[str, Any]  # what the method has to say about how far to trust it
+
+    @classmethod
+    def of(cls, given: LogPartition | float, name: str = "log_partition") -> LogPartition:
+        """An estimate as it is, or a number, which is taken to be exact; `name` is the argument's in errors.
+
+        Raises:
+            TypeError, ValueError: for anything else, and for what is not finite.
+        """
+        if not isinstance(given, LogPartition):
+            value = np.asarray(given)
+            if value.dtype.kind not in "iuf" or value.ndim:
+                raise TypeError(f"{name} must be a number or a result of log_partition(energy, method), got {given!r}.")
+            given = cls(float(value), 0.0, "given", {})
+        if not (math.isfinite(given.value) and math.isfinite(given.stderr)):
+            raise ValueError(f"{name} must be finite, got {given.value} with a standard error of {given.stderr}.")
+        return given
 
 
 def log_partition(
