@@ -118,6 +118,11 @@ def test_gradient_of_the_population_objective(theta):
     assert_mean(slopes(LOSS, quadratic, *theta, data(100_000)), gradient)
 
 
+def test_noise_has_a_name():
+    noise = dist.Normal(jnp.zeros(2), 1.0).to_event(1)
+    assert repr(NCE(noise, num_noise=3)) == "NCE(noise=Normal of shape (2,), num_noise=3)"
+
+
 def test_much_noise_gives_the_likelihood():
     """At c = log Z and ν = 1000 the slope of a row in a is ½x² - 1/(2a), that of -log p, to O(1/ν)."""
     a, row = 1.3, 0.8

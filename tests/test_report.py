@@ -191,9 +191,9 @@ def pictures(read):
 
 
 def test_pictures_are_not_blank(read):
+    """A fit in closed form has no steps to show."""
     found = pictures(read)
     assert list(found) == [
-        "Objective by step",
         "Data and fitted density",
         "Score field over the data",
         "Data against draws of the model",

@@ -239,7 +239,9 @@ def _numbers(tree: Any) -> list[tuple[str, float]]:
 def _pictures(fit: Fit, samples: Any) -> list[Markup]:
     """The pictures that can be drawn of this fit; one that cannot says why."""
     energy, wide = fit.energy, isinstance(fit, AdversarialResult)
-    found = [_draw("Objective by step", lambda ax: plot_losses(fit, ax=ax), (1, 1 + wide), 6.0 + 6.0 * wide)]
+    found = []
+    if isinstance(fit, AdversarialResult) or not solved_at_once(fit):
+        found.append(_draw("Objective by step", lambda ax: plot_losses(fit, ax=ax), (1, 1 + wide), 6.0 + 6.0 * wide))
     if energy.dim <= 2 and energy.has_density:
         found.append(_draw("Data and fitted density", lambda ax: plot_density(energy, ax=ax)))
     if energy.dim == 2:

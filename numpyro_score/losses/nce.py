@@ -24,7 +24,7 @@ LOG_PARTITION_SITE = "nce_log_partition"
 _START_DRAWS = 1000  # of the noise, for the starting value of the log normaliser
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NCE:
     r"""Noise-contrastive estimation [Gutmann & Hyvärinen 2012]: logistic regression of data against noise.
 
@@ -82,6 +82,12 @@ class NCE:
 
     no_posterior: ClassVar[str] = "it estimates the log normaliser as a param, which would be frozen"
     not_finite: ClassVar[str] = "the noise does not cover the data, or the density is not finite at the noise's points"
+
+    def __repr__(self) -> str:
+        noise = self.noise
+        while hasattr(noise, "base_dist"):
+            noise = noise.base_dist
+        return f"NCE(noise={type(noise).__name__} of shape {self.noise.event_shape}, num_noise={self.num_noise})"
 
     def __post_init__(self) -> None:
         at_least_one("NCE", "num_noise", self.num_noise)
