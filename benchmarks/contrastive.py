@@ -1,5 +1,7 @@
 """Times CD-10 beside torchebm's ContrastiveDivergence: `python -m benchmarks.contrastive`, in the environment of peers.
 
+Writes CONTRASTIVE.md.
+
 One step is ten unadjusted Langevin steps from each row, the loss, its gradient and Adam's update, for the network and
 the rows of `benchmarks.problem` in float32. Each library has a process of its own. In each round both take their turn
 and wait while the other works. On a busy machine the threads of PyTorch wait for each other: OMP_NUM_THREADS=1 then
@@ -14,6 +16,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -112,9 +115,19 @@ def main() -> None:
             cells = [f"{1e3 * np.median(v):.2f}" for v in (package, peer)]
             spread = f"**{ratios[0]:.2f}** ({ratios[1]:.2f} to {ratios[2]:.2f})"
             rows.append([str(dim), *cells, spread, f"{np.median(package / gradient):.1f}"])
-    print(f"CD-{STEPS}, {ROWS} rows, width {WIDTH}; {rounds} rounds; load average {load}, then {machine.load()}\n")
-    print(table(["D", "package, ms", "torchebm, ms", "torchebm over package", "package in energy gradients"], rows))
-    print("\n" + machine.describe((*machine.PACKAGES, "torch", "torchebm")))
+    text = f"""# CD-{STEPS}, timed
+
+Written by `python -m benchmarks.contrastive`. One step: {STEPS} unadjusted Langevin steps from each of {ROWS} rows, the
+loss, its gradient and Adam's update, for a network with {HIDDEN} hidden layers of width {WIDTH}, swish, float32. Medians
+of {rounds} rounds in which both take turns, with quartiles in brackets.
+
+{table(["D", "package, ms", "torchebm, ms", "torchebm over package", "package in energy gradients"], rows)}
+
+{machine.describe((*machine.PACKAGES, "torch", "torchebm"))}
+- Load average before the run {load}, after it {machine.load()}
+"""
+    print(text)
+    (Path(__file__).parent / "CONTRASTIVE.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from numpyro_score import (
     compare,
     score_factor,
 )
-from numpyro_score.diagnostics.compare import _sentence
+from numpyro_score.diagnostics.compare import _least_weight, _sentence
 from numpyro_score.normaliser import LogPartition
 
 # Chains are short here, and the R-hat is in the table.
@@ -161,6 +161,27 @@ def sentence(kl, fisher, rows=NEW, log_z_error=0.0):
     """Of two fits 'a' and 'b' with these differences by row, a over b, positive where a is better."""
     zeros = np.zeros(len(kl))
     return _sentence({"a": kl, "b": zeros}, {"a": log_z_error, "b": 0.0}, {"a": -fisher, "b": zeros}, rows)
+
+
+@pytest.mark.filterwarnings("ignore:Draws of fit")
+def test_small_units_are_not_blindness():
+    """Scores of positive data carry their distance from zero, which makes them small in small units."""
+
+    def exponential(x):
+        rate = numpyro.param("rate", 1.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(constraints.positive, (), ()), obs=x)
+            numpyro.factor("energy", jnp.log(x) - rate * x)
+
+    x = 0.01 * np.random.default_rng(0).gamma(2.0, 1.0, 500)
+    energies = {str(r): Energy(exponential, {"rate": jnp.asarray(r)}, x) for r in (100.0, 160.0)}
+    assert _least_weight(energies["100.0"]) == pytest.approx(x.mean(), rel=1e-6)
+    found = compare(
+        energies, x, rng_key=KEY, num_samples=100, log_partition={k: -2 * np.log(float(k)) for k in energies}
+    )
+    assert found.order_kl == found.order_fisher == ("100.0", "160.0") and found.sentence is None
+    noise = np.random.default_rng(5).normal(size=400)
+    assert sentence(0.5 + noise, 1e-5 + 1e-6 * noise) is None  # Fisher has the same order
 
 
 def test_when_there_is_a_sentence():

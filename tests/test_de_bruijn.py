@@ -103,6 +103,18 @@ def along(name):
         return de_bruijn(p, q, times, KEY, process=process)
 
 
+def test_laws_in_other_dress():
+    """A shifted and scaled normal law goes by a grid, and rows may be numbers."""
+    shifted = dist.TransformedDistribution(dist.Normal(0.0, 1.0), dist.transforms.AffineTransform(1.0, 2.0))
+    q, times = dist.Normal(0.0, 1.5), np.array([0.2, 0.5, 1.0])
+    found = de_bruijn(shifted, q, times, KEY)
+    for t, kl, error in zip(times, found.kl, found.kl_stderr, strict=True):
+        s, r = 4.0 + t, 2.25 + t
+        assert abs(kl - 0.5 * ((s + 1.0) / r - 1.0 - math.log(s / r))) < 5 * error < 0.1
+    rows = np.random.default_rng(0).normal(size=50)
+    np.testing.assert_array_equal(de_bruijn(rows, q, times, KEY).kl, de_bruijn(rows[:, None], q, times, KEY).kl)
+
+
 def test_mixtures_against_quadrature():
     """KL, D_F and the slope at every time; the paired difference of the two sides."""
     found = along("mixtures")
@@ -362,7 +374,7 @@ REFUSED = {
     ),
     "Cauchy": ((NORMAL, dist.Cauchy(0.0, 1.0)), "No grid", ValueError),
     "NaN in data": ((np.array([[np.nan]]), NORMAL), "finite rows", ValueError),
-    "flat data": ((np.zeros(5), NORMAL), r"finite rows .* shape \(5,\)", ValueError),
+    "cubes": ((np.zeros((5, 1, 1)), NORMAL), r"finite rows .* shape \(5, 1, 1\)", ValueError),
     "a score alone": ((Energy(only_score, {}, ROWS), NORMAL), "score_factor", TypeError),
 }
 

@@ -27,6 +27,7 @@ from numpyro_score import (
 )
 from numpyro_score.diagnostics.arviz import as_arviz, dataset
 from numpyro_score.diagnostics.law import Draws, thin
+from numpyro_score.inference import AdversarialResult
 from numpyro_score.normaliser import LogPartition
 
 KEY = jax.random.key(0)
@@ -99,6 +100,16 @@ def test_gaussians(p, q):
     for noise in (0.05, 1.0):
         step = noise**2 * (2 * np.trace(CHANGE @ CHANGE) + np.trace(CHANGE) ** 2) / (4 * D)
         close(local_variance(p, q, KEY, noise=noise), 2 * FISHER / D + step, 0.1)  # which tends to the first term
+
+
+def test_fits_of_dynamics_embedding():
+    """Such a fit is its energy."""
+    energy = gaussian(1, "energy")
+    fit = object.__new__(AdversarialResult)
+    fit.__dict__["energy"] = energy
+    rows = gaussian(0, "data")
+    assert fisher_divergence(rows, fit) == fisher_divergence(rows, energy)
+    assert mmd((fit, rows), rows[::-1] + 1.0) == mmd((energy, rows), rows[::-1] + 1.0)
 
 
 def mixture_law(weights, locs, scale):

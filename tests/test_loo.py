@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from models import Langevin, improper
+from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.autoguide import AutoNormal
 from scipy import stats
@@ -157,6 +158,22 @@ def test_a_row_that_weights_cannot_leave_out_is_named():
         found = hyvarinen_loo(GENERALIZED, x, draws=exact_draws(x=tuple(map(tuple, x))))
     assert found.warning and found.pareto_k.values.argmax() == 7
     assert " 1    1.7%" in repr(found)
+
+
+def test_draws_that_do_not_cover_the_posterior_are_to_blame():
+    """With a prior that matters, the posterior of a rate has a heavier left tail than draws around the estimates."""
+
+    def gamma(x):
+        shape = numpyro.sample("shape", dist.Gamma(20.0, 10.0))
+        rate = numpyro.sample("rate", dist.Exponential(3.0))
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(constraints.positive, (), ()), obs=x)
+            numpyro.factor("energy", (shape - 1) * jnp.log(x) - rate * x)
+
+    x = np.random.default_rng(1).gamma(3.0, 0.7, 30)
+    fitted = ScoreMatching(gamma, num_steps=1000).run(KEY, x, progress_bar=False)
+    with pytest.warns(UserWarning, match=r"draws around the fit's estimates \(whose own k is 0.*Pass an MCMC run"):
+        hyvarinen_loo(fitted)
 
 
 def test_equal_weights_have_no_tail():

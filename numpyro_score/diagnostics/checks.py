@@ -183,6 +183,6 @@ def _mixing(samples: Any) -> tuple[str, str]:
     ess = min(float(v.min(skipna=False)) for v in samples["ess"].values())
     stats = samples["sample_stats"]
     diverged = int(stats["diverging"].sum()) if "diverging" in stats else 0
-    found = f"largest R-hat {r_hat:.3f}, least effective sample size {ess:.0f}"
+    found = f"largest R-hat {r_hat:.4f}, least effective sample size {ess:.0f}"
     found += f", {diverged} divergences." if diverged else "."
     return found, "good" if r_hat <= 1.01 and not diverged else "look"

@@ -121,7 +121,8 @@ def compare(
     - each prefers another fit, both by more than three standard errors of the paired difference; or
     - the likelihood prefers one by more than three standard errors, while the score's difference is nil: even three
       errors further it is, times the largest variance of the data, less than a tenth of the likelihood's. For Gaussian
-      fits, with that variance, it could not be below the whole [log-Sobolev inequality, Gross 1975].
+      fits, with that variance, it could not be below the whole [log-Sobolev inequality, Gross 1975]. On bounded
+      supports, where scores near the boundary have less weight, the variance is divided by the mean of that weight.
 
     Args:
         fits: two or more by name: of :class:`~numpyro_score.ScoreMatching` or
@@ -188,12 +189,15 @@ def compare(
     for k, fit in fits.items():
         found[k] = _against_data(k, own[k], data, keys[k], num_samples) | _cost(fit)
     record = pd.DataFrame(columns, names).join(pd.DataFrame.from_dict(found, orient="index"))
-    sentence = None if likelihoods is None else _sentence(likelihoods, errors, scores, np.asarray(rows))
+    sentence = None
+    if likelihoods is not None:
+        sentence = _sentence(likelihoods, errors, scores, np.asarray(rows), _least_weight(energies[names[0]]))
     lines = [f"{len(names)} fits on {len(rows)} rows; ≈ is for a difference within {_ERRORS:.0f} standard errors."]
     if order_kl is not None and likelihoods is not None:
         lines.append("Under KL, best first:     " + _joined(order_kl, likelihoods, errors))
     lines.append("Under Fisher, best first: " + _joined(order_fisher, scores, exact))
-    lines += [] if sentence is None else [sentence]
+    if sentence is not None:
+        lines.append(sentence)
     record = record.reindex(index=list(order_kl or order_fisher), columns=_COLUMNS)
     return Comparison(record, table, order_kl, order_fisher, sentence, tuple(lines))
 
@@ -280,9 +284,9 @@ def _sums(
     totals = {k: _paired(v, np.zeros(len(v)), errors[k]) for k, v in values.items()}
     behind = {k: _paired(v, values[best], *([errors[k], errors[best]] * (k != best))) for k, v in values.items()}
     columns = {
-        column: {k: sign * v.value for k, v in totals.items()},
+        column: {k: sign * v.value + 0.0 for k, v in totals.items()},  # no negative zeros
         f"{column}_se": {k: v.error for k, v in totals.items()},
-        f"{column}_diff": {k: sign * v.value for k, v in behind.items()},
+        f"{column}_diff": {k: sign * v.value + 0.0 for k, v in behind.items()},
         f"{column}_dse": {k: v.error for k, v in behind.items()},
     }
     return columns, tuple(order)
@@ -329,9 +333,27 @@ def _cost(fit: Fit) -> dict[str, Any]:
     return {} if cost is None else cost._asdict()
 
 
-def _sentence(likelihoods: Rows, errors: dict[str, float], scores: Rows, rows: Float[np.ndarray, "n d"]) -> str | None:
+def _least_weight(energy: Energy) -> float:
+    """The mean over rows of the weight that scores near a boundary carry, of the coordinate where it is least."""
+    x = np.asarray(energy.data, np.float64)
+    lower, upper = (np.asarray(b, np.float64) for b in energy.bounds(len(x)))
+    weights = np.minimum(np.minimum(x - lower, upper - x), 1.0)
+    for block in energy._layout.blocks:
+        if block.kind == "simplex":  # its rows are square roots
+            columns = slice(block.start, block.stop)
+            weights[:, columns] = np.min(x[:, columns] ** 2, axis=1, keepdims=True)
+    return float(weights.mean(0).min())
+
+
+def _sentence(
+    likelihoods: Rows,
+    errors: dict[str, float],
+    scores: Rows,
+    rows: Float[np.ndarray, "n d"],
+    weight: float = 1.0,
+) -> str | None:
     """Of the pair of fits whose likelihoods differ most among those where Fisher disagrees."""
-    largest_variance = float(np.linalg.eigvalsh(np.atleast_2d(np.cov(np.float64(rows).T)))[-1])
+    scale = float(np.linalg.eigvalsh(np.atleast_2d(np.cov(np.float64(rows).T)))[-1]) / weight
     found: list[tuple[float, str]] = []
     for a, b in itertools.permutations(likelihoods, 2):
         kl = _paired(likelihoods[a], likelihoods[b], errors[a], errors[b])
@@ -339,7 +361,8 @@ def _sentence(likelihoods: Rows, errors: dict[str, float], scores: Rows, rows: F
         if kl.value <= 0 or not kl.significant:
             continue
         ahead = f"KL and Fisher disagree: the log likelihood of '{a}' is {_cell(*kl)} above that of '{b}'"
-        if (abs(fisher.value) + _ERRORS * fisher.error) * largest_variance < _BLIND * kl.value:
+        agrees = fisher.value > 0 and fisher.significant
+        if not agrees and (abs(fisher.value) + _ERRORS * fisher.error) * scale < _BLIND * kl.value:
             found.append(
                 (
                     kl.value,

@@ -19,7 +19,7 @@ from numpyro.diagnostics import effective_sample_size
 
 from numpyro_score import _check, _layout, _supports
 from numpyro_score.energy import Energy
-from numpyro_score.inference import ScoreMatchingResult
+from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser import EnergyDistribution, LogPartition, log_partition, sample
 from numpyro_score.normaliser.coordinates import data_to_row
@@ -75,7 +75,7 @@ def read_pair(owner: str, p: Any, q: Any, *, needs: str = "q") -> tuple[Law, Law
 
 def _read(name: str, given: Any) -> Law:
     draws = None
-    laws = Energy | ScoreMatchingResult | dist.Distribution
+    laws = Energy | ScoreMatchingResult | AdversarialResult | dist.Distribution
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], laws):
         given, draws = given
     if isinstance(given, EnergyDistribution):
@@ -84,7 +84,7 @@ def _read(name: str, given: Any) -> Law:
         return Law(name, given.energy, known, None, draws)
     if isinstance(given, dist.Distribution):
         return Law(name, _distribution_energy(name, given), (0.0, 0.0), given, draws)
-    if isinstance(given, ScoreMatchingResult):
+    if isinstance(given, ScoreMatchingResult | AdversarialResult):
         given = given.energy
     if isinstance(given, Energy):
         if not given.is_concrete:

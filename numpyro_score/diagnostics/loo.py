@@ -193,7 +193,7 @@ def hyvarinen_score(
         energy = at_arguments(source, args, kwargs)
         energy.check()
         values, weights = jax.device_get(_plug_in(energy))
-        return _summary(values, weights, np.zeros(len(values)), 0.0, None, 1, "plug-in", "held-out")
+        return _summary(values, weights, np.zeros(len(values)), 0.0, None, None, 1, "plug-in", "held-out")
     if predictive not in (None, "pool", "mixture"):
         raise ValueError(f"predictive must be 'pool' or 'mixture' for draws, got {predictive!r}.")
     rng_key = jax.random.key(0) if rng_key is None else rng_key
@@ -234,9 +234,11 @@ def _weighted(
     if not np.isfinite(log_weights).all():
         rows = np.flatnonzero(~np.isfinite(log_weights).all(0))
         raise ValueError(f"The losses of rows {rows[:5].tolist()} are not finite at some draws: look at these rows.")
-    k = None
+    k, own_k = None, None
     if smooth:
         weights, k = pareto_smoothed(log_weights.T, posterior.efficiency)
+        if np.ptp(posterior.log_weights) > 0:
+            own_k = float(pareto_smoothed(posterior.log_weights[None], posterior.efficiency)[1][0])
     else:
         weights = np.full((energy.num_rows, s), 1 / s)
     values, deviations, row_weights = jax.device_get(
@@ -246,7 +248,7 @@ def _weighted(
     terms = s * weights.T * deviations.astype(np.float64)
     chains = terms.reshape(posterior.num_chains, -1, energy.num_rows)
     total = float(mcse((chains * row_weights).sum(-1, keepdims=True))[0])
-    return _summary(values, row_weights, mcse(chains), total, k, s, predictive, kind)
+    return _summary(values, row_weights, mcse(chains), total, k, own_k, s, predictive, kind)
 
 
 def _summary(
@@ -255,6 +257,7 @@ def _summary(
     errors: np.ndarray,
     total_error: float,
     pareto_k: np.ndarray | None,
+    own_k: float | None,  # of weights that make draws those of the posterior with all rows
     num_samples: int,
     predictive: str,
     kind: str,
@@ -274,10 +277,16 @@ def _summary(
     if pareto_k is not None:
         bad = used[~(pareto_k[used] <= good_k)]
         if warning := len(bad) > 0:
+            draws, remedy = "draws", "Fit without these rows, or see what is odd about them."
+            if own_k is not None:  # the rows may not be to blame
+                draws = f"draws around the fit's estimates (whose own k is {own_k:.2f})"
+                remedy = (
+                    "Pass an MCMC run over generalized_bayes(model, loss); if rows stay, see what is odd about them."
+                )
             warnings.warn(
                 f"{len(bad)} of {len(used)} rows have a Pareto k above {good_k:.2f}, the largest "
                 f"{pareto_k[used].max():.2f} at row {used[pareto_k[used].argmax()]}: the posterior without them is too "
-                "far from the draws for importance weights. Fit without these rows, or see what is odd about them.",
+                f"far from the {draws} for importance weights. {remedy}",
                 stacklevel=4,
             )
     weighted = (weights * values)[used].astype(np.float64)

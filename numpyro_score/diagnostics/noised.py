@@ -16,13 +16,12 @@ from numpyro.distributions import constraints
 
 from numpyro_score._supports import base_constraint
 from numpyro_score.energy import Energy
-from numpyro_score.inference import ScoreMatchingResult
+from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.normaliser.source import density_of
-from numpyro_score.objective import require_flat
 
 __all__ = ["Law", "NoisedLaw", "noised_pair"]
 
-Law: TypeAlias = Energy | ScoreMatchingResult | dist.Distribution | Array | np.ndarray
+Law: TypeAlias = Energy | ScoreMatchingResult | AdversarialResult | dist.Distribution | Array | np.ndarray
 
 
 class NormalMixture(NamedTuple):
@@ -106,7 +105,7 @@ def _points(x: np.ndarray, log_mass: np.ndarray) -> NormalMixture:
 
 
 def _closed_form(law: Law) -> NoisedLaw | None:
-    if isinstance(law, Energy | ScoreMatchingResult):
+    if isinstance(law, Energy | ScoreMatchingResult | AdversarialResult):
         return None
     if isinstance(law, dist.Distribution):
         if law.batch_shape or len(law.event_shape) > 1:
@@ -117,10 +116,11 @@ def _closed_form(law: Law) -> NoisedLaw | None:
         mixture = _normal_mixture(law)
         return None if mixture is None else NoisedLaw(mixture, 0.0, False)
     x = np.asarray(law)
+    x = x[:, None] if x.ndim == 1 else x
     if x.ndim != 2 or not x.size or x.dtype.kind not in "fiu" or not np.isfinite(x).all():
         raise ValueError(
-            f"A law is an Energy, a fit, a NumPyro distribution or finite rows (N, D), got {type(law).__name__} of "
-            f"shape {x.shape} and type {x.dtype}."
+            f"A law is an Energy, a fit, a NumPyro distribution or finite rows (N, D) or (N,), got "
+            f"{type(law).__name__} of shape {x.shape} and type {x.dtype}."
         )
     return NoisedLaw(_points(x, np.full(len(x), -np.log(len(x)))), 0.0, True)
 
@@ -146,16 +146,16 @@ def _normal_parts(law: dist.Distribution, event_dim: int) -> tuple[np.ndarray, n
     base = law
     while isinstance(base, dist.Independent | dist.ExpandedDistribution):
         base = base.base_dist
+    if not isinstance(base, dist.Normal | dist.MultivariateNormal | dist.LowRankMultivariateNormal):
+        return None
     mean = np.asarray(law.mean, np.float64)
     d = mean.shape[-1] if event_dim else 1
     if isinstance(base, dist.Normal):
         variance = np.asarray(law.variance, np.float64)
         return mean.reshape(-1, d), np.eye(d)[None], variance.reshape(-1, d)
-    if isinstance(base, dist.MultivariateNormal | dist.LowRankMultivariateNormal):
-        variance, axes = np.linalg.eigh(np.asarray(base.covariance_matrix, np.float64))
-        variance = np.broadcast_to(variance, mean.shape).reshape(-1, d)
-        return mean.reshape(-1, d), np.broadcast_to(axes, (*mean.shape, d)).reshape(-1, d, d), variance
-    return None
+    variance, axes = np.linalg.eigh(np.asarray(base.covariance_matrix, np.float64))
+    variance = np.broadcast_to(variance, mean.shape).reshape(-1, d)
+    return mean.reshape(-1, d), np.broadcast_to(axes, (*mean.shape, d)).reshape(-1, d, d), variance
 
 
 # -- grids --------------------------------------------------------------------------------------------------------
@@ -175,11 +175,11 @@ class _Density(NamedTuple):
         return self.rows.shape[1]
 
     @classmethod
-    def of(cls, law: Energy | ScoreMatchingResult | dist.Distribution, rng_key: Array) -> _Density:
+    def of(cls, law: Energy | ScoreMatchingResult | AdversarialResult | dist.Distribution, rng_key: Array) -> _Density:
         if isinstance(law, dist.Distribution):
             return cls._of_distribution(law, rng_key)
         energy = density_of(law)
-        require_flat(energy, "Noise")
+        _refuse_bounds(energy)
         _refuse_many_dimensions(energy.dim)
         return cls(lambda x: _evaluate(energy, x), np.asarray(energy.data, np.float64), False)
 
@@ -199,6 +199,14 @@ class _Density(NamedTuple):
             return cls(None, np.asarray(law.mixture.means, np.float64), True)
         rows = np.asarray(law.mixture.sample(rng_key, 1000), np.float64)
         return cls(lambda x: _evaluate(law.mixture, x), rows, True)
+
+
+def _refuse_bounds(energy: Energy) -> None:
+    for a in energy._layout.arrays:
+        if a.support.kind not in ("real", "other"):
+            raise NotImplementedError(
+                f"Noise would move rows off the support of site '{a.name}': take laws on R^D, e.g. of the logarithm."
+            )
 
 
 def _refuse_many_dimensions(d: int) -> None:
