@@ -118,8 +118,8 @@ def main() -> None:
     text = f"""# CD-{STEPS}, timed
 
 Written by `python -m benchmarks.contrastive`. One step: {STEPS} unadjusted Langevin steps from each of {ROWS} rows, the
-loss, its gradient and Adam's update, for a network with {HIDDEN} hidden layers of width {WIDTH}, swish, float32. Medians
-of {rounds} rounds in which both take turns, with quartiles in brackets.
+loss, its gradient and Adam's update, for a network with {HIDDEN} hidden layers of width {WIDTH}, swish, float32.
+Medians of {rounds} rounds in which both take turns, with quartiles in brackets.
 
 {table(["D", "package, ms", "torchebm, ms", "torchebm over package", "package in energy gradients"], rows)}
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import html
-import itertools
 import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import arviz as az
 import jax
@@ -21,6 +20,16 @@ from jaxtyping import Array, Float
 from numpyro_score.diagnostics.loo import hyvarinen_score
 from numpyro_score.diagnostics.mmd import mmd
 from numpyro_score.diagnostics.stein import closed_sites, kernel_stein_discrepancy
+from numpyro_score.diagnostics.verdict import (
+    ERRORS,
+    Rows,
+    cell,
+    find_sentence,
+    joined,
+    least_weight,
+    paired,
+    told_apart,
+)
 from numpyro_score.energy import Energy
 from numpyro_score.inference import AdversarialResult, FitCost, ScoreMatchingResult
 from numpyro_score.normaliser import LogPartition, sample
@@ -29,11 +38,7 @@ from numpyro_score.normaliser.coordinates import row_log_jacobian
 
 __all__ = ["Comparison", "compare"]
 
-Rows = dict[str, np.ndarray]  # (N,) each, by fit
 Fit = ScoreMatchingResult | AdversarialResult | Energy
-
-_ERRORS = 3.0  # a difference is beyond its error above this many standard errors
-_BLIND = 0.1  # Fisher's share of what KL sees, below which it is blind
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +79,7 @@ class Comparison:
         for label, value, error in _CELLS:
             if not t[value].isna().all():
                 errors = [None] * len(t) if error is None else t[error]
-                shown[label] = [_cell(v, e) for v, e in zip(t[value], errors, strict=True)]
+                shown[label] = [cell(v, e) for v, e in zip(t[value], errors, strict=True)]
         return pd.DataFrame(shown, index=t.index).T
 
     def __repr__(self) -> str:
@@ -191,13 +196,15 @@ def compare(
     record = pd.DataFrame(columns, names).join(pd.DataFrame.from_dict(found, orient="index"))
     sentence = None
     if likelihoods is not None:
-        sentence = _sentence(likelihoods, errors, scores, np.asarray(rows), _least_weight(energies[names[0]]))
-    lines = [f"{len(names)} fits on {len(rows)} rows; ≈ is for a difference within {_ERRORS:.0f} standard errors."]
+        sentence = find_sentence(likelihoods, errors, scores, np.asarray(rows), least_weight(energies[names[0]]))
+    lines = [f"{len(names)} fits on {len(rows)} rows; ≈ is for a difference within {ERRORS:.0f} standard errors."]
     if order_kl is not None and likelihoods is not None:
-        lines.append("Under KL, best first:     " + _joined(order_kl, likelihoods, errors))
-    lines.append("Under Fisher, best first: " + _joined(order_fisher, scores, exact))
+        lines.append("Under KL, best first:     " + joined(order_kl, likelihoods, errors))
+    lines.append("Under Fisher, best first: " + joined(order_fisher, scores, exact))
     if sentence is not None:
         lines.append(sentence)
+    elif order_kl is not None and likelihoods is not None:
+        lines += told_apart(order_kl, likelihoods, errors, scores)
     record = record.reindex(index=list(order_kl or order_fisher), columns=_COLUMNS)
     return Comparison(record, table, order_kl, order_fisher, sentence, tuple(lines))
 
@@ -257,32 +264,14 @@ def _log_densities(energy: Energy) -> Float[Array, "n"]:
     return energy.log_density(x) - jax.vmap(partial(row_log_jacobian, energy))(x)
 
 
-class _Difference(NamedTuple):
-    """A paired difference of two sums over rows."""
-
-    value: float
-    error: float
-
-    @property
-    def significant(self) -> bool:
-        return abs(self.value) > _ERRORS * self.error
-
-
-def _paired(a: np.ndarray, b: np.ndarray, *common: float) -> _Difference:
-    """Σ (a − b) with the error of rows that could have been others, and of what is common to all rows of a sum."""
-    n, difference = len(a), a - b
-    error = math.hypot(math.sqrt(n * np.var(difference)), *(n * c for c in common))
-    return _Difference(float(difference.sum()), error)
-
-
 def _sums(
     column: str, values: dict[str, Any], errors: dict[str, float], sign: int
 ) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
     """Sums of values, of which higher is better, and their differences from the best, by column; names, best first."""
     order = sorted(values, key=lambda k: -values[k].sum())
     best = order[0]
-    totals = {k: _paired(v, np.zeros(len(v)), errors[k]) for k, v in values.items()}
-    behind = {k: _paired(v, values[best], *([errors[k], errors[best]] * (k != best))) for k, v in values.items()}
+    totals = {k: paired(v, np.zeros(len(v)), errors[k]) for k, v in values.items()}
+    behind = {k: paired(v, values[best], *([errors[k], errors[best]] * (k != best))) for k, v in values.items()}
     columns = {
         column: {k: sign * v.value + 0.0 for k, v in totals.items()},  # no negative zeros
         f"{column}_se": {k: v.error for k, v in totals.items()},
@@ -331,72 +320,3 @@ def _against_data(name: str, energy: Energy, data: Any, keys: Array, num_samples
 def _cost(fit: Fit) -> dict[str, Any]:
     cost: FitCost | None = getattr(fit, "cost", None)  # an Energy was not run, and has none
     return {} if cost is None else cost._asdict()
-
-
-def _least_weight(energy: Energy) -> float:
-    """The mean over rows of the weight that scores near a boundary carry, of the coordinate where it is least."""
-    x = np.asarray(energy.data, np.float64)
-    lower, upper = (np.asarray(b, np.float64) for b in energy.bounds(len(x)))
-    weights = np.minimum(np.minimum(x - lower, upper - x), 1.0)
-    for block in energy._layout.blocks:
-        if block.kind == "simplex":  # its rows are square roots
-            columns = slice(block.start, block.stop)
-            weights[:, columns] = np.min(x[:, columns] ** 2, axis=1, keepdims=True)
-    return float(weights.mean(0).min())
-
-
-def _sentence(
-    likelihoods: Rows,
-    errors: dict[str, float],
-    scores: Rows,
-    rows: Float[np.ndarray, "n d"],
-    weight: float = 1.0,
-) -> str | None:
-    """Of the pair of fits whose likelihoods differ most among those where Fisher disagrees."""
-    scale = float(np.linalg.eigvalsh(np.atleast_2d(np.cov(np.float64(rows).T)))[-1]) / weight
-    found: list[tuple[float, str]] = []
-    for a, b in itertools.permutations(likelihoods, 2):
-        kl = _paired(likelihoods[a], likelihoods[b], errors[a], errors[b])
-        fisher = _paired(scores[b], scores[a])  # lower is better
-        if kl.value <= 0 or not kl.significant:
-            continue
-        ahead = f"KL and Fisher disagree: the log likelihood of '{a}' is {_cell(*kl)} above that of '{b}'"
-        agrees = fisher.value > 0 and fisher.significant
-        if not agrees and (abs(fisher.value) + _ERRORS * fisher.error) * scale < _BLIND * kl.value:
-            found.append(
-                (
-                    kl.value,
-                    f"{ahead}, while their Hyvärinen scores differ by {_cell(*fisher)}: Fisher cannot see the weights "
-                    "of separated modes, nor anything else that slopes at the data do not show. Go by the likelihood.",
-                )
-            )
-        elif fisher.value < 0 and fisher.significant:
-            found.append(
-                (
-                    kl.value,
-                    f"{ahead}, but its Hyvärinen score is worse by {_cell(-fisher.value, fisher.error)}: KL weighs how "
-                    "much mass is where the data are, Fisher the slopes of the log density there. "
-                    "Neither model is right; go by what you need of it.",
-                )
-            )
-    return max(found)[1] if found else None
-
-
-def _joined(order: tuple[str, ...], values: dict[str, Any], errors: dict[str, float]) -> str:
-    """Names, with > between neighbours that differ beyond the error, and ≈ between others."""
-    text = order[0]
-    for a, b in itertools.pairwise(order):
-        text += (" > " if _paired(values[a], values[b], errors[a], errors[b]).significant else " ≈ ") + b
-    return text
-
-
-def _cell(value: Any, error: Any = None) -> str:
-    """A value to two digits of its error; four digits without one, and a dash where there is nothing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, str):
-        return value
-    if error is None or error < 5e-5:  # beyond what anyone reads
-        return f"{value + 0.0:.4g}"  # no negative zero
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
