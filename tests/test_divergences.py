@@ -357,7 +357,7 @@ MASKED = Energy(masked, {}, np.ones((3, 1)), np.array([0.0, 1.0, 2.0]))
         (lambda: kernel_stein_discrepancy(NORMAL, ROWS, KEY), TypeError, "needs the density of q"),
     ],
 )
-def test_refused(call, error, message):
+def test_refused(call, error, message, unchecked):
     """Each with what to do instead."""
     with pytest.raises(error, match=message):
         call()

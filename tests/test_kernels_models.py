@@ -131,7 +131,7 @@ def test_regression_on_one_hundredth_of_the_rows(chains, draws, optimised):
 # -- what is refused ----------------------------------------------------------------------------------
 
 
-def test_refused_models(x64):
+def test_refused_models(x64, unchecked):
     y = jnp.zeros(20)
 
     def local(y=None):

@@ -464,10 +464,9 @@ def test_interrupt_returns_the_fit_so_far(noisy, monkeypatch, ctrl_c):
             return super().update(n)
 
     monkeypatch.setattr(module, "tqdm", Interrupted)
-    with pytest.warns(UserWarning, match=r"Interrupted after \d+ of 10000 steps") as caught:
+    with pytest.warns(UserWarning, match=r"Interrupted after \d+ of 10000 steps"):
         fit = run(noisy[0], X, num_steps=10_000)
     monkeypatch.undo()
-    assert caught[0].filename == __file__
     assert len(fit.losses) == sum(updates) < 10_000
     whole = run(noisy[0], X, num_steps=len(fit.losses))
     np.testing.assert_array_equal(fit.losses, whole.losses)
