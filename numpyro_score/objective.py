@@ -58,13 +58,15 @@ def sliced_terms(
     return first, second
 
 
-def require_flat(energy: Energy, owner: str) -> None:
+LOSS_REMEDY = "use ISM or SSM, or transform the data to the real line in the model, with the Jacobian as a factor"
+
+
+def require_flat(energy: Energy, owner: str, remedy: str = LOSS_REMEDY) -> None:
     """Raises NotImplementedError where the data have a boundary or curvature, which `owner` cannot respect."""
     for a in energy._layout.arrays:
         if a.support.kind not in ("real", "other"):
             raise NotImplementedError(
-                f"{owner} would move the data off the support of site '{a.name}' ({a.support.kind}): use ISM or SSM, "
-                "or transform the data to the real line in the model, with the Jacobian as a factor."
+                f"{owner} would move the data off the support of site '{a.name}' ({a.support.kind}): {remedy}."
             )
 
 

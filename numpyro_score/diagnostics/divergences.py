@@ -18,6 +18,7 @@ from numpyro_score.losses.base import positive
 from numpyro_score.normaliser import LogPartition
 from numpyro_score.normaliser.coordinates import row_log_jacobian
 from numpyro_score.normaliser.source import one_density
+from numpyro_score.objective import require_flat
 
 __all__ = ["Divergence", "fisher_divergence", "kl_divergence", "local_variance", "squared_log_ratio"]
 
@@ -200,12 +201,7 @@ def local_variance(p: Any, q: Any, rng_key: Array, *, noise: float, num_samples:
     p, q = _law.read_pair("local_variance", p, q, needs="pq")
     for energy in (p.energy, q.energy):
         one_density(energy)
-        for a in energy._layout.arrays:
-            if a.support.kind not in ("real", "other"):
-                raise NotImplementedError(
-                    f"local_variance would move rows off the support of site '{a.name}' ({a.support.kind}): use "
-                    "fisher_divergence or kl_divergence."
-                )
+        require_flat(energy, "local_variance", "use fisher_divergence or kl_divergence")
     draw_key, noise_key = jax.random.split(rng_key)
     draws = _law.draw(p, q, draw_key, num_samples)
     _law.check_rows(q.energy, draws.flat)

@@ -18,6 +18,7 @@ from numpyro_score._supports import base_constraint
 from numpyro_score.energy import Energy
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.normaliser.source import density_of
+from numpyro_score.objective import require_flat
 
 __all__ = ["Law", "NoisedLaw", "noised_pair"]
 
@@ -179,7 +180,7 @@ class _Density(NamedTuple):
         if isinstance(law, dist.Distribution):
             return cls._of_distribution(law, rng_key)
         energy = density_of(law)
-        _refuse_bounds(energy)
+        require_flat(energy, "Noise", "take laws on R^D, e.g. of the logarithm")
         _refuse_many_dimensions(energy.dim)
         return cls(lambda x: _evaluate(energy, x), np.asarray(energy.data, np.float64), False)
 
@@ -199,14 +200,6 @@ class _Density(NamedTuple):
             return cls(None, np.asarray(law.mixture.means, np.float64), True)
         rows = np.asarray(law.mixture.sample(rng_key, 1000), np.float64)
         return cls(lambda x: _evaluate(law.mixture, x), rows, True)
-
-
-def _refuse_bounds(energy: Energy) -> None:
-    for a in energy._layout.arrays:
-        if a.support.kind not in ("real", "other"):
-            raise NotImplementedError(
-                f"Noise would move rows off the support of site '{a.name}': take laws on R^D, e.g. of the logarithm."
-            )
 
 
 def _refuse_many_dimensions(d: int) -> None:
