@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro.distributions import biject_to, constraints
 
@@ -84,6 +85,13 @@ def base_constraint(constraint: constraints.Constraint) -> constraints.Constrain
     while isinstance(constraint, constraints.independent):  # real_vector is independent(real, 1)
         constraint = constraint.base_constraint
     return constraint
+
+
+def innermost(law: dist.Distribution) -> dist.Distribution:
+    """A distribution without what wraps it, as `to_event`, `expand` and transforms do."""
+    while hasattr(law, "base_dist"):
+        law = law.base_dist
+    return law
 
 
 def bounds(constraint: constraints.Constraint, shape: Shape) -> tuple[Array, Array]:

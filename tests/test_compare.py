@@ -172,7 +172,6 @@ def test_a_difference_that_only_the_likelihood_sees_has_a_line():
     assert told_apart(("a", "b"), {"a": noise, "b": 0 * noise}, errors, {"a": noise, "b": 0 * noise}) == []
 
 
-@pytest.mark.filterwarnings("ignore:Draws of fit")
 def test_small_units_are_not_blindness():
     """Scores of positive data carry their distance from zero, which makes them small in small units."""
 
@@ -240,7 +239,6 @@ def test_a_score_without_a_density_has_no_order_under_kl():
     assert "Under KL" not in repr(found) and found.table["mmd"].isna().all()
 
 
-@pytest.mark.filterwarnings("ignore:Draws of fit")
 def test_angles_have_a_likelihood_and_no_stein_discrepancy():
     """Von Mises laws, whose normaliser is 2π I₀(κ)."""
 

@@ -19,8 +19,8 @@ from numpyro_score.diagnostics.de_bruijn import (
     mean_and_stderr,
 )
 from numpyro_score.energy import Energy
-from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.base import positive
+from numpyro_score.normaliser.source import Source
 from numpyro_score.objective import require_flat
 
 __all__ = ["ScoreEntropy", "entropy_from_scores"]
@@ -40,7 +40,7 @@ class ScoreEntropy(NamedTuple):
 
 def entropy_from_scores(
     data: Float[Array | np.ndarray, "n d"],
-    score: Energy | ScoreMatchingResult | AdversarialResult | None,
+    score: Source | None,
     times: Any,
     rng_key: Array,
     *,
@@ -134,8 +134,8 @@ def entropy_from_scores(
     return ScoreEntropy(float(value), float(stderr), float(rule_error), float(before), times, *production)
 
 
-def _noise_conditional(score: Energy | ScoreMatchingResult | AdversarialResult) -> Energy:
-    energy = score.energy if isinstance(score, ScoreMatchingResult | AdversarialResult) else score
+def _noise_conditional(score: Source) -> Energy:
+    energy = score if isinstance(score, Energy) else score.energy
     require_flat(energy, "entropy_from_scores")
     if (given := energy.is_given("sigma")) is None:
         raise TypeError(

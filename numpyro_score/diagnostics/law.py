@@ -95,7 +95,7 @@ def _read(name: str, given: Any) -> Law:
 
 def _distribution_energy(name: str, law: dist.Distribution) -> Energy:
     """A distribution as the energy of a model that observes it."""
-    base = _innermost(law)
+    base = _supports.innermost(law)
     if isinstance(base, dist.ImproperUniform):
         raise TypeError(f"{name} is an ImproperUniform, which is no law: pass a distribution that can be normalised.")
     if law.support.is_discrete:
@@ -112,15 +112,9 @@ def _distribution_energy(name: str, law: dist.Distribution) -> Energy:
 
 def _observe(x: Array, law: dist.Distribution) -> None:
     with numpyro.plate("rows", len(x)):
-        x = numpyro.sample(type(_innermost(law)).__name__, law, obs=x)
+        x = numpyro.sample(type(_supports.innermost(law)).__name__, law, obs=x)
         # A uniform density does not depend on the data, and a model's must.
         numpyro.factor("rows_used", 0.0 * x.reshape(len(x), -1).sum(-1))
-
-
-def _innermost(law: dist.Distribution) -> dist.Distribution:
-    while hasattr(law, "base_dist"):
-        law = law.base_dist
-    return law
 
 
 def _rows_are_data(energy: Energy) -> bool:

@@ -16,13 +16,12 @@ from numpyro.distributions import constraints
 
 from numpyro_score._supports import base_constraint
 from numpyro_score.energy import Energy
-from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
-from numpyro_score.normaliser.source import density_of
+from numpyro_score.normaliser.source import Source, density_of
 from numpyro_score.objective import require_flat
 
 __all__ = ["Law", "NoisedLaw", "noised_pair"]
 
-Law: TypeAlias = Energy | ScoreMatchingResult | AdversarialResult | dist.Distribution | Array | np.ndarray
+Law: TypeAlias = Source | dist.Distribution | Array | np.ndarray
 
 
 class NormalMixture(NamedTuple):
@@ -106,7 +105,7 @@ def _points(x: np.ndarray, log_mass: np.ndarray) -> NormalMixture:
 
 
 def _closed_form(law: Law) -> NoisedLaw | None:
-    if isinstance(law, Energy | ScoreMatchingResult | AdversarialResult):
+    if isinstance(law, Source):
         return None
     if isinstance(law, dist.Distribution):
         if law.batch_shape or len(law.event_shape) > 1:
@@ -176,7 +175,7 @@ class _Density(NamedTuple):
         return self.rows.shape[1]
 
     @classmethod
-    def of(cls, law: Energy | ScoreMatchingResult | AdversarialResult | dist.Distribution, rng_key: Array) -> _Density:
+    def of(cls, law: Source | dist.Distribution, rng_key: Array) -> _Density:
         if isinstance(law, dist.Distribution):
             return cls._of_distribution(law, rng_key)
         energy = density_of(law)

@@ -13,6 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float
 
+from numpyro_score._supports import innermost
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one, require_equal_rows
 
@@ -84,10 +85,8 @@ class NCE:
     not_finite: ClassVar[str] = "the noise does not cover the data, or the density is not finite at the noise's points"
 
     def __repr__(self) -> str:
-        noise = self.noise
-        while hasattr(noise, "base_dist"):
-            noise = noise.base_dist
-        return f"NCE(noise={type(noise).__name__} of shape {self.noise.event_shape}, num_noise={self.num_noise})"
+        law = type(innermost(self.noise)).__name__
+        return f"NCE(noise={law} of shape {self.noise.event_shape}, num_noise={self.num_noise})"
 
     def __post_init__(self) -> None:
         at_least_one("NCE", "num_noise", self.num_noise)
