@@ -1,0 +1,53 @@
+"""The random numbers of `jax.random`, the same ones for the same key, drawn in about half the time on CPUs.
+
+There JAX runs the rounds of its generator as a loop over whole arrays, which compiles faster. For the steps of chains
+and losses of small energies that is half of all time; here the rounds are one fused expression.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt32
+
+__all__ = ["bits", "normal"]
+
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def bits(rng_key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """`jax.random.bits(rng_key, shape, jnp.uint32)`."""
+    key = rng_key
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    size = math.prod(shape)
+    if key.shape != (2,) or size >= 2**32:  # another generator, or more numbers than one word counts
+        return jax.random.bits(rng_key, shape, jnp.uint32)
+    count = jax.lax.iota(jnp.uint32, size).reshape(shape)
+    first, second = _threefry(key, jnp.zeros_like(count), count)
+    return first ^ second
+
+
+def normal(rng_key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """`jax.random.normal(rng_key, shape, dtype)`; equal to rounding in single precision."""
+    if jnp.dtype(dtype) != jnp.float32:
+        return jax.random.normal(rng_key, shape, dtype)
+    one_to_two = jax.lax.bitcast_convert_type((bits(rng_key, shape) >> 9) | np.uint32(0x3F800000), jnp.float32)
+    above = np.nextafter(np.float32(-1), np.float32(0))  # where erf⁻¹ is finite
+    uniform = jnp.maximum(above, (one_to_two - 1) * (1 - above) + above)
+    return np.float32(2**0.5) * jax.lax.erf_inv(uniform)
+
+
+def _threefry(key: UInt32[Array, "2"], first: Array, second: Array) -> tuple[Array, Array]:
+    """Threefry-2x32 with 20 rounds [Salmon, Moraes, Dror & Shaw 2011], on each pair of words."""
+    keys = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
+    first, second = first + keys[0], second + keys[1]
+    for i in range(5):
+        for rotation in ROTATIONS[i % 2]:
+            first = first + second
+            second = first ^ ((second << rotation) | (second >> (32 - rotation)))
+        first, second = first + keys[(i + 1) % 3], second + keys[(i + 2) % 3] + np.uint32(i + 1)
+    return first, second

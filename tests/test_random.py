@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from numpyro_score import _random
+
+KEYS = {"typed": jax.random.key(3), "raw": jax.random.PRNGKey(3), "rbg": jax.random.key(3, impl="rbg")}
+normal = jax.jit(_random.normal, static_argnums=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [("typed", ()), ("typed", (100_003,)), ("typed", (2, 3, 4)), ("typed", (4, 0)), ("raw", (5,)), ("rbg", (5,))],
+)
+def test_numbers_are_those_of_jax(key, shape):
+    key = KEYS[key]
+    words = jax.jit(_random.bits, static_argnums=1)(key, shape)
+    np.testing.assert_array_equal(words, jax.random.bits(key, shape, jnp.uint32), strict=True)
+    expected = jax.random.normal(key, shape, jnp.float32)
+    np.testing.assert_allclose(normal(key, shape, jnp.float32), expected, rtol=1e-6, atol=1e-7, strict=True)
+
+
+def test_known_answers():
+    """Those that Random123 publishes for Threefry-2x32 with 20 rounds: counter, key, words."""
+    answers = [
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+        ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+    ]
+    for counter, key, words in answers:
+        pair = (jnp.uint32(count) for count in counter)
+        assert tuple(int(w) for w in _random._threefry(jnp.array(key, jnp.uint32), *pair)) == words
+
+
+def test_double_precision_is_that_of_jax(x64):
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(_random.normal(key, (5, 3), jnp.float64), jax.random.normal(key, (5, 3), jnp.float64))
+
+
+def test_many_keys():
+    keys = jax.random.split(jax.random.key(1), 4)
+    one_by_one = np.stack([normal(key, (6,), jnp.float32) for key in keys])
+    together = jax.vmap(lambda key: normal(key, (6,), jnp.float32))(keys)
+    np.testing.assert_allclose(together, one_by_one, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("word", "uniform"), [(0, -1 + 2**-24), (0xFFFFFFFF, 1 - 2**-22)])
+def test_extreme_words_are_finite(monkeypatch, word, uniform):
+    """They stand for the uniform numbers next to -1 and 1, where the normal quantile is infinite."""
+    monkeypatch.setattr(_random, "bits", lambda rng_key, shape: jnp.full(shape, word, jnp.uint32))
+    quantile = float(2**0.5 * jax.scipy.special.erfinv(uniform))
+    assert float(_random.normal(KEYS["typed"], (), jnp.float32)) == pytest.approx(quantile, abs=0.1)
