@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -17,6 +18,8 @@ from numpyro_score.kernels import langevin_chains, mala_chains
 
 # Compiles in half the time, where the compiled function runs once.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+K = np.array([[2.0, 0.7, -0.4], [0.7, 1.5, 0.3], [-0.4, 0.3, 1.0]])
+RUGGED = {"K": K, "a": np.array([0.1, 0.3, 0.2])}
 
 
 @functools.cache
@@ -66,6 +69,37 @@ def density(f):
 def energy_of(f, theta, x):
     """The energy of :func:`density`; equal functions share compiled code."""
     return Energy(density(f), {"theta": theta}, x)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def values(loss, f, theta, x):
+    """The loss of each row."""
+    return loss(energy_of(f, theta, x), jax.random.key(0))
+
+
+def quadratic(k, x):
+    return -0.5 * jnp.einsum("ni,ij,nj->n", x, k, x)
+
+
+def rugged(t, x):
+    """A density with odd and even terms and couplings, log-concave only in part."""
+    return quadratic(t["K"], x) - (x**4) @ t["a"] + jnp.sin(2 * x[:, 0] * x[:, -1])
+
+
+def gaussian(x, batch=None):
+    """N(mu, I/tau) of rows (N, D), with a flat prior on mu. `batch` rows at a time, if given."""
+    mu = numpyro.sample("mu", improper())
+    tau = numpyro.param("tau", 1.0, constraint=constraints.positive)
+    with numpyro.plate("rows", len(x), subsample_size=batch):
+        x = numpyro.sample("x", improper(x.shape[-1]), obs=numpyro.subsample(x, event_dim=1))
+        numpyro.factor("energy", -0.5 * tau * jnp.sum((x - mu) ** 2, axis=-1))
+
+
+def assert_sites_close(actual, expected, **tolerance):
+    """The same sites, with values close to each other."""
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, err_msg=name, **tolerance)
 
 
 def assert_mean(draws, expected, errors=5.0):

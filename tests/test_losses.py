@@ -11,11 +11,9 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import numpyro.distributions as dist
 import pytest
-from models import FAST_COMPILE, Langevin, assert_mean, assert_variance, density, energy_of, improper
-from numpyro import handlers
+from models import FAST_COMPILE, RUGGED, K, Langevin, assert_mean, assert_variance, energy_of, quadratic, rugged, values
 
 import numpyro_score.losses.ssm as ssm
 from numpyro_score import (
@@ -27,12 +25,11 @@ from numpyro_score import (
     NCE,
     PCD,
     SSM,
-    Energy,
     KLContraction,
     geometric_levels,
     parzen_score,
 )
-from numpyro_score.losses import CHAINS_SITE, LOG_PARTITION_SITE, Loss, row_losses, total_loss
+from numpyro_score.losses import CHAINS_SITE, LOG_PARTITION_SITE, Loss
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -70,23 +67,12 @@ DENOISING = {
     "control variate": {},
     "antithetic": {"antithetic": True},
 }
-K = np.array([[2.0, 0.7, -0.4], [0.7, 1.5, 0.3], [-0.4, 0.3, 1.0]])
-
-
-def quadratic(k, x):
-    return -0.5 * jnp.einsum("ni,ij,nj->n", x, k, x)
 
 
 def isotropic(a, x):
     return -0.5 * a * jnp.sum(x**2, -1)
 
 
-def rugged(t, x):
-    """A density with odd and even terms and couplings, log-concave only in part."""
-    return quadratic(t["K"], x) - (x**4) @ t["a"] + jnp.sin(2 * x[:, 0] * x[:, -1])
-
-
-RUGGED = {"K": K, "a": np.array([0.1, 0.3, 0.2])}
 ROWS = np.random.default_rng(0).normal(size=(5, 3))
 
 
@@ -94,12 +80,6 @@ def with_own_sites(energy):
     """The energy with what PCD and NCE would declare in a fit."""
     chains = {"x": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}
     return energy.with_params({CHAINS_SITE: chains, LOG_PARTITION_SITE: jnp.array(0.3)})
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def values(loss, f, theta, x):
-    """The loss of each row."""
-    return loss(energy_of(f, theta, x), jax.random.key(0))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -386,133 +366,3 @@ def test_settings_of_the_wrong_type(make, unchecked):
     """A setting of the wrong type is refused with the loss's name and what was given."""
     with pytest.raises(TypeError, match=r"(SSM|DSM|FSM|KLContraction|ESM) needs .* got"):
         make()
-
-
-# -- sums over chunks of rows ----------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class InChunks:
-    """ISM, at most `rows` rows at a time."""
-
-    rows: int | None
-
-    def __call__(self, energy, rng_key):
-        return ISM()(energy, rng_key)
-
-    def rows_per_chunk(self, energy):
-        return self.rows
-
-
-MANY = np.random.default_rng(6).normal(size=(13, 3))
-KEY_DATA = np.array([0, 7], np.uint32)
-
-
-def everything(loss, theta, x):
-    """A total and all that is asked of it: derivatives, mapped and in the data."""
-    key = jax.random.wrap_key_data(KEY_DATA)
-
-    def total(theta, x=x):
-        return total_loss(loss, energy_of(rugged, theta, x), key)
-
-    direction = jax.tree.map(jnp.ones_like, theta)
-    scaled = jax.tree.map(lambda v: jnp.multiply.outer(jnp.array([0.5, 2.0]), v), theta)
-    return {
-        "value": total(theta),
-        "rows": row_losses(loss, energy_of(rugged, theta, x), key),
-        "gradient": jax.grad(total)(theta),
-        "forward": jax.jacfwd(total)(theta),
-        "hessian times vector": jax.jvp(jax.grad(total), (theta,), (direction,))[1],
-        "data": jax.grad(total, argnums=1)(theta, x),
-        "mapped": jax.vmap(jax.value_and_grad(total))(scaled),
-    }
-
-
-@functools.cache
-def all_at_once():
-    return jax.jit(functools.partial(everything, InChunks(None)), compiler_options=FAST_COMPILE)(RUGGED, MANY)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3])
-def test_chunks_change_nothing(rows):
-    """In chunks, value and derivatives in parameters and data are those of all rows at once."""
-    whole = all_at_once()
-    of = jax.jit(functools.partial(everything, InChunks(rows)), compiler_options=FAST_COMPILE)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), of(RUGGED, MANY), whole)
-    exact = values(ISM(), rugged, RUGGED, MANY)
-    np.testing.assert_allclose(whole["rows"][0], exact, rtol=1e-12)
-    np.testing.assert_allclose(whole["value"], exact.sum(), rtol=1e-12)
-
-
-def test_chunks_draw_apart():
-    """Chunks of sliced score matching share no direction: every row of a kind has its own draw."""
-    loss = SSM(variance_reduced=False, projection="gaussian")
-    x = np.ones((600, 3))
-    energy = energy_of(lambda a, x: -0.5 * a * jnp.sum(x**2, -1), np.array(1.3), x)
-    assert loss.rows_per_chunk(energy) * 4 < len(x)
-    of = jax.jit(functools.partial(row_losses, loss), compiler_options=FAST_COMPILE)
-    found = np.asarray(of(energy, jax.random.key(3))[0])
-    assert len(np.unique(found)) == len(x)
-    assert_mean(found, 0.5 * 1.3**2 * 3 - 1.3 * 3)
-
-
-def masked(theta, x, mask, radial=False):
-    """A model some of whose rows are masked out, all scaled by 2.5."""
-    with numpyro.plate("rows", len(x)), handlers.scale(scale=2.5), handlers.mask(mask=mask):
-        y = numpyro.sample("x", improper(3), obs=x)
-        f = -theta["a"][0] * jnp.linalg.norm(y, axis=-1) if radial else rugged(theta, y)
-        numpyro.factor("energy", f)
-
-
-def mask_from_data(x, radial=False):
-    masked(numpyro.param("theta"), x, ~jnp.isnan(x).any(-1), radial)
-
-
-def mask_from_argument(x, mask, radial=False):
-    masked(numpyro.param("theta"), x, mask, radial)
-
-
-@pytest.mark.parametrize("rows", [None, 3], ids=["whole", "chunks"])
-@pytest.mark.parametrize("radial", [False, True], ids=["smooth", "singular at the origin"])
-@pytest.mark.parametrize("model", [mask_from_data, mask_from_argument])
-def test_masked_rows_do_not_count(model, radial, rows):
-    """Rows that hold NaN and are masked out leave value and gradient as if they were not there."""
-    theta = jax.tree.map(jnp.asarray, RUGGED)
-    x = MANY.copy()
-    x[[0, 5, 12], [0, 2, 1]] = np.nan
-    kept = ~np.isnan(x).any(-1)
-    args = (x,) if model is mask_from_data else (x, kept)
-
-    def total(theta, x, *mask):
-        energy = Energy(model, {"theta": theta}, x, *mask, radial=radial)
-        found, weights = row_losses(InChunks(rows), energy, jax.random.key(0))
-        return total_loss(InChunks(rows), energy, jax.random.key(0)), (found, weights)
-
-    of = jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=FAST_COMPILE)
-    (value, (found, weights)), gradient = of(theta, *args)
-    (expected, _), expected_gradient = of(theta, *(a[kept] for a in args))
-    np.testing.assert_allclose(value, expected, rtol=1e-9)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), gradient, expected_gradient)
-    np.testing.assert_array_equal(weights, np.where(kept, 2.5, 0.0))
-    np.testing.assert_array_equal(found[~kept], 0.0)
-
-
-@pytest.mark.parametrize("rows", [None, 3], ids=["whole", "chunks"])
-def test_scales_weigh_rows(rows):
-    """A scale for each row weighs its loss, not its score."""
-    weight = np.linspace(0.5, 3.0, 13)
-
-    def model(x):
-        with handlers.scale(scale=weight):
-            density(rugged)(x)
-
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
-    def of(x):
-        energy, key = Energy(model, {"theta": RUGGED}, x), jax.random.key(0)
-        return *row_losses(InChunks(rows), energy, key), total_loss(InChunks(rows), energy, key)
-
-    expected = values(ISM(), rugged, RUGGED, MANY)
-    found, weights, total = of(MANY)
-    np.testing.assert_allclose(weights, weight, rtol=1e-12)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
-    np.testing.assert_allclose(total, weight @ expected, rtol=1e-9)
