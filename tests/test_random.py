@@ -51,3 +51,9 @@ def test_extreme_words_are_finite(monkeypatch, word, uniform):
     monkeypatch.setattr(_random, "bits", lambda rng_key, shape: jnp.full(shape, word, jnp.uint32))
     quantile = float(2**0.5 * jax.scipy.special.erfinv(uniform))
     assert float(_random.normal(KEYS["typed"], (), jnp.float32)) == pytest.approx(quantile, abs=0.1)
+
+
+def test_rounds_stay_in_a_loop_of_their_own():
+    """Merged into what uses them they would be done again for each use, which takes XLA minutes to compile."""
+    drawn = jax.jit(lambda key: _random.normal(key, (8,), jnp.float32)).lower(KEYS["typed"]).compile()
+    assert " while(" in drawn.as_text()
