@@ -14,17 +14,26 @@ import pytest
 
 numpyro.set_host_device_count(2)  # for test_sharding.py; the rest runs on the first
 
-# Most of the suite's time is that of compiling what then runs once. JAX reads the flags when it first computes. To test
-# the code as it is compiled for users, set XLA_FLAGS=--xla_backend_optimization_level=3.
-QUICKLY_COMPILED = "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]
+# Most of the suite's time is that of compiling what then runs once. JAX reads the flags when it first computes, and
+# pytest-xdist's workers find those that its own process set here. To test the code as it is compiled for users, set
+# XLA_FLAGS=--xla_backend_optimization_level=3.
+QUICKLY_COMPILED = "xla_backend_optimization_level=3" not in os.environ["XLA_FLAGS"]
 if QUICKLY_COMPILED:
     jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"  # where the fixture `optimised` lifts that
+    flags = ["--xla_backend_optimization_level=1"]  # where the fixture `optimised` lifts that
     if jax.__version_info__[:2] == (0, 10):  # the older emitters take half the time to compile; 0.12 has them no more
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys(os.environ["XLA_FLAGS"].split() + flags))
 
 # Tracing makes many small objects that live on: by default, to look for cycles among them takes a sixth of the time.
 gc.set_threshold(50_000, 20, 100)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """No file needs what another has compiled; all together takes gigabytes and most maps that a process may have."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
