@@ -34,8 +34,8 @@ def bits(rng_key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
         return first ^ second
 
     # XLA merges expressions into each of their uses, and would do all rounds again there. A loop keeps it from that, if
-    # XLA cannot see that it ends after one pass.
-    return jax.lax.fori_loop(0, jax.lax.optimization_barrier(1), draw, count)
+    # XLA cannot see that it ends after one pass. What it starts from varies over devices as the key does.
+    return jax.lax.fori_loop(0, jax.lax.optimization_barrier(1), draw, jnp.broadcast_to(key[0], shape))
 
 
 def normal(rng_key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:

@@ -1,7 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from numpyro_score import _random
 
@@ -43,6 +47,15 @@ def test_many_keys():
     one_by_one = np.stack([normal(key, (6,), jnp.float32) for key in keys])
     together = jax.vmap(lambda key: normal(key, (6,), jnp.float32))(keys)
     np.testing.assert_allclose(together, one_by_one, rtol=1e-6, atol=1e-7)
+
+
+def test_a_key_on_each_device():
+    """In `shard_map`, where the types of arrays say over which devices they vary."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("chains",))
+    of = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("chains"), out_specs=P("chains"))
+    keys = jax.random.split(jax.random.key(1))
+    apart = jax.jit(of(lambda key: _random.normal(key[0], (6,), jnp.float32)))(keys)
+    np.testing.assert_array_equal(apart, jnp.concatenate([normal(key, (6,), jnp.float32) for key in keys]))
 
 
 @pytest.mark.parametrize(("word", "uniform"), [(0, -1 + 2**-24), (0xFFFFFFFF, 1 - 2**-22)])
