@@ -14,7 +14,13 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from numpyro.distributions.transforms import IndependentTransform
 
-from numpyro_score.inference.sandwich import Objective, SandwichError, check_rows, warn_if_not_converged
+from numpyro_score.inference.sandwich import (
+    Objective,
+    SandwichError,
+    check_rows,
+    in_standard_errors,
+    warn_if_not_converged,
+)
 
 __all__ = ["diagonal_stderr", "influence"]
 
@@ -60,8 +66,8 @@ def influence(objective: Objective, of: Callable[[dict[str, Any]], Any], hessian
     rows = jnp.where(used[:, None], (rows - rows.sum(axis=0) / n) * (n / (n - 1)) ** 0.5, 0.0)
     unravel = ravel_pytree(values)[1]
     if newton_step is not None:
-        errors = jnp.sqrt(jnp.sum(rows**2, axis=0))
-        warn_if_not_converged({"of": unravel(newton_step)}, {"of": unravel(errors)})
+        errors = np.sqrt(np.sum(np.asarray(rows, np.float64) ** 2, axis=0))
+        warn_if_not_converged({"of": in_standard_errors(np.asarray(newton_step), errors)})
     return jax.vmap(unravel)(rows)
 
 

@@ -68,8 +68,7 @@ class Parametrisation:
     def draw(self, rng_key: Array, covariance: np.ndarray, n: int) -> dict[str, Any]:
         """N draws from N(position, covariance), constrained: {site: (n, ...)}."""
         root = jnp.asarray(_root(covariance), self.position.dtype)
-        noise = jax.random.normal(rng_key, (n, len(self.position)))
-        return jax.vmap(self.constrain)(self.position + noise @ root.T)
+        return _draws(rng_key, self.position, self.transforms, root, self.unravel, n)
 
 
 @partial(
@@ -174,23 +173,22 @@ def curvature(objective: Objective) -> Curvature:
         )
     used = check_rows(objective)
     loss_hessian, prior_hessian, gradients, prior_gradient = _derivatives(objective)
-    beta = float(objective.learning_rate)
-    lowest = float(jnp.linalg.eigvalsh(beta * loss_hessian + prior_hessian)[0])
+    # In double precision on the host: H is often badly scaled, and P is small.
+    beta, loss_hessian = float(objective.learning_rate), np.asarray(loss_hessian, np.float64)
+    hessian = beta * loss_hessian + np.asarray(prior_hessian, np.float64)
+    lowest = np.linalg.eigvalsh(hessian)[0] if np.isfinite(hessian).all() else np.nan
     if not lowest > 0:
         raise SandwichError(
             f"The objective is not curved upwards at the estimates (lowest eigenvalue of its Hessian {lowest:.3g} for "
             f"{p} parameters): take more steps, or drop or shrink parameters that the data do not determine."
         )
-    # Solved in double precision on the host: H is often badly scaled, and P is small.
-    loss_hessian, g = np.asarray(loss_hessian, np.float64), np.asarray(gradients, np.float64)[used]
-    hessian = beta * loss_hessian + np.asarray(prior_hessian, np.float64)
+    g = np.asarray(gradients, np.float64)[used]
     gradient = beta * g.sum(axis=0) + np.asarray(prior_gradient, np.float64)
     root = np.linalg.qr(g - g.mean(axis=0), mode="r") * (len(g) / (len(g) - 1)) ** 0.5
     half = beta * np.linalg.solve(hessian, root.T)
     covariance = half @ half.T
-    newton_step = objective.unravel(jnp.asarray(np.linalg.solve(hessian, gradient), objective.position.dtype))
-    errors = objective.unravel(jnp.asarray(np.sqrt(np.diag(covariance)), objective.position.dtype))
-    warn_if_not_converged(newton_step, errors)
+    distance = in_standard_errors(np.linalg.solve(hessian, gradient), np.sqrt(np.diag(covariance)))
+    warn_if_not_converged(objective.unravel(jnp.asarray(distance, objective.position.dtype)))
     return Curvature(hessian, loss_hessian, root, np.sqrt(np.sum(g**2, axis=0)), covariance)
 
 
@@ -210,11 +208,18 @@ def check_rows(objective: Objective) -> np.ndarray:
 _used = jax.jit(Objective.used)
 
 
-def warn_if_not_converged(newton_step: dict[str, Any], errors: dict[str, Any]) -> None:
-    """Standard errors are those of the minimum. A stochastic loss leaves a fit within about one of them."""
-    steps, errors = ({k: ravel_pytree(v)[0] for k, v in tree.items()} for tree in (newton_step, errors))
-    ratios = {k: jnp.where(errors[k] > 0, jnp.abs(steps[k]) / errors[k], 0.0) for k in steps}
-    furthest = {k: float(jnp.max(r, initial=0.0)) for k, r in ratios.items()}
+def in_standard_errors(newton_step: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """How far the minimum is, element by element; 0 where there is no error."""
+    return np.abs(newton_step) / np.where(errors > 0, errors, np.inf)
+
+
+def warn_if_not_converged(distance: dict[str, Any]) -> None:
+    """Standard errors are those of the minimum. A stochastic loss leaves a fit within about one of them.
+
+    Args:
+        distance: of the minimum by site, in standard errors.
+    """
+    furthest = {k: max(float(np.max(v, initial=0.0)) for v in jax.tree.leaves(tree)) for k, tree in distance.items()}
     name = max(furthest, key=lambda k: furthest[k])
     if furthest[name] > 3:
         warnings.warn(
@@ -243,6 +248,12 @@ def _delta_method(position: Array, transforms: Any, root: Array, unravel: Any) -
 
     images = jax.lax.map(row, root.T, batch_size=64)  # (P, Q), of the covariance's principal axes
     return ravel_pytree(constrain(position))[1](norm_of_columns(images))
+
+
+@partial(jax.jit, static_argnames=("unravel", "n"))
+def _draws(rng_key: Array, position: Array, transforms: Any, root: Array, unravel: Any, n: int) -> dict[str, Any]:
+    draws = position + jax.random.normal(rng_key, (n, len(position)), position.dtype) @ root.T
+    return jax.vmap(Parametrisation(transforms, position, unravel).constrain)(draws)
 
 
 def norm_of_columns(x: Float[Array, "n *columns"]) -> Float[Array, "*columns"]:
