@@ -18,6 +18,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
 
 from numpyro_score import SSM, ScoreMatching, generalized_bayes
+from numpyro_score.inference import prior_model
 
 N, D, BATCH = 300, 2, 50
 KEY = jax.random.key(0)
@@ -256,6 +257,41 @@ def test_guides_find_the_conjugate_posterior(name):
         draws = fit.sample_posterior(jax.random.key(1), 4000)["mu"]
         assert draws.shape == (4000,)
         assert abs(draws.std() / sd - 1) < 0.2
+
+
+def test_starts_where_numpyros_own_point_guide_does():
+    """At the prior's median, drawn anew until penalties are finite; for that the priors' densities are not needed."""
+    evaluated = []
+
+    class Spied(dist.LogNormal):
+        def log_prob(self, value):
+            evaluated.append(value)
+            return super().log_prob(value)
+
+    def model(x, least):
+        scale = numpyro.sample("scale", Spied(0.0, 1.0).expand([3]).to_event(1))
+        share = numpyro.sample("share", dist.Dirichlet(jnp.ones(3)))
+        numpyro.factor("region", jnp.where(scale.sum() > least, 0.0, -jnp.inf))
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", real(3), obs=x)
+            numpyro.factor("energy", -0.5 * jnp.sum(x**2 * scale * share, axis=-1))
+
+    x = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    sums = []
+    for key in jax.random.split(KEY, 3):
+        evaluated.clear()
+        fitter = ScoreMatching(model)
+        start = fitter.get_params(fitter.init(key, x, 4.0))
+        assert not evaluated
+        prior = prior_model(model)
+        plain = SVI(prior, AutoDelta(prior), optax.adam(0.1), Trace_ELBO())
+        assert_sites_close(start, plain.get_params(plain.init(key, x, 4.0)), rtol=1e-6)
+        assert evaluated
+        fitter = ScoreMatching(model)
+        anywhere = fitter.get_params(fitter.init(key, x, 0.0))
+        sums.append([p["scale_auto_loc"].sum() for p in (start, anywhere)])
+    constrained, free = np.array(sums).T
+    assert (constrained > 4).all() and (free < 4).any()
 
 
 def test_laplace_guide_on_the_unnormalised_model_is_refused():

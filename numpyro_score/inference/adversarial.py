@@ -15,7 +15,6 @@ import optax
 from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoDelta
 from numpyro.infer.util import transform_fn
 
 from numpyro_score._arguments import join_arrays, split_arrays
@@ -24,7 +23,7 @@ from numpyro_score.energy import Energy
 from numpyro_score.flows.dynamics import DynamicsFlow, Trajectory, as_pytree
 from numpyro_score.flows.fit import FlowFunction, LearnedFlow, build_flow, flow_params, flow_step
 from numpyro_score.inference.cost import FitCost, with_cost
-from numpyro_score.inference.generalized import LOSS_SITE, prior_model
+from numpyro_score.inference.generalized import LOSS_SITE, point_guide, prior_model
 from numpyro_score.inference.loop import (
     NonFiniteLossError,
     check_key,
@@ -177,7 +176,7 @@ class AdversarialDynamicsEmbedding:
             optim = optax_optimizer(optim)
         prior = prior_model(model, data, inspect_energy=self._check)
         # Only to find the parameters, their constraints and the optimiser's interface.
-        self._svi = SVI(prior, AutoDelta(prior_model(model, data)), optim, Trace_ELBO())
+        self._svi = SVI(prior, point_guide(model, data), optim, Trace_ELBO())
         self._evaluate = jax.jit(partial(evaluate_for_check))
         self._advance = jax.jit(self._advance_impl, static_argnames="static")
 

@@ -12,6 +12,8 @@ import numpy as np
 import numpyro
 from jaxtyping import Array
 from numpyro import handlers
+from numpyro.infer.autoguide import AutoDelta
+from numpyro.primitives import Messenger
 
 from numpyro_score import _trace
 from numpyro_score._arguments import refuse_empty
@@ -177,6 +179,23 @@ def prior_model(
         return value
 
     return prior
+
+
+def point_guide(model: Model, data: str | None = None) -> AutoDelta:
+    """A point for each latent site of `model`, which starts at the prior's median, where the penalties are finite."""
+    return AutoDelta(_WithoutPriors(prior_model(model, data)))
+
+
+class _WithoutPriors(Messenger):
+    """Leaves out the densities of latent sites, but not factors.
+
+    When a guide first runs, NumPyro evaluates the density of its model and the gradient, one operation at a time, each
+    of which is compiled: it draws anew until they are finite, which those of draws from the prior are.
+    """
+
+    def process_message(self, msg: _trace.Site) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            msg["fn"] = msg["fn"].mask(False)
 
 
 def _run_parameters(

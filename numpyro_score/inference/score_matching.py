@@ -18,7 +18,6 @@ from jaxtyping import Array, Float
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import (
     AutoDAIS,
-    AutoDelta,
     AutoGuide,
     AutoLaplaceApproximation,
     AutoSemiDAIS,
@@ -34,7 +33,7 @@ from numpyro_score.inference.calibration import calibrated_fit
 from numpyro_score.inference.closed_form import ClosedFormError, FlatObjectiveError, solve
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
-from numpyro_score.inference.generalized import generalized_bayes, prior_model
+from numpyro_score.inference.generalized import generalized_bayes, point_guide, prior_model
 from numpyro_score.inference.loop import (
     NonFiniteLossError,
     check_key,
@@ -124,7 +123,7 @@ class ScoreMatching(SVI):
         default_guide = guide is None
         self._guide_class = guide if inspect.isclass(guide) and issubclass(guide, AutoGuide) else None
         if guide is None:
-            guide = AutoDelta(self.prior)
+            guide = point_guide(model, data)
         elif self._guide_class in _GUIDES_WITH_DENSITY and hasattr(self.score_loss, "no_posterior"):
             raise NotImplementedError(
                 f"{guide.__name__} needs a density of the parameters, which {type(loss).__name__} does not give, as "
