@@ -40,17 +40,19 @@ def test_draws_and_their_discrepancy(toy):
     assert_mean(found, expected)
 
 
-def test_every_method_beats_the_start(toy, monkeypatch):
-    """In 150 steps of 100 rows all six come near the law of the ring, by held-out likelihood.
+@pytest.mark.parametrize("name", ["ISM", "SSM", "DSM", "KL contraction", "PCD", "ADE"])
+def test_every_method_beats_the_start(toy, name, monkeypatch):
+    """In 150 steps of 100 rows each comes near the law of the ring, by held-out likelihood.
 
     Over two keys they gain 0.91 nats or more.
     """
     monkeypatch.setattr(toy, "BATCH", 100)
-    rng = np.random.default_rng(0)
+    monkeypatch.setattr(toy, "NUM_DRAWS", 200)  # for the discrepancy, which is not looked at
+    rng, methods = np.random.default_rng(0), toy.methods(150)
     train, test = toy.standardised("ring", rng)
     radius = np.linalg.norm(np.asarray(test), axis=1)
     normal = -np.log(2 * np.pi) - 0.5 * np.mean(radius**2)  # the law of the same mean and variance
-    for i, (name, fitter) in enumerate(toy.methods(150).items()):
-        result = toy.fit_and_measure(name, fitter, toy.jax.random.key(i), rng, train, test)
-        assert result["log likelihood"] > normal + 0.5, name
-        assert abs(result["outside"]) < 0.01, name
+    key = toy.jax.random.key(list(methods).index(name))
+    result = toy.fit_and_measure(name, methods[name], key, rng, train, test)
+    assert result["log likelihood"] > normal + 0.5
+    assert abs(result["outside"]) < 0.01
