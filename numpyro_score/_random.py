@@ -21,13 +21,13 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 def bits(rng_key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     """`jax.random.bits(rng_key, shape, jnp.uint32)`."""
-    key = rng_key
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
-    size = math.prod(shape)
-    if key.shape != (2,) or size >= 2**32:  # another generator, or more numbers than one word counts
+    typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
+    key = jax.random.key_data(rng_key if typed else jax.random.wrap_key_data(rng_key))
+    usual = key.shape == (2,) and jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    known = all(isinstance(n, int) for n in shape)  # a shape may be symbolic in jax.export
+    if not usual or not known or math.prod(shape) >= 2**32:  # more numbers than one word counts
         return jax.random.bits(rng_key, shape, jnp.uint32)
-    count = jax.lax.iota(jnp.uint32, size).reshape(shape)
+    count = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
 
     def draw(_: Array, unused: Array) -> Array:
         first, second = _threefry(key, jnp.zeros_like(count), count)

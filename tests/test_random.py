@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -40,6 +41,19 @@ def test_known_answers():
 def test_double_precision_is_that_of_jax(x64):
     key = jax.random.key(0)
     np.testing.assert_array_equal(_random.normal(key, (5, 3), jnp.float64), jax.random.normal(key, (5, 3), jnp.float64))
+
+
+def test_other_layouts_and_shapes_are_those_of_jax():
+    """JAX's older order of the words, sizes that are NumPy's numbers, and sizes yet unknown."""
+    key = KEYS["typed"]
+    with jax.threefry_partitionable(False):
+        np.testing.assert_array_equal(_random.bits(key, (5, 3)), jax.random.bits(key, (5, 3), jnp.uint32))
+    few = (np.int8(100), np.int8(100))
+    np.testing.assert_array_equal(_random.bits(key, few), jax.random.bits(key, few, jnp.uint32))
+    rows = jax.ShapeDtypeStruct(export.symbolic_shape("n, 3"), jnp.float32)
+    noise = export.export(jax.jit(lambda x: _random.normal(key, x.shape, x.dtype)))(rows)
+    expected = jax.random.normal(key, (7, 3))
+    np.testing.assert_allclose(noise.call(np.zeros((7, 3), np.float32)), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_many_keys():
