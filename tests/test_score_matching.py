@@ -259,17 +259,13 @@ def test_guides_find_the_conjugate_posterior(name):
         assert abs(draws.std() / sd - 1) < 0.2
 
 
-def test_starts_where_numpyros_own_point_guide_does():
-    """At the prior's median, drawn anew until penalties are finite; for that the priors' densities are not needed."""
-    evaluated = []
-
-    class Spied(dist.LogNormal):
-        def log_prob(self, value):
-            evaluated.append(value)
-            return super().log_prob(value)
+def test_starts_where_numpyros_own_point_guide_does(monkeypatch):
+    """At the prior's median, drawn anew until penalties are finite; that needs no density of a scalar prior."""
+    evaluated, log_prob = [], dist.LogNormal.log_prob
+    monkeypatch.setattr(dist.LogNormal, "log_prob", lambda *args: evaluated.append(args) or log_prob(*args))
 
     def model(x, least):
-        scale = numpyro.sample("scale", Spied(0.0, 1.0).expand([3]).to_event(1))
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 1.0).expand([3]).to_event(1))
         share = numpyro.sample("share", dist.Dirichlet(jnp.ones(3)))
         numpyro.factor("region", jnp.where(scale.sum() > least, 0.0, -jnp.inf))
         with numpyro.plate("rows", len(x)):
@@ -292,6 +288,36 @@ def test_starts_where_numpyros_own_point_guide_does():
         sums.append([p["scale_auto_loc"].sum() for p in (start, anywhere)])
     constrained, free = np.array(sums).T
     assert (constrained > 4).all() and (free < 4).any()
+
+
+def test_starts_where_other_priors_are_finite():
+    """A prior that cannot be drawn from starts anywhere, and is asked; a Delta is refused by NumPyro."""
+
+    class Wedge(dist.Distribution):
+        support, reparametrized_params = constraints.real_vector, []
+
+        def __init__(self):
+            super().__init__((), (2,), validate_args=False)
+
+        def log_prob(self, value):
+            return jnp.where(value[..., 0] < value[..., 1], -0.5 * jnp.sum(value**2, -1), -jnp.inf)
+
+        def sample(self, key, sample_shape=()):
+            raise NotImplementedError
+
+    def model(x, prior):
+        place = numpyro.sample("place", prior)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", real(2), obs=x)
+            numpyro.factor("energy", -0.5 * jnp.sum((x - place) ** 2, axis=-1))
+
+    x = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+    for seed in range(4):
+        fitter = ScoreMatching(model)
+        place = fitter.get_params(fitter.init(jax.random.key(seed), x, Wedge()))["place_auto_loc"]
+        assert place[0] < place[1]
+    with pytest.raises(ValueError, match="'place' has a delta distribution"):
+        run(ScoreMatching(model), x, dist.Delta(2.0))
 
 
 def test_laplace_guide_on_the_unnormalised_model_is_refused():
