@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import optax
 import pytest
 import scipy.stats
 from numpyro import handlers
+from numpyro.contrib.module import random_flax_module
 from numpyro.distributions import constraints
 
 from numpyro_score import ISM, GradientSpread, QuadraticLoss, ScoreMatching, generalized_bayes
@@ -260,6 +262,29 @@ def test_stderr_agrees_with_draws_on_a_simplex():
 
 
 # -- what has no sandwich -------------------------------------------------------------------------------
+
+
+def test_network_with_priors_is_that_of_plain_sites():
+    """Flax's module under a prior keeps shapes in place of its parameters, at a param site without numbers."""
+
+    def model(x, flax):
+        if flax:
+            net = random_flax_module("net", nn.Dense(1), dist.Normal(0.0, 1.0), input_shape=(2,))
+        else:
+            kernel = numpyro.sample("net/kernel", dist.Normal(0.0, 1.0).expand([2, 1]))
+            bias = numpyro.sample("net/bias", dist.Normal(0.0, 1.0).expand([1]))
+            net = lambda h: h @ kernel + bias  # noqa: E731
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (2,)), obs=x)
+            numpyro.factor("energy", net(jnp.tanh(x))[:, 0] - 0.5 * jnp.sum(x**2, -1))
+
+    x = np.random.default_rng(0).normal(size=(200, 2))
+    module, plain = (ScoreMatching(model).run(KEY, x, flax=flax, progress_bar=False) for flax in (True, False))
+    errors = plain.stderr()
+    assert (errors["net/kernel"] > 0.05).all()
+    for name in ("net/kernel", "net/bias"):
+        np.testing.assert_allclose(module.estimates[name], plain.estimates[name], rtol=1e-6)
+        np.testing.assert_allclose(module.stderr()[name], errors[name], rtol=1e-6)
 
 
 def test_one_row_has_no_sandwich():

@@ -219,7 +219,9 @@ def warn_if_not_converged(distance: dict[str, Any]) -> None:
     Args:
         distance: of the minimum by site, in standard errors.
     """
-    furthest = {k: max(float(np.max(v, initial=0.0)) for v in jax.tree.leaves(tree)) for k, tree in distance.items()}
+    furthest = {
+        k: max((float(np.max(v, initial=0.0)) for v in jax.tree.leaves(d)), default=0.0) for k, d in distance.items()
+    }
     name = max(furthest, key=lambda k: furthest[k])
     if furthest[name] > 3:
         warnings.warn(
