@@ -7,6 +7,7 @@ of a small energy takes. Here it is one pass.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ __all__ = ["bits", "normal"]
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def bits(rng_key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+def bits(rng_key: Array, shape: tuple[Any, ...]) -> UInt32[Array, "..."]:
     """`jax.random.bits(rng_key, shape, jnp.uint32)`."""
     typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
     key = jax.random.key_data(rng_key if typed else jax.random.wrap_key_data(rng_key))
@@ -38,7 +39,7 @@ def bits(rng_key: Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     return jax.lax.fori_loop(0, jax.lax.optimization_barrier(1), draw, jnp.broadcast_to(key[0], shape))
 
 
-def normal(rng_key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "..."]:
+def normal(rng_key: Array, shape: tuple[Any, ...], dtype: DTypeLike) -> Float[Array, "..."]:
     """`jax.random.normal(rng_key, shape, dtype)`; equal to rounding in single precision."""
     if jnp.dtype(dtype) != jnp.float32:
         return jax.random.normal(rng_key, shape, dtype)
