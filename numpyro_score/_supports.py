@@ -87,6 +87,13 @@ def base_constraint(constraint: constraints.Constraint) -> constraints.Constrain
     return constraint
 
 
+def base_law(law: dist.Distribution) -> dist.Distribution:
+    """A distribution without what only shapes it, as `to_event` and `expand` do."""
+    while isinstance(law, dist.Independent | dist.ExpandedDistribution):
+        law = law.base_dist
+    return law
+
+
 def innermost(law: dist.Distribution) -> dist.Distribution:
     """A distribution without what wraps it, as `to_event`, `expand` and transforms do."""
     while hasattr(law, "base_dist"):

@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
-from numpyro_score._supports import base_constraint
+from numpyro_score._supports import base_constraint, base_law
 from numpyro_score.energy import Energy
 from numpyro_score.normaliser.source import Source, density_of
 from numpyro_score.objective import require_flat
@@ -143,9 +143,7 @@ def _normal_mixture(law: dist.Distribution) -> NormalMixture | None:
 
 def _normal_parts(law: dist.Distribution, event_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Means (K, D), axes (K or 1, D, D) and variances (K, D) of K normal laws; None of others."""
-    base = law
-    while isinstance(base, dist.Independent | dist.ExpandedDistribution):
-        base = base.base_dist
+    base = base_law(law)
     if not isinstance(base, dist.Normal | dist.MultivariateNormal | dist.LowRankMultivariateNormal):
         return None
     mean = np.asarray(law.mean, np.float64)

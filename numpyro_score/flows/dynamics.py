@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
+from numpyro_score._supports import base_constraint, innermost
 from numpyro_score.flows.weights import WeightSummary, summarize_weights
 from numpyro_score.operators import value_score
 
@@ -211,12 +212,7 @@ class DynamicsFlow(dist.Distribution):
 
 
 def _covers_space(base: dist.Distribution) -> bool:
-    support, inner = base.support, base
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    while hasattr(inner, "base_dist"):
-        inner = inner.base_dist
-    return support == constraints.real and not isinstance(inner, dist.Delta)
+    return base_constraint(base.support) == constraints.real and not isinstance(innermost(base), dist.Delta)
 
 
 def normal_log_prob(value: Float[Array, "*batch d"], scale: Any = 1.0) -> Float[Array, "*batch"]:

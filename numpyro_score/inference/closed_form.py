@@ -18,10 +18,9 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.infer.util import transform_fn
 
-from numpyro_score import _trace
 from numpyro_score._arguments import join_arrays, split_arrays
 from numpyro_score._dependence import is_constant, is_quadratic
-from numpyro_score._supports import base_constraint
+from numpyro_score._supports import base_constraint, base_law
 from numpyro_score.energy import Energy
 from numpyro_score.inference.generalized import GeneralizedModel, prior_model
 from numpyro_score.inference.gram import score_gram
@@ -329,10 +328,8 @@ def _prior_terms(problem: Problem, inputs: Inputs, theta: Array) -> tuple[Array,
 
 
 def _laplace(site: dict[str, Any]) -> dist.Laplace | None:
-    fn, masks = _trace.unwrap(site["fn"])
-    while isinstance(fn, dist.Independent) and not masks:
-        fn, masks = _trace.unwrap(fn.base_dist)
-    return fn if isinstance(fn, dist.Laplace) and not masks else None
+    law = base_law(site["fn"])
+    return law if isinstance(law, dist.Laplace) else None
 
 
 @partial(jax.jit, static_argnames="problem")

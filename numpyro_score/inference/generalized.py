@@ -18,6 +18,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_score import _trace
 from numpyro_score._arguments import refuse_empty
+from numpyro_score._supports import base_law
 from numpyro_score.energy import Energy
 from numpyro_score.inference.calibration import CalibratedRate
 from numpyro_score.losses import Loss
@@ -197,10 +198,7 @@ class _WithoutPriors(Messenger):
 
     def process_message(self, msg: _trace.Site) -> None:
         if msg["type"] == "sample" and not msg["is_observed"]:
-            fn = msg["fn"]
-            while isinstance(fn, dist.ExpandedDistribution | dist.Independent):
-                fn = fn.base_dist
-            if type(fn) in _SCALAR_PRIORS:
+            if type(base_law(msg["fn"])) in _SCALAR_PRIORS:
                 msg["fn"] = msg["fn"].mask(False)
 
 
