@@ -261,9 +261,6 @@ def test_stderr_agrees_with_draws_on_a_simplex():
     np.testing.assert_allclose(error, draws.std(0), rtol=0.055)
 
 
-# -- what has no sandwich -------------------------------------------------------------------------------
-
-
 def test_network_with_priors_is_that_of_plain_sites():
     """Flax's module under a prior keeps shapes in place of its parameters, at a param site without numbers."""
 
@@ -285,6 +282,9 @@ def test_network_with_priors_is_that_of_plain_sites():
     for name in ("net/kernel", "net/bias"):
         np.testing.assert_allclose(module.estimates[name], plain.estimates[name], rtol=1e-6)
         np.testing.assert_allclose(module.stderr()[name], errors[name], rtol=1e-6)
+
+
+# -- what has no sandwich -------------------------------------------------------------------------------
 
 
 def test_one_row_has_no_sandwich():
