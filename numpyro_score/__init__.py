@@ -1,45 +1,29 @@
 """Unnormalised models as first-class NumPyro models."""
 
-__version__ = "0.1.0.dev0"
-
-from numpyro_score.diagnostics import (
-    audit,
-    compare,
+from numpyro_score.arviz import to_arviz
+from numpyro_score.closed_form import ClosedFormError, GradientSpread, QuadraticLoss, sparse_path
+from numpyro_score.comparison import audit, compare, hyvarinen_loo, hyvarinen_score
+from numpyro_score.divergences import (
     de_bruijn,
     entropy_from_scores,
     fisher_divergence,
-    hyvarinen_loo,
-    hyvarinen_score,
     kernel_stein_discrepancy,
     kl_divergence,
     local_variance,
     mmd,
-    plot_comparison,
-    plot_de_bruijn,
-    plot_density,
-    plot_influence,
-    plot_khat,
-    plot_losses,
-    plot_marginals,
-    plot_score_field,
-    report,
     squared_log_ratio,
-    to_arviz,
 )
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, curl, score_factor
 from numpyro_score.flows import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
+from numpyro_score.generalized import prior_model
 from numpyro_score.inference import (
     AdversarialDynamicsEmbedding,
-    ClosedFormError,
     DenoisingGenerator,
-    GradientSpread,
     NonFiniteLossError,
-    QuadraticLoss,
     ScoreMatching,
     ScoreMatchingResult,
     adjust_draws,
     generalized_bayes,
-    sparse_path,
 )
 from numpyro_score.kernels import MALA, SGHMC, SGLD, cyclical_schedule, polynomial_schedule
 from numpyro_score.losses import (
@@ -56,7 +40,19 @@ from numpyro_score.losses import (
     parzen_score,
 )
 from numpyro_score.normaliser import EnergyDistribution, log_partition, sample
-from numpyro_score.score_terms import curl, score_factor
+from numpyro_score.plots import (
+    plot_comparison,
+    plot_de_bruijn,
+    plot_density,
+    plot_influence,
+    plot_khat,
+    plot_losses,
+    plot_marginals,
+    plot_score_field,
+)
+from numpyro_score.reporting import report
+from numpyro_score.uncertainty import SandwichError
+from numpyro_score.version import __version__ as __version__
 
 __all__ = [
     "CD",
@@ -82,6 +78,7 @@ __all__ = [
     "LearnedFlow",
     "NonFiniteLossError",
     "QuadraticLoss",
+    "SandwichError",
     "ScoreMatching",
     "ScoreMatchingResult",
     "adjust_draws",
@@ -112,6 +109,7 @@ __all__ = [
     "plot_marginals",
     "plot_score_field",
     "polynomial_schedule",
+    "prior_model",
     "report",
     "sample",
     "score_factor",

@@ -7,6 +7,7 @@ gradient of the sum is the gradient of each row. None of them loops over rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,8 @@ from folx.wrapped_functions import is_registered
 from jax.extend.core import Jaxpr, Literal
 from jaxtyping import Array, Float
 
-from numpyro_score._supports import Frame
-
 __all__ = [
+    "Frame",
     "RowFunction",
     "score_and_directional",
     "sliced_derivatives",
@@ -27,6 +27,13 @@ __all__ = [
 ]
 
 RowFunction = Callable[[Array], Array]
+
+
+class Frame(NamedTuple):
+    """The frame at some rows: the map v ↦ A v of (..., N, D), and b, (N, D)."""
+
+    apply: Callable[[Array], Array]
+    drift: Float[Array, "n d"]
 
 
 def value_score(f: RowFunction, x: Float[Array, "*n d"]) -> tuple[Float[Array, "*n"], Float[Array, "*n d"]]:

@@ -20,7 +20,7 @@ from numpyro.infer.autoguide import AutoNormal
 
 import numpyro_score
 from numpyro_score import SSM, ScoreMatching, generalized_bayes, to_arviz
-from numpyro_score.inference import LOSS_SITE
+from numpyro_score.generalized import LOSS_SITE
 
 OLD = not hasattr(az, "convert_to_datatree")
 KEY = jax.random.key(0)

@@ -19,8 +19,9 @@ from numpyro.infer.autoguide import AutoLaplaceApproximation
 from numpyro.infer.util import log_density
 
 from numpyro_score import ISM, ScoreMatching, adjust_draws, generalized_bayes
-from numpyro_score.inference import LOSS_SITE, SandwichError
-from numpyro_score.inference.calibration import CalibratedRate
+from numpyro_score.generalized import LOSS_SITE
+from numpyro_score.inference import posterior
+from numpyro_score.uncertainty import SandwichError
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -184,13 +185,13 @@ def test_the_scale_of_a_prior_does_not_count():
 @pytest.fixture
 def fits(monkeypatch):
     """How many fits were made to calibrate."""
-    found, fit = [], CalibratedRate._fit
+    found, fit = [], posterior.calibrated_rate
 
-    def counted(self, args, kwargs):
-        found.append(fit(self, args, kwargs))
+    def counted(*args):
+        found.append(fit(*args))
         return found[-1]
 
-    monkeypatch.setattr(CalibratedRate, "_fit", counted)
+    monkeypatch.setattr(posterior, "calibrated_rate", counted)
     return found
 
 
@@ -218,11 +219,11 @@ def by_hand(monkeypatch):
     """The fit's result without the fit, and how many there were."""
     calls = []
 
-    def rate(self, args, kwargs):
+    def rate(model, loss, data, args, kwargs):
         calls.append(args)
         return location_rate(np.asarray(args[0]))
 
-    monkeypatch.setattr(CalibratedRate, "_fit", rate)
+    monkeypatch.setattr(posterior, "calibrated_rate", rate)
     return calls
 
 
@@ -245,7 +246,7 @@ def test_rate_is_remembered_for_the_same_arguments_alone(by_hand):
 def test_rate_follows_data_that_the_model_holds(monkeypatch):
     """A model without arguments whose data change."""
     held = {"x": jnp.asarray(X)}
-    monkeypatch.setattr(CalibratedRate, "_fit", lambda *_: location_rate(np.asarray(held["x"])))
+    monkeypatch.setattr(posterior, "calibrated_rate", lambda *_: location_rate(np.asarray(held["x"])))
     model = generalized_bayes(lambda: location(held["x"]), ISM(), "calibrated")
     value = log_density(model, (), {}, {"mu": jnp.array(0.0)})[0]
     held["x"] = 2.0 * held["x"]

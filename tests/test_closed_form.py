@@ -32,7 +32,7 @@ from numpyro_score import (
     KLContraction,
     ScoreMatching,
 )
-from numpyro_score._dependence import is_constant, is_quadratic
+from numpyro_score.energy import is_constant, is_quadratic
 from numpyro_score.losses import total_loss
 
 pytestmark = pytest.mark.usefixtures("x64")

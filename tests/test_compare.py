@@ -21,7 +21,7 @@ from numpyro_score import (
     compare,
     score_factor,
 )
-from numpyro_score.diagnostics.verdict import find_sentence, least_weight, told_apart
+from numpyro_score.comparison.verdict import find_sentence, least_weight, told_apart
 from numpyro_score.normaliser import LogPartition
 
 # Chains are short here, and the R-hat is in the table.

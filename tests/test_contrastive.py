@@ -33,8 +33,9 @@ from numpyro_score import (
     generalized_bayes,
     score_factor,
 )
-from numpyro_score.inference import SandwichError, prior_model
+from numpyro_score.generalized import prior_model
 from numpyro_score.losses import CHAINS_SITE, LOG_PARTITION_SITE, row_losses
+from numpyro_score.uncertainty import SandwichError
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -14,8 +14,8 @@ from scipy.integrate import quad
 from scipy.special import logsumexp
 
 from numpyro_score import Energy, de_bruijn, entropy_from_scores, score_factor
-from numpyro_score.diagnostics.de_bruijn import _along, _heat
-from numpyro_score.diagnostics.noised import noised_pair
+from numpyro_score.divergences.de_bruijn import _along, _heat
+from numpyro_score.divergences.noised import noised_pair
 
 KEY = jax.random.key(0)
 TIMES = np.geomspace(0.02, 40.0, 10)

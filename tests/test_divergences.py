@@ -25,8 +25,8 @@ from numpyro_score import (
     score_factor,
     squared_log_ratio,
 )
-from numpyro_score.diagnostics.arviz import as_arviz, dataset
-from numpyro_score.diagnostics.law import Draws, thin
+from numpyro_score.arviz import as_arviz, dataset
+from numpyro_score.divergences.law import Draws, thin
 from numpyro_score.inference import AdversarialResult
 from numpyro_score.normaliser import LogPartition
 

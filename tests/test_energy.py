@@ -15,7 +15,7 @@ from numpyro import handlers
 from refused import LABELS, REFUSED, base_of, rows_plate, site, site_and_labels
 
 from numpyro_score import Energy, generalized_bayes
-from numpyro_score.inference import LOSS_SITE
+from numpyro_score.generalized import LOSS_SITE
 
 pytestmark = pytest.mark.usefixtures("x64")
 

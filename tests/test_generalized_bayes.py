@@ -22,7 +22,7 @@ from numpyro.infer.reparam import LocScaleReparam
 from numpyro.infer.util import initialize_model, log_density
 
 from numpyro_score import ISM, SSM, Energy, ScoreMatching, generalized_bayes
-from numpyro_score.inference import LOSS_SITE
+from numpyro_score.generalized import LOSS_SITE
 
 N, SIGMA, PRIOR_MEAN, PRIOR_SD = 40, 1.7, 0.5, 2.0
 KEY = jax.random.key(0)

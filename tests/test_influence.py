@@ -13,7 +13,7 @@ import pytest
 from numpyro.distributions import constraints
 
 from numpyro_score import ISM, ScoreMatching
-from numpyro_score.inference import SandwichError, influence
+from numpyro_score.uncertainty import SandwichError, influence
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -148,7 +148,7 @@ def test_diagonal_errors_by_way_of_the_jacobian(support):
     step = 1e-6 * np.eye(3)
     jacobian = np.array([(transform(value + s) - transform(value - s)) / 2e-6 for s in step]).T
     expected = np.sqrt(np.diag(jacobian @ np.diag(errors**2) @ jacobian.T))
-    through = sys.modules["numpyro_score.inference.influence"]._through
+    through = sys.modules["numpyro_score.uncertainty.influence"]._through
     np.testing.assert_allclose(through(transform, value, errors), expected, rtol=1e-7)
 
 
@@ -255,7 +255,7 @@ def test_conjugate_gradients_refuse_flat_and_downward_directions(sign):
 
 def test_conjugate_gradients_say_when_they_do_not_converge(wide, monkeypatch):
     """Two steps are too few: the data see 40 directions."""
-    monkeypatch.setattr(sys.modules["numpyro_score.inference.influence"], "_MAX_STEPS", 2)
+    monkeypatch.setattr(sys.modules["numpyro_score.uncertainty.influence"], "_MAX_STEPS", 2)
     fit = at(network, "w_auto_loc", wide[1])
     with pytest.raises(SandwichError, match=r"left a relative residual of .* within 2 steps.* a tighter prior"):
         fit.stderr(of=log_density_ratio)

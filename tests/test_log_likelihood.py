@@ -16,8 +16,8 @@ from numpyro.infer import MCMC, NUTS
 from scipy.stats import norm
 
 from numpyro_score import SSM, ScoreMatching, generalized_bayes, log_partition, to_arviz
-from numpyro_score.inference import SandwichError
 from numpyro_score.normaliser import LogPartition
+from numpyro_score.uncertainty import SandwichError
 
 KEY = jax.random.key(0)
 N = 100

@@ -24,7 +24,7 @@ from numpyro_score import (
     hyvarinen_loo,
     hyvarinen_score,
 )
-from numpyro_score.diagnostics.loo import pareto_smoothed
+from numpyro_score.comparison.loo import pareto_smoothed
 
 KEY = jax.random.key(0)
 N, BETA, SCALE = 60, 0.7, 5.0

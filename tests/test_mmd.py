@@ -10,7 +10,7 @@ from models import FAST_COMPILE, assert_mean, assert_variance
 from test_divergences import KEY, M1, M2, RNG, S1, S2, close, gaussian
 
 from numpyro_score import mmd
-from numpyro_score.diagnostics.mmd import mmd_statistic
+from numpyro_score.divergences.mmd import mmd_statistic
 
 
 def gaussian_kernel_mean(gap, covariance, length):

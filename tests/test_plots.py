@@ -35,8 +35,9 @@ from numpyro_score import (
     plot_marginals,
     plot_score_field,
 )
-from numpyro_score.diagnostics import Comparison, DeBruijn
-from numpyro_score.diagnostics.arviz import as_arviz, dataset
+from numpyro_score.arviz import as_arviz, dataset
+from numpyro_score.comparison import Comparison
+from numpyro_score.divergences import DeBruijn
 from numpyro_score.inference import AdversarialResult
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -24,10 +24,10 @@ from models import improper
 
 import numpyro_score
 from numpyro_score import ISM, ScoreMatching, report
-from numpyro_score.diagnostics import checks
-from numpyro_score.diagnostics.page import page, table, tag
-from numpyro_score.diagnostics.report import _with_error
 from numpyro_score.inference import AdversarialResult
+from numpyro_score.reporting import checks
+from numpyro_score.reporting.page import page, table, tag
+from numpyro_score.reporting.report import _with_error
 
 KEY = jax.random.key(0)
 EVIL = "<b>k</b>&\"'"  # a site's name that is HTML
@@ -301,9 +301,7 @@ class Draws(NamedTuple):
 
     def __getitem__(self, group):
         value = {"r_hat": self.r_hat, "ess": 321.4, "sample_stats": self.diverging}[group]
-        return numpyro_score.diagnostics.arviz.dataset(
-            {"diverging" if group == "sample_stats" else "x": [value]}, ("one",)
-        )
+        return numpyro_score.arviz.dataset({"diverging" if group == "sample_stats" else "x": [value]}, ("one",))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from numpyro.contrib.module import random_flax_module
 from numpyro.distributions import constraints
 
 from numpyro_score import ISM, GradientSpread, QuadraticLoss, ScoreMatching, generalized_bayes
-from numpyro_score.inference import SandwichError
+from numpyro_score.uncertainty import SandwichError
 
 pytestmark = pytest.mark.usefixtures("x64")
 

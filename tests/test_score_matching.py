@@ -18,7 +18,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
 
 from numpyro_score import SSM, ScoreMatching, generalized_bayes
-from numpyro_score.inference import prior_model
+from numpyro_score.generalized import prior_model
 
 N, D, BATCH = 300, 2, 50
 KEY = jax.random.key(0)

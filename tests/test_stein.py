@@ -13,9 +13,9 @@ from scipy import integrate, stats
 from test_divergences import SCORE, chains, gaussian, on
 
 from numpyro_score import Energy, kernel_stein_discrepancy
-from numpyro_score.diagnostics.law import Draws, thin
-from numpyro_score.diagnostics.pairs import median_distance
-from numpyro_score.diagnostics.stein import stein_statistic
+from numpyro_score.divergences.law import Draws, thin
+from numpyro_score.divergences.pairs import median_distance
+from numpyro_score.divergences.stein import stein_statistic
 
 FALSE_ALARM = 2e-5
 KEY = jax.random.key(0)

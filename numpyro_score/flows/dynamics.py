@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
-from numpyro_score._supports import base_constraint, innermost
+from numpyro_score.energy import base_constraint, innermost
 from numpyro_score.flows.weights import WeightSummary, summarize_weights
 from numpyro_score.operators import value_score
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
 
-from numpyro_score._layout import depends_on_inputs
+from numpyro_score.energy import depends_on_inputs
 from numpyro_score.flows.dynamics import DynamicsFlow, LogDensity, Trajectory, as_pytree
 from numpyro_score.flows.hamiltonian import HamiltonianFlow
 

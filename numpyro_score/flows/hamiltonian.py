@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
-from numpyro_score import _random
+from numpyro_score import random
 from numpyro_score.flows.dynamics import DynamicsFlow, LogDensity, Trajectory, as_pytree, normal_log_prob
 from numpyro_score.flows.leapfrog import Phase, Scaling, leapfrog, leapfrog_inverse
 
@@ -109,7 +109,7 @@ class HamiltonianFlow(DynamicsFlow):
         """As :meth:`DynamicsFlow.simulate`."""
         base_key, noise_key = jax.random.split(rng_key)
         x = self.base.sample(base_key, sample_shape)
-        noise = _random.normal(noise_key, (self.event_shape[0] - 1, *x.shape), x.dtype)
+        noise = random.normal(noise_key, (self.event_shape[0] - 1, *x.shape), x.dtype)
         v = self.momentum_scale * noise[0]
         start = self._start_log_prob(x, v, noise[1:])
 

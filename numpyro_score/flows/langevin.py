@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
-from numpyro_score import _random
+from numpyro_score import random
 from numpyro_score.flows.dynamics import DynamicsFlow, LogDensity, Trajectory, normal_log_prob
 
 __all__ = ["LangevinFlow"]
@@ -72,7 +72,7 @@ class LangevinFlow(DynamicsFlow):
         """As :meth:`DynamicsFlow.simulate`."""
         base_key, noise_key = jax.random.split(rng_key)
         x = self.base.sample(base_key, sample_shape)
-        unit = _random.normal(noise_key, (self.num_steps, *x.shape), x.dtype)
+        unit = random.normal(noise_key, (self.num_steps, *x.shape), x.dtype)
         noise = _steps_first(self._noise_scale, x) * unit
 
         def step(carry: Any, inputs: Any) -> tuple[Any, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,12 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.util import transform_fn
 
-from numpyro_score._arguments import join_arrays, split_arrays
-from numpyro_score._check import evaluate_for_check
-from numpyro_score.energy import Energy
-from numpyro_score.flows.dynamics import DynamicsFlow, Trajectory, as_pytree
+from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, split_arrays
+from numpyro_score.flows.dynamics import Trajectory, as_pytree
 from numpyro_score.flows.fit import FlowFunction, LearnedFlow, build_flow, flow_params, flow_step
-from numpyro_score.inference.cost import FitCost, with_cost
-from numpyro_score.inference.generalized import LOSS_SITE, point_guide, prior_model
+from numpyro_score.generalized import LOSS_SITE, point_guide, prior_model
+from numpyro_score.inference.adversarial_result import AdversarialResult, AdversarialState, AdversarialTerms
+from numpyro_score.inference.cost import with_cost
 from numpyro_score.inference.loop import (
     NonFiniteLossError,
     check_key,
@@ -33,61 +31,9 @@ from numpyro_score.inference.loop import (
     take_steps,
 )
 from numpyro_score.inference.optim import decaying_adam, default_optimizer, optax_optimizer
-from numpyro_score.objective import require_flat
+from numpyro_score.losses.terms import require_flat
 
-__all__ = ["AdversarialDynamicsEmbedding", "AdversarialResult", "AdversarialState", "AdversarialTerms"]
-
-
-class AdversarialState(NamedTuple):
-    """The state of an :class:`AdversarialDynamicsEmbedding` between two steps."""
-
-    optim_state: Any  # of the model's parameters, as SVI's
-    flow_params: dict[str, Any]  # in unconstrained space
-    flow_optimizer: optax.OptState
-    rng_key: Array  # ()
-
-
-class AdversarialTerms(NamedTuple):
-    """What a step reports, at the parameters before it."""
-
-    loss: Float[Array, ""]  # Σw (bound − data term) − log prior
-    data_term: Float[Array, ""]  # the weighted mean of f over rows
-    log_partition_bound: Float[Array, ""]  # of log Z, from this step's draws
-    joint_entropy: Float[Array, ""]  # of the flow; exact if it keeps volume, else from this step's draws
-
-
-@dataclass(frozen=True)
-class AdversarialResult:
-    """A fitted model, and the flow that bounds its normaliser.
-
-    Attributes:
-        params: constrained values of the param sites of model and guide, as SVI's.
-        state: the last state; pass it as `init_state` to go on.
-        losses: of every step, (S,): −Σ_n w_n f(x_n) + Σ_n w_n · bound − log prior, with the bound that θ's step uses.
-        data_term: of every step, (S,): the weighted mean of f over rows.
-        log_partition_bound: of every step, (S,): this step's estimate of the bound on log Z.
-        joint_entropy: of every step, (S,): of the flow's x and auxiliary rows.
-        energy: the model bound to its estimates, on all rows of its data.
-        flow: the fitted flow, along the energy's score.
-        interrupted: whether Ctrl-C ended the fit early.
-        cost: seconds, memory and evaluations of the density that the run took.
-    """
-
-    params: dict[str, Any]
-    state: AdversarialState
-    losses: np.ndarray
-    data_term: np.ndarray
-    log_partition_bound: np.ndarray
-    joint_entropy: np.ndarray
-    energy: Energy
-    flow: DynamicsFlow
-    interrupted: bool = False
-    cost: FitCost | None = None
-
-    @cached_property
-    def estimates(self) -> dict[str, Any]:
-        """Constrained values by site, latents and params alike."""
-        return dict(self.energy.params)
+__all__ = ["AdversarialDynamicsEmbedding"]
 
 
 class AdversarialDynamicsEmbedding:
@@ -375,7 +321,7 @@ class AdversarialDynamicsEmbedding:
         name = type(self).__name__
         if not energy.has_density:
             raise TypeError(
-                f"Site '{energy._layout.score_terms[0]}' is a score_factor, whose density is unknown, but {name} needs "
+                f"Site '{energy.score_terms[0]}' is a score_factor, whose density is unknown, but {name} needs "
                 "it: use ScoreMatching, or declare an energy with numpyro.factor."
             )
         require_flat(energy, name)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from numpyro_score.inference.result import ScoreMatchingResult
+from numpyro_score.inference.result import ScoreMatchingResult
 
 __all__ = ["explain"]
 

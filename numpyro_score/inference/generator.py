@@ -218,7 +218,7 @@ class DenoisingGenerator:
 
 
 def _require_real(what: str, energy: Energy) -> None:
-    for a in energy._layout.arrays:
+    for a in energy.arrays:
         if a.support.kind != "real":
             raise NotImplementedError(
                 f"The generator's samples are real, and site '{a.name}' of the {what} is not: transform the data to "

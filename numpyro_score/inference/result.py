@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +15,46 @@ from numpyro import handlers
 from numpyro.infer import Predictive
 from numpyro.infer.autoguide import AutoDelta, AutoGuide
 
+from numpyro_score.arviz import as_arviz
 from numpyro_score.energy import Energy
-from numpyro_score.inference.calibration import calibrated_learning_rate
 from numpyro_score.inference.cost import FitCost
-from numpyro_score.inference.influence import diagonal_stderr, influence
-from numpyro_score.inference.sandwich import (
+from numpyro_score.inference.export import fit_groups
+from numpyro_score.losses import Loss
+from numpyro_score.normaliser import LogPartition
+from numpyro_score.uncertainty import (
     MAX_PARAMETERS,
     Curvature,
     Objective,
     Parametrisation,
     SandwichError,
+    calibrated_learning_rate,
     curvature,
+    diagonal_stderr,
+    influence,
     norm_of_columns,
 )
 
-if TYPE_CHECKING:
-    from numpyro_score.inference.score_matching import ScoreMatching
-    from numpyro_score.normaliser import LogPartition
-
-__all__ = ["ScoreMatchingResult"]
+__all__ = ["Fitter", "ScoreMatchingResult"]
 
 Function = Callable[[dict[str, Any]], Any]
+
+
+@runtime_checkable
+class Fitter(Protocol):
+    """What a result needs to know of the :class:`~numpyro_score.ScoreMatching` that made it."""
+
+    score_model: Callable[..., Any]
+    score_loss: Loss
+    learning_rate: Any
+    data: str | None
+    prior: Callable[..., Any]  # the model's parameters alone
+    guide: Any
+
+    def at_learning_rate(self, learning_rate: float) -> Fitter:
+        """The same with another β."""
+
+    def point(self) -> Fitter:
+        """The same with a point estimate for a guide."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,7 @@ class ScoreMatchingResult:
     params: dict[str, Any]
     state: Any
     losses: np.ndarray
-    svi: ScoreMatching
+    svi: Fitter
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     interrupted: bool = False
@@ -85,13 +104,13 @@ class ScoreMatchingResult:
         """Constrained point values by site, latents and model params alike; the guide's median where it is no point."""
         return {
             **self._latents,
-            **{k: s["value"] for k, s in self._sites.items() if s["type"] == "param"},
+            **{k: s["value"] for k, s in self.sites.items() if s["type"] == "param"},
         }
 
     @cached_property
     def energy(self) -> Energy:
         """The model bound to :attr:`estimates`, on all rows of its data."""
-        mutable = {k: s["value"] for k, s in self._sites.items() if s["type"] == "mutable"}
+        mutable = {k: s["value"] for k, s in self.sites.items() if s["type"] == "mutable"}
         params = {**self.estimates, **mutable}
         return Energy.bound_to(self.svi.score_model, params, {}, None, self.svi.data, self.args, self.kwargs)
 
@@ -99,7 +118,7 @@ class ScoreMatchingResult:
         """The sandwich covariance H⁻¹SH⁻¹ of the estimates, (P, P), in unconstrained space.
 
         The order of the P coordinates is that of `jax.flatten_util.ravel_pytree` of the sites' unconstrained values:
-        sites in alphabetical order. See :func:`numpyro_score.inference.curvature` for the formula.
+        sites in alphabetical order. See :func:`numpyro_score.uncertainty.curvature` for the formula.
 
         Raises:
             SandwichError: for more than 2,000 parameters, or if the objective is not curved upwards at the estimates.
@@ -115,7 +134,7 @@ class ScoreMatchingResult:
                 Above 2,000 parameters this is the way: its systems with H are then solved by conjugate gradients,
                 one for each number that `of` returns.
             diagonal: ignore all correlations between parameters, as if each were estimated with the others known.
-                For any number of parameters; see :func:`~numpyro_score.inference.diagonal_stderr`.
+                For any number of parameters; see :func:`~numpyro_score.uncertainty.diagonal_stderr`.
 
         Raises:
             SandwichError: as :meth:`covariance`; with `of`, as :meth:`influence`.
@@ -153,7 +172,7 @@ class ScoreMatchingResult:
     def calibrated_learning_rate(self) -> float:
         """The β that gives the generalised posterior the spread of the estimates, whatever β the fit used.
 
-        See :func:`~numpyro_score.inference.calibrated_learning_rate` for the formula.
+        See :func:`~numpyro_score.uncertainty.calibrated_learning_rate` for the formula.
 
         Raises:
             SandwichError: as :meth:`covariance`, and if the losses alone or the rows' gradients do not determine it.
@@ -175,7 +194,7 @@ class ScoreMatchingResult:
     @property
     def deterministic_sites(self) -> list[str]:
         """The names of the model's deterministic sites."""
-        return [k for k, s in self._sites.items() if s["type"] == "deterministic"]
+        return [k for k, s in self.sites.items() if s["type"] == "deterministic"]
 
     def with_deterministic(self, draws: dict[str, Any]) -> dict[str, Any]:
         """Draws of the latent and param sites, {site: (n, ...)}, with the model's deterministic sites there."""
@@ -194,9 +213,8 @@ class ScoreMatchingResult:
         log_partition: LogPartition | float | None = None,
     ) -> Any:
         """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
-        from numpyro_score.diagnostics import to_arviz  # the diagnostics stand on top of the fits
-
-        return to_arviz(self, rng_key=rng_key, num_samples=num_samples, log_partition=log_partition)
+        rng_key = jax.random.key(0) if rng_key is None else rng_key
+        return as_arviz(fit_groups(self, rng_key, num_samples, log_partition))
 
     @cached_property
     def _latents(self) -> dict[str, Any]:
@@ -220,7 +238,7 @@ class ScoreMatchingResult:
         return {k: v for k, v in draws.items() if k in latents}
 
     @cached_property
-    def _sites(self) -> dict[str, Any]:
+    def sites(self) -> dict[str, Any]:
         """The parameter sites of the model at the estimates."""
         return self._run_prior({**self.params, **self._latents})
 
@@ -232,7 +250,7 @@ class ScoreMatchingResult:
     @cached_property
     def coordinates(self) -> Parametrisation:
         """The unconstrained coordinates of the estimates."""
-        return Parametrisation.of_sites(self._sites)
+        return Parametrisation.of_sites(self.sites)
 
     @cached_property
     def curvature(self) -> Curvature:

@@ -26,14 +26,12 @@ from numpyro.infer.autoguide import (
 from numpyro.infer.util import transform_fn
 from numpyro.optim import Minimize
 
-from numpyro_score._arguments import join_arrays, split_arrays
-from numpyro_score._check import evaluate_for_check
-from numpyro_score.energy import Energy
-from numpyro_score.inference.calibration import calibrated_fit
-from numpyro_score.inference.closed_form import ClosedFormError, FlatObjectiveError, solve
+from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minimise
+from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, split_arrays
+from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
+from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
-from numpyro_score.inference.generalized import generalized_bayes, point_guide, prior_model
 from numpyro_score.inference.loop import (
     NonFiniteLossError,
     check_key,
@@ -85,8 +83,8 @@ class ScoreMatching(SVI):
         loss: a pointwise objective. Default: ISM up to 64 dimensions, SSM above.
         num_steps: steps of `run`.
         learning_rate: β of :func:`~numpyro_score.generalized_bayes`. It is not the optimiser's step size. "calibrated"
-            fits at the β of :func:`~numpyro_score.inference.calibrated_learning_rate`, which the result reports as its
-            `learning_rate`: as a rule in two runs of `num_steps`, the second at the rate that the first led to.
+            fits at the β of :func:`~numpyro_score.uncertainty.calibrated_learning_rate`, which the result reports as
+            its `learning_rate`: as a rule in two runs of `num_steps`, the second at the rate that the first led to.
         data: the name of the site or argument that is the data, where several could be.
 
     Example:
@@ -119,7 +117,10 @@ class ScoreMatching(SVI):
         self.score_model, self.score_loss = model, DefaultLoss() if loss is None else loss
         self.num_steps, self.learning_rate, self.data = num_steps, learning_rate, data
         self.prior = prior_model(model, data, loss=self.score_loss)
-        generalized = generalized_bayes(model, self.score_loss, learning_rate, data=data)
+        find_rate = None
+        if isinstance(learning_rate, str):
+            find_rate = CalibratedRate(partial(calibrated_rate, model, self.score_loss, data))
+        generalized = GeneralizedModel(model, self.score_loss, learning_rate, data, find_rate=find_rate)
         default_guide = guide is None
         self._guide_class = guide if inspect.isclass(guide) and issubclass(guide, AutoGuide) else None
         if guide is None:
@@ -157,7 +158,7 @@ class ScoreMatching(SVI):
             return self._with(self._guide_class, learning_rate)
         new = copy.copy(self)
         new.learning_rate = learning_rate
-        new.model = generalized_bayes(self.score_model, self.score_loss, learning_rate, data=self.data)
+        new.model = GeneralizedModel(self.score_model, self.score_loss, learning_rate, self.data)
         return new
 
     def point(self) -> ScoreMatching:
@@ -250,7 +251,7 @@ class ScoreMatching(SVI):
         if self._default_optim and self._default_guide:
             initial = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
             try:
-                state, loss = solve(self, initial, args, kwargs)
+                state, loss = self._solve(initial)
                 return ScoreMatchingResult(self.get_params(state), state, np.array([loss]), self, args, kwargs)
             except FlatObjectiveError as error:
                 warnings.warn(f"{error} The optimiser finds one of many minima.", stacklevel=3)
@@ -279,6 +280,16 @@ class ScoreMatching(SVI):
 
         state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite)
         return ScoreMatchingResult(self.get_params(state), state, losses, self, args, kwargs, interrupted=interrupted)
+
+    def _solve(self, start: ScoreMatchingResult) -> tuple[Any, float]:
+        """The `SVIState` at the minimum of a quadratic objective, and the objective there; `start` is anywhere."""
+        sites, state = start.sites, start.state
+        if state.mutable_state or any(s["type"] == "plate" and len(s["value"]) != s["args"][0] for s in sites.values()):
+            raise ClosedFormError("The objective changes from step to step.")
+        values, loss = minimise(self.model, sites, start.energy, state.rng_key, start.args, start.kwargs)
+        params = {k if sites[k]["type"] == "param" else f"{k}_{self.guide.prefix}_loc": v for k, v in values.items()}
+        free = transform_fn(self.constrain_fn.args[0], params, invert=True)
+        return state._replace(optim_state=self.optim.init(free)), loss
 
     def evaluate(self, svi_state: Any, *args: Any, **kwargs: Any) -> Array:
         """The loss at a state, as SVI's; mutable sites have their values in the state, which SVI would leave out."""
@@ -336,13 +347,21 @@ class ScoreMatching(SVI):
         # What would otherwise be baked into the compiled loop comes in as arguments.
         svi = copy.copy(self)
         svi.constrain_fn = partial(transform_fn, transforms)
-        svi.model = generalized_bayes(self.score_model, self.score_loss, learning_rate, data=self.data)
+        svi.model = GeneralizedModel(self.score_model, self.score_loss, learning_rate, self.data)
         if self._default_optim:
             svi.optim = default_optimizer(total, start)
         args, kwargs = join_arrays(arrays, static)
         step = svi.stable_update if stable_update else svi.update
 
         return take_steps(lambda s: step(s, *args, **kwargs), state, n, keep_going=stable_update)
+
+
+def calibrated_rate(
+    model: Callable[..., Any], loss: Loss, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> float:
+    """The β that a point fit of the model to these arguments leads to."""
+    svi = ScoreMatching(model, loss=loss, learning_rate="calibrated", data=data)
+    return svi.run(jax.random.key(0), *args, progress_bar=False, **kwargs).learning_rate
 
 
 _GUIDES_WITH_DENSITY = (

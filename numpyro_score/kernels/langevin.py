@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from numpyro_score import _random
+from numpyro_score import random
 from numpyro_score.operators import value_score
 
 __all__ = [
@@ -137,7 +137,7 @@ def langevin_step(
     evaluate: Evaluate, rng_key: Array, state: ChainState, step_size: float | Array, temperature: float | Array = 1.0
 ) -> ChainState:
     """One step of x' = x + h ∇f(x) + √(2hT) z; the score kept in the state is that at x, or an estimate of it."""
-    noise = _random.normal(rng_key, state.x.shape, state.x.dtype)
+    noise = random.normal(rng_key, state.x.shape, state.x.dtype)
     step_size = _nan_where(state.diverging, step_size)
     x = state.x + step_size * state.score + jnp.sqrt(2.0 * step_size * temperature) * noise
     new = start(evaluate, x)
@@ -147,7 +147,7 @@ def langevin_step(
 def mala_step(evaluate: Evaluate, rng_key: Array, state: ChainState, step_size: float | Array) -> ChainState:
     """A Langevin step as a proposal, accepted by the rule of Metropolis and Hastings; `evaluate` must be exact."""
     noise_key, accept_key = jax.random.split(rng_key)
-    noise = _random.normal(noise_key, state.x.shape, state.x.dtype)
+    noise = random.normal(noise_key, state.x.shape, state.x.dtype)
     new = start(evaluate, state.x + step_size * state.score + jnp.sqrt(2.0 * step_size) * noise)
 
     def log_proposal(to: Array, at: ChainState) -> Array:
@@ -180,7 +180,7 @@ def sghmc_step(
     With v = √h r it is the form of Chen, Fox & Guestrin (2014, eq. 15), v' = (1 − α)v + h∇f + √(2αhT) z, whose
     learning rate is h; r has unit mass, so a changing h leaves its temperature alone.
     """
-    noise = _random.normal(rng_key, state.x.shape, state.x.dtype)
+    noise = random.normal(rng_key, state.x.shape, state.x.dtype)
     root = jnp.sqrt(_nan_where(state.diverging, step_size))
     momentum = (1.0 - friction) * state.momentum + root * state.score + jnp.sqrt(2.0 * friction * temperature) * noise
     new = start(evaluate, state.x + root * momentum)

@@ -14,7 +14,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, find_valid_initial_params, potential_energy, unconstrain_fn
 from numpyro.primitives import Messenger
 
-from numpyro_score._dependence import is_constant
+from numpyro_score.energy import is_constant
 
 __all__ = ["ModelPotential", "is_concrete"]
 

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 from numpyro.infer import init_to_uniform
 
-from numpyro_score import _random
+from numpyro_score import random
 from numpyro_score.kernels.base import Anchor, GradientKernel, KernelState, check_number
 from numpyro_score.kernels.langevin import (
     Chains,
@@ -164,7 +164,7 @@ class SGLD(_StochasticGradientKernel):
             raise ValueError("SGLD learns preconditioner='rmsprop' in warm-up: give MCMC a positive num_warmup.")
         # At a mode the score is zero, and v = 0 would make the first step huge. h is in units of length here, and the
         # score at that distance is of the size that belongs to such steps.
-        probe = evaluate(chain.x + step_size * _random.normal(rng_key, chain.x.shape, chain.x.dtype))[1]
+        probe = evaluate(chain.x + step_size * random.normal(rng_key, chain.x.shape, chain.x.dtype))[1]
         second_moment = chain.score**2 + 0.99 * probe**2 + 0.01 * jnp.mean(probe**2, axis=-1, keepdims=True)
         return RMSProp(second_moment, jnp.full(chain.score.shape[:-1], num_warmup))
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from numpyro_score.energy import Energy
 from numpyro_score.kernels.langevin import Chains, LogDensity
 from numpyro_score.losses.base import at_least_one
-from numpyro_score.objective import require_flat
+from numpyro_score.losses.terms import require_flat
 
 __all__ = ["CD", "ChainKernel", "check_kernel", "run_chains"]
 

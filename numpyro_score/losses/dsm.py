@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_score import _random
+from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one, positive, rows_in_cache
-from numpyro_score.objective import require_flat
+from numpyro_score.losses.terms import require_flat
 
 __all__ = ["DSM", "geometric_levels"]
 
@@ -109,7 +109,7 @@ class DSM:
 
     def _denoise(self, energy: Energy, rng_key: Array, sigma: Float[Array, "..."]) -> Float[Array, "n"]:
         x, level, sigma = energy.data, sigma, sigma[..., None]
-        noise = _random.normal(rng_key, x.shape, x.dtype)
+        noise = random.normal(rng_key, x.shape, x.dtype)
         score = energy.score(x + sigma * noise)
         # The second and third are written so that the large terms, which cancel, never arise.
         if self.antithetic:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import AnyArray, Energy
 from numpyro_score.losses.base import positive
-from numpyro_score.objective import data_frame
+from numpyro_score.losses.terms import data_frame
 
 __all__ = ["ESM", "parzen_score"]
 

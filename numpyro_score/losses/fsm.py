@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_score import _random
+from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import positive
 from numpyro_score.losses.ssm import Projection, check_projections, draw_directions
-from numpyro_score.objective import require_flat
+from numpyro_score.losses.terms import require_flat
 
 __all__ = ["FSM"]
 
@@ -69,7 +69,7 @@ class FSM:
         direction_key, noise_key = jax.random.split(rng_key)
         v = draw_directions(self.projection, direction_key, (m, *x.shape), x.dtype)
         if self.sigma is not None:
-            noise = _random.normal(noise_key, x.shape, x.dtype)
+            noise = random.normal(noise_key, x.shape, x.dtype)
             noisy = x + self.sigma * noise
             ahead, behind = jnp.split(
                 energy.log_density(jnp.concatenate([noisy + epsilon * v, noisy - epsilon * v])), 2

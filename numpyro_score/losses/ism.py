@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.objective import check_boundary_weight, exact_terms
+from numpyro_score.losses.terms import check_boundary_weight, exact_terms
 
 __all__ = ["ISM"]
 

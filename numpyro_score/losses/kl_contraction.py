@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_score import _random
+from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one, positive
-from numpyro_score.objective import require_flat
+from numpyro_score.losses.terms import require_flat
 
 __all__ = ["KLContraction"]
 
@@ -58,8 +58,8 @@ class KLContraction:
         require_flat(energy, "KLContraction")
         x, m = energy.data, self.num_samples
         away_key, back_key = jax.random.split(rng_key)
-        away = _random.normal(away_key, x.shape, x.dtype)
-        half = _random.normal(back_key, (m - m // 2, *x.shape), x.dtype)
+        away = random.normal(away_key, x.shape, x.dtype)
+        half = random.normal(back_key, (m - m // 2, *x.shape), x.dtype)
         back = jnp.concatenate([half, -half])[:m]
         f = energy.log_density(jnp.concatenate([x[None], x + jnp.sqrt(self.time) * (away + back)]))
         contrasts = f[1:] - f[0]

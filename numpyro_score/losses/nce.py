@@ -13,8 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float
 
-from numpyro_score._supports import innermost
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, innermost
 from numpyro_score.losses.base import at_least_one, require_equal_rows
 
 __all__ = ["LOG_PARTITION_SITE", "NCE"]
@@ -149,7 +148,7 @@ class NCE:
 
     def _contrast(self, energy: Energy, y: Float[Array, "m n d"]) -> Float[Array, "m n"]:
         """The log density less log q at draws of the noise; −∞ outside of the data's bounds."""
-        if energy._layout.flat:
+        if energy.flat:
             return energy.log_density(y) - self._log_noise(y)
         lower, upper = energy.bounds(energy.num_rows)
         inside = jnp.all((y > lower) & (y < upper), axis=-1)
@@ -168,14 +167,14 @@ class NCE:
 
     def _require_suitable(self, energy: Energy) -> None:
         require_equal_rows(energy, "NCE")
-        for a in energy._layout.arrays:
+        for a in energy.arrays:
             if a.support.kind not in ("real", "box"):
                 raise NotImplementedError(
                     f"NCE needs data in their own coordinates, and those of site '{a.name}' are changed "
                     f"({a.support.kind}): transform the data to the real line in the model, with the Jacobian as a "
                     "factor."
                 )
-        arrays = energy._layout.arrays
+        arrays = energy.arrays
         shapes: list[tuple[int, ...]] = [(energy.dim,)]  # of a row
         if len(arrays) == 1:
             shapes.append(tuple(s for i, s in enumerate(arrays[0].shape) if i not in arrays[0].row_axes))

@@ -14,7 +14,7 @@ from numpyro.primitives import mutable
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one, require_equal_rows
 from numpyro_score.losses.cd import NO_OBJECTIVE, RUN_AWAY, ChainKernel, check_kernel, run_chains
-from numpyro_score.objective import require_flat
+from numpyro_score.losses.terms import require_flat
 
 __all__ = ["CHAINS_SITE", "PCD"]
 

@@ -10,10 +10,10 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_score import _random
+from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one, rows_in_cache
-from numpyro_score.objective import check_boundary_weight, sliced_terms
+from numpyro_score.losses.terms import check_boundary_weight, sliced_terms
 
 __all__ = ["SSM"]
 
@@ -77,7 +77,7 @@ def draw_directions(projection: Projection, rng_key: Array, shape: tuple[int, ..
     """Directions v of the given law with E[vvᵀ] = I over the last axis."""
     if projection == "rademacher":
         return _draw_signs(rng_key, shape, dtype)
-    v = _random.normal(rng_key, shape, dtype)
+    v = random.normal(rng_key, shape, dtype)
     if projection == "gaussian":
         return v
     return v * (shape[-1] ** 0.5 / jnp.linalg.norm(v, axis=-1, keepdims=True))
@@ -86,6 +86,6 @@ def draw_directions(projection: Projection, rng_key: Array, shape: tuple[int, ..
 def _draw_signs(rng_key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """Signs ±1 from one random bit each; `jax.random.rademacher` takes 32, which shows in the time of a step."""
     n = math.prod(shape)
-    words = _random.bits(rng_key, (-(-n // 32), 1))
+    words = random.bits(rng_key, (-(-n // 32), 1))
     bits = (words >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return (1 - 2 * bits.astype(dtype)).reshape(-1)[:n].reshape(shape)

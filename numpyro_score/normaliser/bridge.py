@@ -74,9 +74,7 @@ def nce(
     refuse_rays(energy, data)
     if noise is None:
         mean, cholesky = fitted_moments(data, "give noise=, a NumPyro distribution over the free coordinates of a row")
-        noise = dist.MultivariateNormal(
-            jnp.asarray(mean, energy._dtype), scale_tril=jnp.asarray(cholesky, energy._dtype)
-        )
+        noise = dist.MultivariateNormal(jnp.asarray(mean, energy.dtype), scale_tril=jnp.asarray(cholesky, energy.dtype))
     elif noise.event_shape != (dim,) or noise.batch_shape:
         raise ValueError(
             f"noise has batch shape {noise.batch_shape} and event shape {noise.event_shape}: give a distribution over "
@@ -85,7 +83,7 @@ def nce(
     if draws is None:
         draws = sample(energy, draw_key, 2000)
     posterior = draws["posterior"] if "posterior" in draws else draws
-    values = {a.name: jnp.asarray(np.asarray(posterior[a.name]), energy._dtype) for a in energy._layout.arrays}
+    values = {a.name: jnp.asarray(np.asarray(posterior[a.name]), energy.dtype) for a in energy.arrays}
     of_draws, of_noise = jax.device_get(_log_ratios(energy, noise, values, noise_key, num_noise))
     return _bridge(np.asarray(of_draws, np.float64), np.asarray(of_noise, np.float64))
 

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpyro.distributions import biject_to, constraints
 
-from numpyro_score import _layout, _supports
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, base_constraint
 
 __all__ = [
     "Chart",
@@ -97,34 +96,30 @@ def free_log_density(energy: Energy, u: Float[Array, "*batch p"], chart: Chart =
 def row_to_data(energy: Energy, x: Float[Array, "d"]) -> dict[str, Array]:
     """One row to data in the sites' own event shapes, by name."""
     values = energy.unflatten(x[None])
-    return {a.name: jnp.squeeze(values[a.name], a.row_axes) for a in energy._layout.arrays}
+    return {a.name: jnp.squeeze(values[a.name], a.row_axes) for a in energy.arrays}
 
 
 def data_to_row(energy: Energy, values: dict[str, Array]) -> Float[Array, "d"]:
     """The inverse of :func:`row_to_data`."""
-    arrays = energy._layout.arrays
+    arrays = energy.arrays
     return energy.flatten({a.name: jnp.expand_dims(values[a.name], a.row_axes) for a in arrays})[0]
 
 
 def row_log_jacobian(energy: Energy, x: Float[Array, "d"]) -> Float[Array, ""]:
     """What `energy.log_density` holds beyond the density of the data: the change from these to the row x."""
-    coordinates = energy._coordinates(x[None])
-    found = (
-        a.support.log_jacobian(coordinates[a.name], a.support.to_data(coordinates[a.name]))
-        for a in energy._layout.arrays
-    )
+    coordinates = energy.coordinates(x[None])
+    found = (a.support.log_jacobian(coordinates[a.name], a.support.to_data(coordinates[a.name])) for a in energy.arrays)
     return sum((jnp.sum(v) for v in found if v is not None), jnp.zeros((), x.dtype))
 
 
 def _pieces(energy: Energy, chart: Chart) -> Sequence[Piece]:
-    layout, sites = energy._layout.with_rows(1), energy._run().sites
-    lower, upper = _bounds(energy)
+    supports = energy.supports
+    lower, upper = (bound[0] for bound in energy.bounds(energy.num_rows))
     pieces: list[Piece] = []
-    for a, block in zip(layout.arrays, layout.blocks, strict=True):
+    for a, block in zip(energy.arrays, energy.blocks, strict=True):
         columns = slice(block.start, block.stop)
         width, start = block.stop - block.start, pieces[-1].free.stop if pieces else 0
-        constraint = sites[a.name]["fn"].support if a.is_site else constraints.real
-        base = _supports.base_constraint(constraint)
+        base = base_constraint(supports[a.name])
         num_free, embedded = width, 0
         if isinstance(base, type(constraints.circular)):
             if chart == "angles":
@@ -149,11 +144,6 @@ def _pieces(energy: Energy, chart: Chart) -> Sequence[Piece]:
             maps = lambda u: (u, jnp.zeros(())), lambda x: x
         pieces.append(Piece(columns, slice(start, start + num_free), *maps, embedded))
     return pieces
-
-
-def _bounds(energy: Energy) -> tuple[Array, Array]:
-    lower, upper = _layout.coordinate_bounds(energy._run().sites, energy._layout)
-    return lower[0], upper[0]
 
 
 Maps = tuple[Callable[[Array], tuple[Array, Array]], Callable[[Array], Array]]

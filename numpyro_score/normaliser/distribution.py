@@ -85,15 +85,15 @@ class EnergyDistribution(dist.Distribution):
                 "outside of jit, grad and other models, or learn the parameters by ScoreMatching or generalized_bayes."
             )
         self.energy = energy = density_of(energy)
-        if len(arrays := energy._layout.arrays) > 1:
+        if len(arrays := energy.arrays) > 1:
             raise TypeError(f"The data are several sites, {[a.name for a in arrays]}: join them in one site.")
         value, stderr = log_partition[:2] if isinstance(log_partition, tuple) else (log_partition, math.nan)
         if value is not None and not math.isfinite(value):
             raise ValueError(f"log_partition must be a finite number, got {value}.")
-        self.log_partition = None if value is None else jnp.asarray(value, energy._dtype)
-        self.log_partition_stderr = jnp.asarray(stderr, energy._dtype)
+        self.log_partition = None if value is None else jnp.asarray(value, energy.dtype)
+        self.log_partition_stderr = jnp.asarray(stderr, energy.dtype)
         self.kernel, self.num_warmup, self.num_chains = kernel, num_warmup, num_chains
-        shape = jax.eval_shape(partial(self._event, energy), jnp.zeros(energy.dim, energy._dtype)).shape
+        shape = jax.eval_shape(partial(self._event, energy), jnp.zeros(energy.dim, energy.dtype)).shape
         super().__init__((), shape, validate_args=validate_args)
 
     @staticmethod
@@ -120,13 +120,13 @@ class EnergyDistribution(dist.Distribution):
                 "log_partition=log_partition(energy)."
             )
         energy = _fixed(self.energy)
-        (name,) = (a.name for a in energy._layout.arrays)
+        (name,) = (a.name for a in energy.arrays)
 
         def one(event: Array) -> Array:
             row = data_to_row(energy, {name: event})
             return energy.log_density(row) - row_log_jacobian(energy, row)
 
-        value = jnp.asarray(value, energy._dtype)
+        value = jnp.asarray(value, energy.dtype)
         batch = value.shape[: max(value.ndim - len(self.event_shape), 0)]
         if value.shape != (*batch, *self.event_shape):
             raise ValueError(f"The value has shape {value.shape}: pass events of shape {self.event_shape}.")
@@ -139,7 +139,7 @@ class EnergyDistribution(dist.Distribution):
         """Approximate draws, (sample shape, event shape), by MCMC from rows of the energy's data."""
         n = math.prod(sample_shape)
         if n == 0:
-            return jnp.zeros((*sample_shape, *self.event_shape), self.energy._dtype)
+            return jnp.zeros((*sample_shape, *self.event_shape), self.energy.dtype)
         chains = min(n, self.num_chains)
         run_key, order_key = jax.random.split(key)
         rows, _ = run_chains(self.energy, run_key, self.kernel, -(-n // chains), chains, self.num_warmup)

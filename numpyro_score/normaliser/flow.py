@@ -60,7 +60,7 @@ def flow(
     data = free_data(energy, rng_key=data_key)
     refuse_rays(energy, data)
     moments = fitted_moments(data, "give the energy more rows, or use method='smc' with base=")
-    mean, cholesky = (jnp.asarray(v, energy._dtype) for v in moments)
+    mean, cholesky = (jnp.asarray(v, energy.dtype) for v in moments)
     fit = fit_flow(
         LearnedFlow(free_dim(energy), num_leapfrog, annealed=True),
         Partial(_in_units_of, energy, mean, cholesky),

@@ -129,7 +129,7 @@ def _ascend(energy: Energy, u: Array) -> tuple[Array, Array, Array]:
 
 def _known_points(energy: Energy, data: np.ndarray) -> _Known:
     rows = data[np.linspace(0, len(data) - 1, _KNOWN).astype(int)]  # rows repeat where there are few
-    found = _ascend(energy, jnp.asarray(rows, energy._dtype))
+    found = _ascend(energy, jnp.asarray(rows, energy.dtype))
     points, values, hessians = (np.asarray(v, np.float64) for v in found)
     good = np.isfinite(points).all(-1) & np.isfinite(values) & np.isfinite(hessians).all((-1, -2))
     # What is e^25 below the best point carries no mass that matters, whatever its shape.
@@ -170,7 +170,7 @@ def _num_points(low: np.ndarray, high: np.ndarray, spacing: np.ndarray) -> float
 
 def _integrate(energy: Energy, frame: _Frame, known: _Known) -> tuple[float, float, dict[str, Any]]:
     low, high, spacing = _grid(frame, known)
-    epsilon = float(jnp.finfo(energy._dtype).eps)
+    epsilon = float(jnp.finfo(energy.dtype).eps)
     edge, limit = (1e-7, 35.0) if epsilon > 1e-10 else (1e-11, 230.0)  # how far sinh t goes: 1e15 and 1e99
     # How far g is off because u is rounded, at the sharpest known point: each coordinate by |u| ε/√12.
     blur = 0.3 * epsilon * np.sqrt(np.einsum("mj,mjj->m", known.points**2, np.abs(known.hessians))).max().item()
@@ -275,7 +275,7 @@ def _evaluate(energy: Energy, u: Array) -> tuple[Array, Array, Array]:
 
 def _density(energy: Energy, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     padded = np.concatenate([u, np.repeat(u[-1:], _BATCH - len(u), axis=0)])
-    found = jax.device_get(_evaluate(energy, jnp.asarray(padded, energy._dtype)))
+    found = jax.device_get(_evaluate(energy, jnp.asarray(padded, energy.dtype)))
     g, finite, resolved = (v[: len(u)] for v in found)
     # Beyond the floats the density is cut off, and _cut_off says what that costs.
     bad = np.isnan(g) | (g == np.inf)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.mcmc import MCMCKernel
 
+from numpyro_score.arviz import as_arviz, dataset, sample_stats
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import free_log_density, from_free, row_to_data, to_free
@@ -142,11 +143,9 @@ _compiled_chains = jax.jit(
 
 
 def _to_arviz(energy: Energy, x: Float[Array, "chain draw d"], stats: dict[str, Array]) -> Any:
-    from numpyro_score.diagnostics import arviz as export  # the diagnostics stand on top of all else
-
     values = jax.vmap(jax.vmap(partial(row_to_data, energy)))(x)
-    draws = export.dataset(values, ("chain", "draw"))
-    groups = {"posterior": draws, "sample_stats": export.dataset(export.sample_stats(stats), ("chain", "draw"))}
+    draws = dataset(values, ("chain", "draw"))
+    groups = {"posterior": draws, "sample_stats": dataset(sample_stats(stats), ("chain", "draw"))}
     if x.shape[1] > 3:
         groups |= {"r_hat": az.rhat(draws), "ess": az.ess(draws)}
         highest = max(float(v.max(skipna=False)) for v in groups["r_hat"].values())
@@ -157,4 +156,4 @@ def _to_arviz(energy: Energy, x: Float[Array, "chain draw d"], stats: dict[str, 
             f"{count} of {x.shape[0] * x.shape[1]} transitions diverged, and draws may miss narrow places.",
             stacklevel=3,
         )
-    return export.as_arviz({**groups, "observed_data": export.dataset(energy.unflatten(energy.data), ())})
+    return as_arviz({**groups, "observed_data": dataset(energy.unflatten(energy.data), ())})

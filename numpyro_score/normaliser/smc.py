@@ -81,13 +81,13 @@ def smc(
     refuse_rays(energy, data)
     if base is None:
         mean, cholesky = fitted_moments(data, "give base=, a NumPyro distribution over the free coordinates of a row")
-        base = dist.MultivariateStudentT(5.0, jnp.asarray(mean, energy._dtype), jnp.asarray(cholesky, energy._dtype))
+        base = dist.MultivariateStudentT(5.0, jnp.asarray(mean, energy.dtype), jnp.asarray(cholesky, energy.dtype))
     elif base.event_shape != (free_dim(energy),) or base.batch_shape:
         raise ValueError(
             f"base has batch shape {base.batch_shape} and event shape {base.event_shape}: give a distribution over the "
             f"free coordinates of one row, event shape ({free_dim(energy)},)."
         )
-    widths = jnp.tile(jnp.asarray(_WIDTHS, energy._dtype), num_replicates // 2)
+    widths = jnp.tile(jnp.asarray(_WIDTHS, energy.dtype), num_replicates // 2)
     keys = jax.random.split(run_key, num_replicates)
     runs = jax.device_get(_runs(energy, base, keys, widths, num_particles, num_mcmc_steps))
     return _summary(runs)

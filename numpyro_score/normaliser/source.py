@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.normaliser.coordinates import Chart, free_log_density, from_free, to_free
 
-__all__ = ["Source", "density_of", "fitted_moments", "free_data", "one_density", "refuse_rays"]
+__all__ = ["Fitted", "Source", "density_of", "fitted_moments", "free_data", "one_density", "refuse_rays"]
 
-Source = Energy | ScoreMatchingResult | AdversarialResult
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A fit, as far as its density goes."""
+
+    @property
+    def energy(self) -> Energy:
+        """The model bound to the estimates."""
+
+
+Source = Energy | Fitted
 
 
 def one_density(source: Source) -> Energy:
@@ -23,12 +34,12 @@ def one_density(source: Source) -> Energy:
         TypeError: if the source is neither an energy nor a fit, or has a score but no density.
         ValueError: if rows have densities of their own.
     """
-    energy = source.energy if isinstance(source, ScoreMatchingResult | AdversarialResult) else source
+    energy = source if isinstance(source, Energy) else getattr(source, "energy", None)
     if not isinstance(energy, Energy):
         raise TypeError(f"Expected an Energy or a fit, got {type(source).__name__}.")
     if not energy.has_density:
         raise TypeError(
-            f"Site '{energy._layout.score_terms[0]}' is a score_factor, whose density is unknown: declare an energy "
+            f"Site '{energy.score_terms[0]}' is a score_factor, whose density is unknown: declare an energy "
             "with numpyro.factor."
         )
     if energy.num_rows > 1 and not energy.resizable:
@@ -97,7 +108,7 @@ def refuse_rays(energy: Energy, u: np.ndarray) -> None:
     scale = u.std(0)
     scale = np.where(scale > 0, scale, 1.0)
     near, far = np.asarray(
-        _along_rays(energy, jnp.asarray(u.mean(0), energy._dtype), jnp.asarray(scale, energy._dtype))
+        _along_rays(energy, jnp.asarray(u.mean(0), energy.dtype), jnp.asarray(scale, energy.dtype))
     ).T
     if (np.isfinite(near) & (far >= near)).any():
         raise ValueError(

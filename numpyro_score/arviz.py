@@ -1,0 +1,177 @@
+"""Fits and samples as ArviZ data, for ArviZ 0.23 and 1.x."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import arviz as az
+import jax
+import numpy as np
+import xarray as xr
+from numpyro.infer import MCMC
+
+from numpyro_score.energy import Energy
+from numpyro_score.generalized import GeneralizedModel
+from numpyro_score.version import __version__
+
+__all__ = ["ScoreData", "as_arviz", "dataset", "flat", "observed", "sample_stats", "to_arviz"]
+
+# The names and signs under which ArviZ knows NumPyro's fields.
+_STAT_NAMES = {
+    "potential_energy": "lp",
+    "adapt_state.step_size": "step_size",
+    "num_steps": "n_steps",
+    "accept_prob": "acceptance_rate",
+}
+
+
+@runtime_checkable
+class Exportable(Protocol):
+    """A fit that knows its own groups."""
+
+    def to_arviz(self, rng_key: Any = None, num_samples: int = 1000, log_partition: Any = None) -> Any:
+        """Everything about the fit as ArviZ data."""
+
+
+def to_arviz(
+    source: Exportable | MCMC,
+    *args: Any,
+    rng_key: Any = None,
+    num_samples: int = 1000,
+    log_partition: Any = None,
+    **kwargs: Any,
+) -> Any:
+    r"""Turns a fit or an MCMC run into ArviZ data: an `InferenceData` (ArviZ 0.23) or a `DataTree` (1.x).
+
+    Groups:
+
+    - `posterior`: draws by site, (chain, draw, ...). Those of a point fit are N(estimate, sandwich) in unconstrained
+      space, and the group's attribute `draws` says so. A fit whose sandwich does not exist (too many parameters, as in
+      a network, or a flat objective) has no posterior group; the attribute `no_posterior` of `score_matching` says why.
+    - `sample_stats`: of an MCMC run, under ArviZ's names.
+    - `observed_data`: the data, in the sites' own shapes.
+    - `score_matching`: of a fit, the loss of each step (`loss`), and of each row at the estimates
+      (`pointwise_loss`) with its `weight`.
+
+    There is no `log_likelihood` group unless log Z is given: the density is unnormalised, and `az.loo` would return
+    nonsense from it. Asked for the group, as `az.loo` does, the data raise a TypeError that says so.
+
+    With log Z at the estimates of a fit there is
+
+    - `log_likelihood`: f_θ(x_n) − log Z(θ) of each draw and each row that has a weight, (chain, draw, row), with
+
+      .. math:: \log Z(\theta) = \log Z(\hat\theta)
+                + \log \mathrm{E}_{x \sim p_{\hat\theta}} e^{f_\theta(x) - f_{\hat\theta}(x)},
+
+      the second term from 4,000 draws x of the fitted model by NUTS. The attributes `log_partition` and
+      `log_partition_stderr` are of the first term, and `log_partition_ratio_stderr` is the largest error among the
+      draws of the second. `az.loo` takes the draws of θ for those of the likelihood's posterior. N(estimate,
+      sandwich) is that to first order for a fit as good as maximum likelihood; a wider one costs the model some elpd.
+
+    Args:
+        source: a fit, or an `MCMC` object after `run`.
+        *args: for an MCMC run, the model's arguments, to record the data.
+        rng_key: a key for the draws of a fit; `jax.random.key(0)` if not given.
+        num_samples: how many draws of a fit.
+        log_partition: log Z at the estimates of a fit, by :func:`~numpyro_score.log_partition`, or as a number where
+            it is known exactly.
+        **kwargs: for an MCMC run, the model's keyword arguments.
+
+    Raises:
+        TypeError: if `source` is neither; `log_partition` for an MCMC run, or for a model without a density.
+        SandwichError: with `log_partition`, for a fit without draws.
+        ValueError: with `log_partition`, if rows have densities of their own, or the density at some draw cannot be
+            normalised.
+    """
+    if isinstance(source, Exportable):
+        return source.to_arviz(rng_key, num_samples, log_partition)
+    if isinstance(source, MCMC):
+        if log_partition is not None:
+            raise TypeError("log_partition is log Z at the estimates of a fit, and an MCMC run has none: leave it out.")
+        groups = _mcmc_groups(source, args, kwargs)
+    else:
+        raise TypeError(f"to_arviz takes a ScoreMatchingResult or a numpyro.infer.MCMC, got {type(source).__name__}.")
+    return as_arviz(groups)
+
+
+def as_arviz(groups: dict[str, xr.Dataset]) -> Any:
+    """Groups as the container that the installed ArviZ has."""
+    library = {
+        "inference_library": "numpyro_score",
+        "inference_library_version": __version__,
+        "creation_library": "numpyro_score",
+    }
+    for group in groups.values():
+        group.attrs |= library
+    if hasattr(az, "convert_to_datatree"):  # ArviZ 1.x
+        tree = ScoreData.from_dict(groups)
+        tree.attrs |= library
+        return tree
+    return ScoreData(attrs=library, **groups)
+
+
+class ScoreData(xr.DataTree if hasattr(az, "convert_to_datatree") else az.InferenceData):  # type: ignore[misc]
+    """The container of the installed ArviZ, which says why it has no log likelihood when it is asked for one."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not there otherwise."""
+        if name == "log_likelihood" and name not in getattr(self, "children", ()):
+            # Not an AttributeError, which ArviZ would turn into its own. It raises a TypeError here, too.
+            raise TypeError(
+                "There is no log likelihood: the density is unnormalised. Write "
+                "fit.to_arviz(log_partition=log_partition(fit)) for az.loo, or use numpyro_score.hyvarinen_loo(fit), "
+                "which needs no normaliser."
+            )
+        inherited = getattr(super(), "__getattr__", None)
+        if inherited is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return inherited(name)
+
+
+def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, xr.Dataset]:
+    draws = mcmc.get_samples(group_by_chain=True)
+    groups = {"posterior": dataset(flat(draws), ("chain", "draw"))}
+    if stats := sample_stats(mcmc.get_extra_fields(group_by_chain=True)):
+        groups["sample_stats"] = dataset(stats, ("chain", "draw"))
+    if args or kwargs:
+        if not isinstance(mcmc.sampler.model, GeneralizedModel):
+            raise TypeError(
+                "The MCMC run is not over generalized_bayes(model, loss), so its data are not known: leave the model's "
+                "arguments out."
+            )
+        groups["observed_data"] = observed(mcmc.sampler.model.energy(*args, **kwargs))
+    return groups
+
+
+def sample_stats(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of NumPyro's kernels under ArviZ's names and signs."""
+    return {
+        _STAT_NAMES.get(name, name): -value if name == "potential_energy" else value
+        for name, value in fields.items()
+        if not isinstance(value, dict | tuple)
+    }
+
+
+def observed(energy: Energy) -> xr.Dataset:
+    """The data, in the sites' own shapes."""
+    return dataset(energy.unflatten(energy.data), ())
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Sites that hold a pytree, such as a network's weights, as one variable per leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(values)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def dataset(values: dict[str, Any], dims: tuple[str, ...]) -> xr.Dataset:
+    """Arrays with the given leading dimensions; further ones are named as ArviZ does, and numbered from 0."""
+    variables: dict[str, Any] = {}
+    coords: dict[str, Any] = {}
+    for name, value in values.items():
+        value = np.asarray(value)
+        rest = [f"{name}_dim_{i}" for i in range(value.ndim - len(dims))]
+        variables[name] = ((*dims, *rest), value)
+        coords |= {d: np.arange(n) for d, n in zip((*dims, *rest), value.shape, strict=True)}
+    return xr.Dataset(variables, coords)

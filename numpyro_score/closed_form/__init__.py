@@ -1,0 +1,18 @@
+"""Objectives that are quadratic in the parameters: solved at once, over batches of rows, and along penalties."""
+
+from numpyro_score.closed_form.path import SparsePath, sparse_path
+from numpyro_score.closed_form.quadratic import ClosedFormError, Coordinates, FlatObjectiveError, Quadratic, minimise
+from numpyro_score.closed_form.streaming import GradientSpread, QuadraticFit, QuadraticLoss
+
+__all__ = [
+    "ClosedFormError",
+    "Coordinates",
+    "FlatObjectiveError",
+    "GradientSpread",
+    "Quadratic",
+    "QuadraticFit",
+    "QuadraticLoss",
+    "SparsePath",
+    "minimise",
+    "sparse_path",
+]

@@ -1,0 +1,374 @@
+"""Objectives that are quadratic in the parameters: one linear solve in place of an optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array
+from numpyro import handlers
+from numpyro.distributions import constraints
+
+from numpyro_score.closed_form.gram import score_gram
+from numpyro_score.energy import Energy, base_constraint, base_law, is_constant, is_quadratic, join_arrays, split_arrays
+from numpyro_score.generalized import GeneralizedModel, prior_model
+from numpyro_score.losses import Loss, total_loss
+
+__all__ = ["MAX_PARAMETERS", "ClosedFormError", "Coordinates", "FlatObjectiveError", "Quadratic", "expand", "minimise"]
+
+MAX_PARAMETERS = 5000
+"""Above this many parameters the dense Hessian is not formed."""
+
+_FEW = 64  # parameters up to which the Hessian is formed by its products alone, which compiles less
+
+
+class ClosedFormError(ValueError):
+    """The objective has no closed-form minimiser: it is not quadratic, or its minimum violates a constraint."""
+
+
+class FlatObjectiveError(ClosedFormError):
+    """The objective is quadratic, but the data and the prior leave a direction of the parameters free."""
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates:
+    """The constrained values of all latent and param sites as one vector of P numbers, sites in alphabetical order."""
+
+    supports: dict[str, constraints.Constraint]
+    values: dict[str, Any]  # somewhere inside the supports
+
+    @classmethod
+    def of_sites(cls, sites: dict[str, Any]) -> Coordinates:
+        """From the sites of a traced model.
+
+        Raises:
+            ClosedFormError: for a site whose support is not an open box.
+        """
+        supports = {
+            name: site["kwargs"].get("constraint", constraints.real) if site["type"] == "param" else site["fn"].support
+            for name, site in sites.items()
+            if site["type"] == "param" or (site["type"] == "sample" and not site["is_observed"])
+        }
+        for name, support in supports.items():
+            base = base_constraint(support)
+            if not isinstance(base, _BOXES) or isinstance(base, type(constraints.circular)):
+                raise ClosedFormError(
+                    f"Site '{name}' has support {type(base).__name__.strip('_').lower()}, which has no coordinates in "
+                    "which a quadratic could be minimised: use ScoreMatching with its optimiser."
+                )
+        return cls(supports, {name: sites[name]["value"] for name in supports})
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return sum(np.size(leaf) for leaf in jax.tree.leaves(self.values))
+
+    @property
+    def unravel(self) -> Callable[[Array], dict[str, Any]]:
+        """From a vector (P,) to values by site; equal for equal sites, so that functions of it compile once."""
+        return ravel_pytree(self.values)[1]
+
+    def ravel(self) -> Array:
+        """The values as a vector (P,)."""
+        return ravel_pytree(self.values)[0]
+
+    def by_site(self, vector: np.ndarray) -> dict[str, Any]:
+        """Values by site, in the precision in force."""
+        return self.unravel(jnp.asarray(vector, jnp.result_type(float)))
+
+    def site_of(self, index: int) -> str:
+        """The site that a coordinate belongs to."""
+        sizes = {k: sum(map(np.size, jax.tree.leaves(v))) for k, v in sorted(self.values.items())}
+        return list(sizes)[int(np.searchsorted(np.cumsum(list(sizes.values())), index, side="right"))]
+
+    def require_inside(self, vector: np.ndarray) -> None:
+        """Raises ClosedFormError unless the values are inside their supports."""
+        for name, value in self.by_site(vector).items():
+            for leaf in jax.tree.leaves(value):
+                finite = jnp.isfinite(dist.biject_to(self.supports[name]).inv(leaf)).all()
+                if not (finite and jnp.all(self.supports[name](leaf))):
+                    raise ClosedFormError(
+                        f"The minimum of the quadratic violates the constraint of site '{name}': use ScoreMatching "
+                        "with an optimiser, which stays inside."
+                    )
+
+
+_BOXES = (type(constraints.real), constraints.greater_than, constraints.less_than, constraints.interval)
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """½θᵀΓθ + gᵀθ + c, in float64 on the host."""
+
+    hessian: np.ndarray  # Γ, (P, P)
+    linear: np.ndarray  # g, (P,)
+    constant: float
+
+    def __add__(self, other: Quadratic) -> Quadratic:
+        return Quadratic(self.hessian + other.hessian, self.linear + other.linear, self.constant + other.constant)
+
+    def __call__(self, theta: np.ndarray) -> float:
+        """The value at θ."""
+        return float(0.5 * theta @ self.hessian @ theta + self.linear @ theta + self.constant)
+
+    def gradient(self, theta: np.ndarray) -> np.ndarray:
+        """Γθ + g, (P,)."""
+        return self.hessian @ theta + self.linear
+
+    def restrict(self, index: np.ndarray) -> Quadratic:
+        """As a function of some coordinates, with the others at zero."""
+        return Quadratic(self.hessian[np.ix_(index, index)], self.linear[index], self.constant)
+
+    def solver(self, site_of: Callable[[int], str]) -> Callable[[np.ndarray], np.ndarray]:
+        """The map v → Γ⁻¹v of a vector, or of the columns of a matrix.
+
+        Args:
+            site_of: the site that a coordinate belongs to, for the message.
+
+        Raises:
+            FlatObjectiveError: if Γ is not positive definite beyond the rounding of the precision in force.
+        """
+        diagonal = np.diag(self.hessian)
+        scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+        scaled = self.hessian * scale * scale[:, None]
+        rounding = 10 * _rounding() * np.abs(scaled).sum(axis=1).max(initial=1.0)
+        identity = np.eye(len(scale))
+        try:
+            np.linalg.cholesky(scaled - rounding * identity)
+        except np.linalg.LinAlgError:
+            # Two steps of inverse iteration show the flattest direction.
+            flat = np.random.default_rng(0).normal(size=len(scale))
+            for _ in range(2):
+                flat = np.linalg.solve(scaled + 2 * rounding * identity, flat)
+                flat /= np.linalg.norm(flat)
+            sites = dict.fromkeys(site_of(int(i)) for i in np.flatnonzero(np.abs(flat) > 0.1))
+            names = " and ".join(f"'{name}'" for name in sites)
+            raise FlatObjectiveError(
+                f"The data do not determine site {names}: the objective is flat along a direction there, to rounding. "
+                "Drop parameters, give them a prior such as dist.Normal, or take more rows; if the data lie far from "
+                "zero, centre them or enable float64."
+            ) from None
+        return lambda v: (scale * np.linalg.solve(scaled, (scale * v.T).T).T).T
+
+
+class Problem(NamedTuple):
+    """What the compiled functions below need to know that is not an array."""
+
+    model: Callable[..., Any]
+    data: str | None
+    loss: Loss
+    static: Any  # of the model's arguments
+    unravel: Callable[[Array], dict[str, Any]]
+
+
+class Inputs(NamedTuple):
+    """The arrays that they need."""
+
+    energy: Energy
+    arrays: Any  # of the model's arguments
+    learning_rate: Any
+    rng_key: Array
+
+
+class Expansion(NamedTuple):
+    """The objective of some rows and of the prior, by its parts."""
+
+    data: Quadratic
+    prior: Quadratic  # without Laplace priors
+    penalties: np.ndarray  # (P,): 1/scale of a Laplace prior, else 0
+    value_and_gradient: Callable[[np.ndarray], tuple[float, np.ndarray]]  # of the data, by differentiation
+
+
+def expand(
+    target: GeneralizedModel,
+    coordinates: Coordinates,
+    energy: Energy,
+    rng_key: Array,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Expansion:
+    r"""Writes the objective :math:`\beta\sum_n w_n \ell_n(\theta) - \log\pi_0(\theta)` as a quadratic.
+
+    The coordinates are constrained values, with no Jacobian: the minimum is what a point guide converges to. A
+    stochastic loss is taken at the random numbers of `rng_key`.
+
+    Raises:
+        ClosedFormError: if it is not quadratic in the parameters, or they are more than MAX_PARAMETERS.
+    """
+    if hasattr(target.loss, "no_posterior"):
+        raise ClosedFormError(f"{type(target.loss).__name__} has no closed form: use ScoreMatching with its optimiser.")
+    size = coordinates.size
+    if not 0 < size <= MAX_PARAMETERS:
+        raise ClosedFormError(f"A closed form takes 1 to {MAX_PARAMETERS} parameters, and the model has {size}.")
+    arrays, static = split_arrays((args, kwargs))
+    problem = Problem(target.model, target.data, target.loss, static, coordinates.unravel)
+    inputs = Inputs(energy, arrays, target.learning_rate, rng_key)
+
+    found = _prior(coordinates.ravel(), inputs, problem=problem)
+    if found is None:
+        raise ClosedFormError("The log prior is not quadratic in the parameters: use ScoreMatching with its optimiser.")
+    start, value, gradient, hessian, penalties, centres = map(_host, (coordinates.ravel(), *found))
+    if centres[penalties > 0].any():
+        name = coordinates.site_of(int(np.argmax(centres * (penalties > 0) != 0)))
+        raise ClosedFormError(f"The Laplace prior of site '{name}' is not centred at zero: shift the parameter.")
+    linear = gradient - hessian @ start
+    prior = Quadratic(hessian, linear, float(value - 0.5 * start @ hessian @ start - linear @ start))
+
+    probe = np.random.default_rng(0).normal(size=size)
+    few = size <= _FEW
+    products = _products(np.eye(size) if few else probe[None], inputs, problem=problem)
+    if products is None:
+        raise ClosedFormError(
+            "The loss is not quadratic in the parameters (the energy is not affine in them, or the loss not quadratic "
+            "in the energy): use ScoreMatching with its optimiser."
+        )
+    hessian = _host(products)
+    if not few:
+        gram = score_gram(energy, coordinates.unravel, size)
+        gram = None if gram is None else gram * float(target.learning_rate)
+        if gram is None or not _agree(gram @ probe, hessian[0], np.abs(gram) @ np.abs(probe), 200 * _rounding()):
+            gram = _host(_products(np.eye(size), inputs, problem=problem))
+        hessian = gram
+
+    def value_and_gradient(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = _value_and_gradient(jnp.asarray(theta, float), inputs, problem=problem)
+        return float(value), _host(gradient)
+
+    constant, linear = value_and_gradient(np.zeros(size))
+    data = Quadratic(0.5 * (hessian + hessian.T), linear, constant)
+    for term in (data, prior):
+        if not (np.isfinite(term.hessian).all() and np.isfinite(term.linear).all() and np.isfinite(term.constant)):
+            raise ClosedFormError("The loss or the log prior, or a derivative, is not finite: see Energy.check.")
+    # What a custom derivative rule hides from the analysis shows a unit of score per row away.
+    away = probe * np.sqrt(energy.num_rows / np.where(np.diag(hessian) > 0, np.diag(hessian), np.inf))
+    size_of_terms = np.abs(data.hessian) @ np.abs(away) + np.abs(linear)
+    if not _agree(data.gradient(away), value_and_gradient(away)[1], size_of_terms, 1e-3):
+        raise ClosedFormError("The derivatives of the loss are not those of a quadratic: use an optimiser.")
+    return Expansion(data, prior, penalties, value_and_gradient)
+
+
+def _host(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def _rounding() -> float:
+    return float(jnp.finfo(jnp.result_type(float)).eps)
+
+
+def _agree(a: np.ndarray, b: np.ndarray, size: np.ndarray, tolerance: float) -> bool:
+    """Whether two results agree, relative to the terms that they are sums of."""
+    return bool(np.all(np.abs(a - b) <= tolerance * size))
+
+
+def _data_term(problem: Problem, inputs: Inputs, theta: Array) -> Array:
+    energy = inputs.energy.with_params(problem.unravel(theta))
+    return inputs.learning_rate * total_loss(problem.loss, energy, inputs.rng_key)
+
+
+@partial(jax.jit, static_argnames="problem")
+def _value_and_gradient(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, Array]:
+    return jax.value_and_grad(partial(_data_term, problem, inputs))(theta)
+
+
+def _products_of(f: Callable[[Array], Array], directions: Array, at_once: int) -> Array:
+    """The Hessian of a quadratic times each direction, (K, P)."""
+    origin = jnp.zeros_like(directions[0])
+
+    def product(v: Array) -> Array:
+        return jax.jvp(jax.grad(f), (origin,), (v,))[1]
+
+    return jax.lax.map(product, directions, batch_size=at_once)
+
+
+@partial(jax.jit, static_argnames="problem")
+def _products(directions: Any, inputs: Inputs, *, problem: Problem) -> Array | None:
+    """The Hessian of the data's term times each direction, (K, P); None if the term is not quadratic."""
+    f, directions = partial(_data_term, problem, inputs), jnp.asarray(directions, float)
+    if not is_quadratic(f, directions[0]):
+        return None
+    # Some hundred megabytes for each of the model's intermediates, at most.
+    return _products_of(f, directions, min(max(2**24 // inputs.energy.data.size, 1), 16))
+
+
+def _prior_terms(problem: Problem, inputs: Inputs, theta: Array) -> tuple[Array, tuple[Array, Array]]:
+    """Minus the log prior without the |θ| of Laplace priors, and the weights and centres of these, (P,) each."""
+    args, kwargs = join_arrays(inputs.arrays, problem.static)
+    values = problem.unravel(theta)
+    prior = handlers.substitute(handlers.seed(prior_model(problem.model, problem.data), jax.random.key(0)), data=values)
+    total = jnp.zeros((), theta.dtype)
+    weights, centres = (jax.tree.map(jnp.zeros_like, values) for _ in range(2))
+    # Validation makes a density −∞ outside its support, where no formula of it is quadratic.
+    with numpyro.validation_enabled(False):
+        sites = handlers.trace(prior).get_trace(*args, **kwargs)
+        for name, site in sites.items():
+            if site["type"] != "sample":
+                continue
+            scale, laplace = 1.0 if site["scale"] is None else site["scale"], _laplace(site)
+            at = site["value"]
+            if laplace is not None and name in values and jnp.ndim(scale) == 0:
+                weights[name] = jnp.broadcast_to(scale / laplace.scale, jnp.shape(at))
+                centres[name] = at = jnp.broadcast_to(laplace.loc, jnp.shape(at))
+            total = total - jnp.sum(scale * site["fn"].log_prob(at))
+    return total, (ravel_pytree(weights)[0], ravel_pytree(centres)[0])
+
+
+def _laplace(site: dict[str, Any]) -> dist.Laplace | None:
+    law = base_law(site["fn"])
+    return law if isinstance(law, dist.Laplace) else None
+
+
+@partial(jax.jit, static_argnames="problem")
+def _prior(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, ...] | None:
+    """Value, gradient and Hessian of minus the log prior at θ, then weights and centres of Laplace priors.
+
+    None if these are not all that there is.
+    """
+    terms = partial(_prior_terms, problem, inputs)
+    if not is_quadratic(lambda t: terms(t)[0], theta) or not is_constant(lambda t: terms(t)[1], theta):
+        return None
+    value, gradient = jax.value_and_grad(lambda t: terms(t)[0])(theta)
+    return value, gradient, _products_of(lambda t: terms(t)[0], jnp.eye(len(theta)), 64), *terms(theta)[1]
+
+
+def minimise(
+    target: GeneralizedModel,
+    sites: dict[str, Any],
+    energy: Energy,
+    rng_key: Array,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[dict[str, Any], float]:
+    """The constrained values of the latent and param sites, by name, at the minimum of the objective, and its value.
+
+    Args:
+        target: the generalised model.
+        sites: of a trace of its prior, anywhere.
+        energy: at the values in `sites`.
+        rng_key: where a stochastic loss is held.
+        args: the model's arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ClosedFormError: if there is no closed form, or the minimum violates a constraint.
+        FlatObjectiveError: if the minimum is not unique.
+    """
+    coordinates = Coordinates.of_sites(sites)
+    expansion = expand(target, coordinates, energy, rng_key, args, kwargs)
+    if expansion.penalties.any():
+        raise ClosedFormError("A Laplace prior is not quadratic: see sparse_path.")
+    whole = expansion.data + expansion.prior
+    inverse = whole.solver(coordinates.site_of)
+    theta = -inverse(whole.linear)
+    # What forming Γ has lost to rounding, gradients at the solution give back.
+    for _ in range(2):
+        theta = theta - inverse(expansion.value_and_gradient(theta)[1] + expansion.prior.gradient(theta))
+    coordinates.require_inside(theta)
+    return coordinates.by_site(theta), expansion.value_and_gradient(theta)[0] + expansion.prior(theta)

@@ -1,0 +1,40 @@
+"""Models as densities of their data: the one place that runs models and reads how their data enter.
+
+Everything else of the package knows a model through :class:`Energy` and the names below, which are all that this room
+shows; none of its modules is imported from outside.
+"""
+
+from numpyro_score.energy.arguments import join_arrays, refuse_empty, split_arrays
+from numpyro_score.energy.base import AnyArray
+from numpyro_score.energy.check import evaluate_for_check
+from numpyro_score.energy.dependence import depends_on_inputs, is_constant, is_quadratic
+from numpyro_score.energy.energy import Energy
+from numpyro_score.energy.layout import rows_first
+from numpyro_score.energy.score_terms import curl, score_factor
+from numpyro_score.energy.supports import base_constraint, base_law, innermost, make_frame
+from numpyro_score.energy.text import plural, rows_text
+from numpyro_score.energy.trace import Parameters, Sealed, Site
+
+__all__ = [
+    "AnyArray",
+    "Energy",
+    "Parameters",
+    "Sealed",
+    "Site",
+    "base_constraint",
+    "base_law",
+    "curl",
+    "depends_on_inputs",
+    "evaluate_for_check",
+    "innermost",
+    "is_constant",
+    "is_quadratic",
+    "join_arrays",
+    "make_frame",
+    "plural",
+    "refuse_empty",
+    "rows_first",
+    "rows_text",
+    "score_factor",
+    "split_arrays",
+]

@@ -1,0 +1,103 @@
+"""A model with its arguments and the values of its parameters set, so that it can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from numpyro_score.energy.arguments import is_given, join_arrays, refuse_empty, split_arrays
+from numpyro_score.energy.layout import Layout
+from numpyro_score.energy.trace import Recorder, run_model
+
+__all__ = ["AnyArray", "ModelAtValues"]
+
+AnyArray = Array | np.ndarray
+
+
+class ModelAtValues:
+    """A pytree whose leaves are the parameters and the array arguments of a model, all else static.
+
+    What :class:`Energy` is before its data are found and its density is taken.
+    """
+
+    def __init__(self, model: Callable[..., Any], params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        choice = kwargs.pop("data") if isinstance(kwargs.get("data"), str) else None
+        self._set(model, params, {}, None, choice, args, kwargs)
+
+    @classmethod
+    def bound_to(
+        cls,
+        model: Callable[..., Any],
+        params: dict[str, Any],
+        plates: dict[str, Array],
+        rng_key: Array | None,
+        data: str | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Self:
+        """The energy inside a run of the model: on the rows its plates drew, with a key for its random numbers."""
+        new = object.__new__(cls)
+        new._set(model, params, plates, rng_key, data, args, kwargs)
+        return new
+
+    def _set(
+        self,
+        model: Any,
+        params: Any,
+        plates: Any,
+        rng_key: Any,
+        choice: str | None,
+        args: Any,
+        kwargs: Any,
+    ) -> None:
+        refuse_empty(model, args, kwargs)
+        self.model, self.params = model, params
+        self._arrays, self._static = split_arrays((args, kwargs))
+        self._choice = choice
+        self._plates = plates  # the rows that subsampled plates take; all of them if not given
+        self._pinned: dict[str, Any] = {}  # observed sites given another value
+        self._rng_key = rng_key  # what `numpyro.prng_key()` in the model draws from
+        self._layout = self._read_layout()
+
+    def _replace(self, **changes: Any) -> Self:
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, **changes)
+        return new
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Parameters and arrays are leaves; the model, its other arguments and the layout are static."""
+        children = (self.params, self._arrays, self._plates, self._pinned, self._rng_key)
+        return children, (self.model, self._static, self._choice, self._layout)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> Self:
+        """The inverse of :meth:`tree_flatten`."""
+        new = object.__new__(cls)
+        new.params, new._arrays, new._plates, new._pinned, new._rng_key = children
+        new.model, new._static, new._choice, new._layout = aux
+        return new
+
+    def is_given(self, name: str) -> bool | None:
+        """Whether the model's argument `name` was given, or is at its default; None if there is none of this name."""
+        return is_given(self.model, self._static, name)
+
+    def with_params(self, params: dict[str, Any]) -> Self:
+        """The same density at other values of the given sites, of the same shapes."""
+        return self._replace(params={**self.params, **params})
+
+    @property
+    def dtype(self) -> Any:
+        """The floats of the computation: float32, or float64 where it is enabled."""
+        return jnp.result_type(float)
+
+    def _run(self) -> Recorder:
+        args, kwargs = join_arrays(self._arrays, self._static)
+        values = {**self.params, **self._pinned}
+        return run_model(self.model, args, kwargs, values, self._plates, self._rng_key)
+
+    def _read_layout(self) -> Layout:
+        raise NotImplementedError

@@ -1,0 +1,324 @@
+"""A model bound to parameter values, and its data as rows."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+from numpyro.distributions import constraints
+
+from numpyro_score.energy.arguments import (
+    join_arrays,
+    named_arrays,
+    split_arrays,
+    takes_keyword,
+)
+from numpyro_score.energy.base import AnyArray, ModelAtValues
+from numpyro_score.energy.dependence import depends_on_inputs, treats_rows_alike
+from numpyro_score.energy.layout import (
+    DataArray,
+    Layout,
+    assemble,
+    by_name,
+    coordinate_bounds,
+    find_arrays,
+    refuse_moving_bounds,
+    row_weights,
+    rows_first,
+    sum_rows,
+)
+from numpyro_score.energy.supports import Block, outside
+from numpyro_score.energy.trace import is_observed_sample, term_log_prob
+
+__all__ = ["BoundModel"]
+
+
+class BoundModel(ModelAtValues):
+    """A model, its arguments and the values of its parameters, with its data read as rows (N, D).
+
+    What :class:`Energy` is before it is a density: `Energy` adds derivatives and checks.
+    """
+
+    # -- structure ------------------------------------------------------------------------------------------------
+
+    @property
+    def dim(self) -> int:
+        """D, the number of coordinates of one row."""
+        return self._layout.dim
+
+    @property
+    def num_rows(self) -> int:
+        """N, the number of rows of the model's data."""
+        return self._layout.num_rows
+
+    @property
+    def resizable(self) -> bool:
+        """Whether the density takes any number of rows: its data are arguments, and the plate follows their length."""
+        return self._layout.resizable
+
+    @property
+    def has_density(self) -> bool:
+        """Whether :meth:`log_density` is known, not only its derivatives in the data."""
+        return not self._layout.score_terms
+
+    @property
+    def is_concrete(self) -> bool:
+        """Whether all values are known, as outside of JAX transformations, so that :meth:`check` can look at them."""
+        return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self))
+
+    @property
+    def penalties(self) -> tuple[str, ...]:
+        """The factors that do not depend on the data, and so belong to the prior."""
+        return self._layout.penalties
+
+    @property
+    def score_terms(self) -> tuple[str, ...]:
+        """The terms that are a :func:`~numpyro_score.score_factor`, whose derivative is known, but not their value."""
+        return self._layout.score_terms
+
+    @property
+    def data_name(self) -> str | None:
+        """The site or argument that the user named as the data; None if it was found."""
+        return self._choice
+
+    @property
+    def arrays(self) -> tuple[DataArray, ...]:
+        """What the data are: sites or arguments, their kinds of support, and their axes that number the rows."""
+        return self._layout.arrays
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The columns of a row that belong to each of :attr:`arrays`."""
+        return self._layout.blocks
+
+    @property
+    def flat(self) -> bool:
+        """Whether the data fill R^D: they have neither a boundary nor curvature."""
+        return self._layout.flat
+
+    @property
+    def supports(self) -> dict[str, constraints.Constraint]:
+        """The support of each of :attr:`arrays`, by name, in its own shape."""
+        sites = self._run().sites
+        return {a.name: sites[a.name]["fn"].support if a.is_site else constraints.real for a in self.arrays}
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The support of the data, in the sites' own shape."""
+        supports = list(self.supports.values())
+        return supports[0] if len(supports) == 1 else constraints.real_vector
+
+    @property
+    def data(self) -> Float[Array, "n d"]:
+        """The model's own data, (N, D)."""
+        return self._flat_data(self._run().sites)
+
+    @property
+    def weights(self) -> Float[Array, "n"]:
+        """What each row counts, (N,): plate size over subsample size, `handlers.scale`, and 0 where masked."""
+        return self.data_and_weights()[1]
+
+    def data_and_weights(self) -> tuple[Float[Array, "n d"], Float[Array, "n"]]:
+        """:attr:`data` and :attr:`weights` from one run of the model."""
+        sites = self._run().sites
+        return self._flat_data(sites), row_weights(sites[self._layout.terms[0]], self._layout)[:, 0]
+
+    def _flat_data(self, sites: dict[str, Any]) -> Array:
+        return self.flatten(
+            {
+                a.name: self._arrays[a.leaf] if not a.is_site and a.leaf is not None else sites[a.name]["value"]
+                for a in self._layout.arrays
+            }
+        )
+
+    def usable(self) -> tuple[Self, Float[Array, "n"]]:
+        """The energy with the rows of weight zero moved to where a row of some weight is, and the weights.
+
+        Such rows may hold NaN, which no later multiplication by zero would remove.
+        """
+        x, weights = self.data_and_weights()
+        if not self._layout.masked:
+            return self, weights
+        somewhere = jnp.where(jnp.any(weights != 0), x[jnp.argmax(weights != 0)], 0.0)
+        return self.at(jnp.where(weights[:, None] != 0, x, somewhere)), weights
+
+    def flatten(self, values: Any) -> Float[Array, "n d"]:
+        """Data in the sites' own shapes, {name: array} or one array, to rows (N, D).
+
+        Rows hold the data as they are where these are real, bounded coordinate by coordinate, or on a sphere; √x for x
+        on a simplex; and unconstrained coordinates by NumPyro's `biject_to` for any other support.
+
+        Raises:
+            TypeError, ValueError: if sites are missing, empty, or not the model's.
+        """
+        values, columns = by_name(self._layout, values), []
+        for a in self._layout.arrays:
+            value = a.support.to_coordinates(jnp.asarray(values[a.name], self.dtype))
+            columns.append(rows_first(value, a.row_axes))
+        return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
+
+    def unflatten(self, x: Float[AnyArray, "n d"]) -> dict[str, Array]:
+        """Rows (N, D) to data in the sites' own shapes, {name: array}. The inverse of :meth:`flatten`."""
+        coordinates = self.coordinates(x)
+        return {a.name: a.support.to_data(coordinates[a.name]) for a in self._layout.arrays}
+
+    def coordinates(self, x: Float[AnyArray, "n d"]) -> dict[str, Array]:
+        """Rows (N, D) by site, {name: array}, in the coordinates of :meth:`flatten`."""
+        layout = self._layout.with_rows(x.shape[0])
+        found = {}
+        for a, block in zip(layout.arrays, layout.blocks, strict=True):
+            shape = a.support.coordinate_shape(a.shape)
+            rest = tuple(s for i, s in enumerate(shape) if i not in a.row_axes)
+            value = jnp.asarray(x)[:, block.start : block.stop].reshape(layout.row_shape + rest)
+            found[a.name] = jnp.moveaxis(value, tuple(range(len(a.row_axes))), a.row_axes)
+        return found
+
+    def bind(self, **kwargs: Any) -> Self:
+        """The same density with other keyword arguments of the model, e.g. a noise level or covariates.
+
+        Raises:
+            TypeError: if the model takes no such argument.
+        """
+        for name in kwargs:
+            if not takes_keyword(self.model, name):
+                raise TypeError(
+                    f"The model takes no keyword '{name}': add it with a default, e.g. def model(x, {name}=1.0)."
+                )
+        args, old = join_arrays(self._arrays, self._static)
+        arrays, static = split_arrays((args, {**old, **kwargs}))
+        new = self._replace(_arrays=arrays, _static=static)
+        new._layout = new._read_layout()
+        return new
+
+    def at(self, x: Float[AnyArray, "n d"]) -> Self:
+        """The same density with `x` as its data; another number of rows needs :attr:`resizable`."""
+        x = jnp.asarray(x, self.dtype)
+        n = x.shape[0]
+        if x.shape != (n, self.dim):
+            raise ValueError(f"x has shape {x.shape}, but a row has {self.dim} numbers: pass (n, {self.dim}).")
+        if n != self.num_rows and not self.resizable:
+            raise ValueError(
+                f"The model has {self.num_rows} rows and cannot take {n}: pass the data as an argument and let the "
+                "plate follow its length, e.g. numpyro.plate('data', len(x))."
+            )
+        values = self.unflatten(x)
+        layout = self._layout.with_rows(n)
+        arrays, pinned, plates = list(self._arrays), dict(self._pinned), dict(self._plates)
+        for a in layout.arrays:
+            if a.leaf is not None:
+                arrays[a.leaf] = values[a.name]
+                plates = {k: v for k, v in plates.items() if k not in layout.row_plates}
+            else:
+                pinned[a.name] = values[a.name]
+        return self._replace(_arrays=arrays, _pinned=pinned, _plates=plates, _layout=layout)
+
+    def bounds(self, n: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+        """Lower and upper bounds of the coordinates of n rows, (N, D) each; infinite where there are none."""
+        return coordinate_bounds(self._run().sites, self._layout.with_rows(n))
+
+    def rows_outside(self) -> dict[str, Bool[Array, "n"]]:
+        """Which rows of the data are outside of their support, (N,) by name, where they could be."""
+        sites = self._run().sites
+        return {
+            a.name: rows_first(
+                outside(a.support.kind, sites[a.name]["value"], sites[a.name]["fn"].support), a.row_axes
+            ).any(-1)
+            for a in self.arrays
+            if a.is_site and a.support.kind != "real"
+        }
+
+    def row_log_density(self, x: Float[Array, "n d"], rows: Array | None = None) -> Float[Array, "n"]:
+        """The log density of n rows (N, D), (N,): what losses differentiate.
+
+        As :meth:`Energy.log_density`, without other leading axes, and NaN with the right derivatives where a term is a
+        :func:`~numpyro_score.score_factor`.
+
+        Args:
+            x: as many rows as the model has, or any number where it is :attr:`resizable`.
+            rows: the indices that the rows' plate is to have; those of all rows if not given.
+        """
+        at = self.at(x)
+        if rows is not None:
+            at = at._replace(_plates={**at._plates, **dict.fromkeys(at._layout.row_plates, rows)})
+        sites = at._run().sites
+        if rows is not None and any(sites[p]["args"][0] != len(rows) for p in at._layout.row_plates):
+            raise ValueError("A plate of rows has a fixed size.")
+        terms = [sum_rows(term_log_prob(sites[k]), at._layout) for k in at._layout.terms]
+        coordinates = at.coordinates(x)
+        for a in at._layout.arrays:
+            u = coordinates[a.name]
+            if (log_jacobian := a.support.log_jacobian(u, a.support.to_data(u))) is not None:
+                terms.append(rows_first(log_jacobian, a.row_axes).sum(-1))
+        return functools.reduce(jnp.add, terms)
+
+    # -- reading the model ----------------------------------------------------------------------------------------
+
+    def _read_layout(self) -> Layout:
+        dynamic = dict(params=self.params, _arrays=self._arrays, _plates=self._plates, _pinned=self._pinned)
+        found: dict[str, Any] = {}
+
+        def read_arrays(dynamic: dict[str, Any]) -> None:
+            energy = self._replace(**dynamic)
+            named, first = named_arrays(self.model, self._static)
+            found["arrays"] = find_arrays(energy._run(), energy._arrays, named, first, self._choice)
+
+        jax.eval_shape(read_arrays, dynamic)
+        arrays: list[DataArray] = found["arrays"]
+
+        def terms(data: list[Any], dynamic: dict[str, Any]) -> list[Any]:
+            leaves, pinned = list(dynamic["_arrays"]), dict(dynamic["_pinned"])
+            for a, value in zip(arrays, data, strict=True):
+                if a.leaf is not None and leaves[a.leaf].shape == a.shape:
+                    leaves[a.leaf] = value
+                if a.is_site:
+                    pinned[a.name] = value
+            found["sites"] = sites = self._replace(**dynamic | {"_arrays": leaves, "_pinned": pinned})._run().sites
+            log_probs = {k: term_log_prob(s) for k, s in sites.items() if is_observed_sample(s)}
+            found["shapes"] = {k: v.shape for k, v in log_probs.items()}
+            return list(log_probs.values())
+
+        data = [jax.ShapeDtypeStruct(a.shape, self.dtype) for a in arrays]
+        jaxpr = jax.make_jaxpr(terms)(data, dynamic).jaxpr
+        is_data = [i < len(data) for i in range(len(jaxpr.invars))]
+        depends = dict(zip(found["shapes"], depends_on_inputs(jaxpr, is_data), strict=True))
+        layout = assemble(arrays, found["sites"], found["shapes"], depends)
+        if any(a.support.kind == "box" for a in arrays):
+
+            def bounds(params: Any, rest: dict[str, Any]) -> Any:
+                return self._replace(**rest, params=params, _layout=layout).bounds(layout.num_rows)
+
+            params = dynamic.pop("params")
+            jaxpr = jax.make_jaxpr(bounds)(params, dynamic).jaxpr
+            refuse_moving_bounds(arrays, jaxpr, len(jax.tree.leaves(params)))
+        return self._settle_rows(layout)
+
+    def _settle_rows(self, layout: Layout) -> Layout:
+        """Decides whether subsampled data can enter through the arguments, and whether another number of rows can."""
+
+        def takes_any_rows(layout: Layout) -> bool:
+            if any(len(a.row_axes) != 1 for a in layout.arrays):
+                return False
+            energy = self._replace(_layout=layout._replace(resizable=True))
+
+            def trace(n: int) -> Any:
+                energy.bounds(n)  # as many as there are rows, or the same for all
+                x = jax.ShapeDtypeStruct((n, layout.dim), self.dtype)
+                rows = jax.ShapeDtypeStruct((n,), jnp.result_type(int))
+                return jax.make_jaxpr(energy.row_log_density)(x, rows)
+
+            try:
+                return treats_rows_alike(trace)
+            # Only the model can say which shapes it takes; JAX and NumPyro refuse a wrong one with these.
+            except (TypeError, ValueError, IndexError, AssertionError):
+                return False
+
+        if takes_any_rows(layout):
+            return layout._replace(resizable=True)
+        if any(a.leaf is not None and self._arrays[a.leaf].shape != a.shape for a in layout.arrays):
+            # Subsampled data of a model that is not free of the rows' numbers: set the value of the site instead.
+            layout = layout._replace(arrays=tuple(a._replace(leaf=None) for a in layout.arrays))
+            return layout._replace(resizable=takes_any_rows(layout))
+        return layout

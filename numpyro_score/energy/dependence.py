@@ -1,0 +1,163 @@
+"""What a traced function's outputs depend on, read off its operations. Nothing here computes numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+__all__ = ["depends_on_inputs", "is_constant", "is_quadratic", "treats_rows_alike"]
+
+# How an input reaches a value: not at all, through differentiable operations, or also through one whose derivative JAX
+# takes to be zero, or leaves out, although the value changes.
+_NO, _SMOOTH, _STEP = 0, 1, 3
+_STEPS = {"sign", "floor", "ceil", "round", "rem", "nextafter", "stop_gradient"}
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"}
+
+
+def is_quadratic(f: Callable[[Any], Any], x: Any) -> bool:
+    """Whether the gradient of the scalar function `f` of the pytree `x` is affine in x.
+
+    The Hessian times a vector must not depend on x, and the gradient must not contain steps, such as the sign of x in
+    the gradient of |x|, which that derivative would not show. So "yes" holds for all x; "no" may be said of a quadratic
+    whose higher terms cancel only in the arithmetic. Steps in the value alone, such as a density's −∞ outside its
+    support, are not looked at: gradients do not see them.
+    """
+
+    def product(x: Any, v: Any) -> Any:
+        return jax.jvp(jax.grad(f), (x,), (v,))[1]
+
+    n = len(jax.tree.leaves(x))
+    try:
+        jaxpr = jax.make_jaxpr(product)(x, x).jaxpr
+    except (TypeError, ValueError, NotImplementedError):  # JAX's, for operations whose gradient has no derivative
+        return False
+    curvature = _marks(jaxpr, [_SMOOTH] * n + [_NO] * n)
+    slope = _marks(jax.make_jaxpr(jax.grad(f))(x).jaxpr, [_SMOOTH] * n)
+    return not any(curvature) and _STEP not in slope
+
+
+def is_constant(f: Callable[[Any], Any], x: Any) -> bool:
+    """Whether nothing that `f` returns varies with the pytree `x`."""
+    jaxpr = jax.make_jaxpr(f)(x).jaxpr
+    return not any(_marks(jaxpr, [_SMOOTH] * len(jaxpr.invars)))
+
+
+def _marks(jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
+    """How the marked inputs reach each output."""
+    marks = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(v: Any) -> int:
+        return _NO if isinstance(v, Literal) else marks.get(v, _NO)
+
+    for eqn in jaxpr.eqns:
+        marks.update(zip(eqn.outvars, _through(eqn, [read(v) for v in eqn.invars]), strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _through(eqn: JaxprEqn, into: list[int]) -> list[int]:
+    name, n_out = eqn.primitive.name, len(eqn.outvars)
+    joint = _any(into)
+    if not joint:
+        return [_NO] * n_out
+    inner = [p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in _parts(eqn)]
+    if name in _CALLS and len(inner) == 1:
+        return _marks(inner[0], into)
+    if name == "scan":
+        return _through_scan(eqn, inner[0], into)
+    if name == "cond" and not into[0]:
+        return [_any(m) for m in zip(*(_marks(branch, into[1:]) for branch in inner), strict=True)]
+    if inner and not name.startswith("scatter"):  # some other operation with functions inside, in which steps may hide
+        return [_STEP] * n_out
+    smooth = name not in _STEPS
+    return [
+        joint if smooth and jnp.issubdtype(v.aval.dtype, jnp.inexact) else _STEP  # type: ignore[attr-defined]
+        for v in eqn.outvars
+    ]
+
+
+def _through_scan(eqn: JaxprEqn, body: Jaxpr, into: list[int]) -> list[int]:
+    # Inputs are constants, carry and sequences, outputs carry and sequences, and a sequence has one axis more than its
+    # elements inside. JAX's own counts of them have changed names.
+    num_carry = sum(v.aval.ndim == w.aval.ndim for v, w in zip(eqn.outvars, body.outvars, strict=True))  # type: ignore[attr-defined]
+    num_xs = sum(v.aval.ndim != w.aval.ndim for v, w in zip(eqn.invars, body.invars, strict=True))  # type: ignore[attr-defined]
+    stop = len(into) - num_xs
+    num_consts = stop - num_carry
+    consts, carry, xs = into[:num_consts], into[num_consts:stop], into[stop:]
+    while True:
+        out = _marks(body, consts + carry + xs)
+        grown = [_any(m) for m in zip(carry, out, strict=False)]
+        if grown == carry:
+            return carry + out[num_carry:]
+        carry = grown
+
+
+def _parts(eqn: JaxprEqn) -> list[Any]:
+    """The functions inside an operation."""
+    values = [w for p in eqn.params.values() for w in (p if isinstance(p, tuple | list) else (p,))]
+    return [p for p in values if isinstance(p, ClosedJaxpr | Jaxpr)]
+
+
+def _any(marks: Sequence[int]) -> int:
+    """The stronger of several marks."""
+    return max(marks, default=_NO)
+
+
+def depends_on_inputs(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """Which outputs of `jaxpr` vary with the marked inputs; comparisons do not count, calls mix all that goes in."""
+    tainted = {v for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, Literal) and v in tainted for v in eqn.invars):
+            tainted.update(v for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact))  # type: ignore[attr-defined]
+    return [not isinstance(v, Literal) and v in tainted for v in jaxpr.outvars]
+
+
+def treats_rows_alike(trace: Callable[[int], ClosedJaxpr]) -> bool:
+    """Whether a density takes any number of rows, and does the same to each of them wherever it stands.
+
+    Running the model on other rows is not evidence enough: indices out of range are clamped, so that `z[i]` of a
+    covariate z would quietly take wrong values. The traces for two numbers of rows must differ in that number alone,
+    and no output may depend on the rows' indices.
+
+    Args:
+        trace: from n to the jaxpr of the log density (n,) of n rows (n, D) with plate indices (n,).
+    """
+    sizes = (1009, 1013)  # primes, which no other dimension is likely to be
+    texts = []
+    for n in sizes:
+        closed = trace(n)
+        if [v.aval.shape for v in closed.jaxpr.outvars] != [(n,)]:
+            return False
+        if any(n in jnp.shape(c) for c in closed.consts) or _depends_on_position(closed.jaxpr, n):
+            return False
+        # A number that is part of a shape, not a constant such as 1009.0 or 1009:i32[].
+        texts.append((re.sub(rf"(?<![\w.]){n}(?![\w.:])", "n", str(closed.jaxpr)), closed.consts))
+    (one, one_consts), (two, two_consts) = texts
+    same_consts = len(one_consts) == len(two_consts) and all(
+        a is b or (not isinstance(a, jax.core.Tracer) and not isinstance(b, jax.core.Tracer) and np.array_equal(a, b))
+        for a, b in zip(one_consts, two_consts, strict=False)
+    )
+    return one == two and same_consts
+
+
+def _depends_on_position(jaxpr: Jaxpr, n: int) -> bool:
+    """Whether an output varies with the last input, the plate's indices, or with a count of n made on the way."""
+    tainted = {jaxpr.invars[-1]}
+    for eqn in jaxpr.eqns:
+        if _counts(eqn, n) or any(not isinstance(v, Literal) and v in tainted for v in eqn.invars):
+            tainted.update(eqn.outvars)
+    return any(not isinstance(v, Literal) and v in tainted for v in jaxpr.outvars)
+
+
+def _counts(eqn: JaxprEqn, n: int) -> bool:
+    if eqn.primitive.name == "iota":
+        return n in eqn.params["shape"]
+    if eqn.primitive.name.startswith("cum"):  # a running sum, product or maximum
+        return eqn.outvars[0].aval.shape[eqn.params["axis"]] == n  # type: ignore[attr-defined]
+    inner = [p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in eqn.params.values()]
+    return any(_counts(e, n) for p in inner if isinstance(p, Jaxpr) for e in p.eqns)

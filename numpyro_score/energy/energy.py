@@ -1,0 +1,125 @@
+"""A model bound to parameter values, as a density of its data and pure functions of rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from numpyro_score import operators
+from numpyro_score.energy.base import AnyArray
+from numpyro_score.energy.bound import BoundModel
+from numpyro_score.energy.check import check
+
+__all__ = ["Energy"]
+
+
+@jax.tree_util.register_pytree_node_class
+class Energy(BoundModel):
+    r"""A NumPyro model bound to parameter values: a density of its data, known up to a constant.
+
+    The log density is :math:`f_\theta(x)`, the sum of every `numpyro.factor` and every `log_prob` of an observed site
+    that depends on the data :math:`x`; the normaliser :math:`Z(\theta)` is never needed. The energy of physics is
+    :math:`E = -f`. Rows are independent: row n of the data adds its own :math:`f_n(x_n)`.
+
+    Data are the observed continuous sample sites, concatenated into one row of `dim` numbers. A model without any
+    takes its first positional argument as the data. All other observed sites and arguments are conditioned on.
+
+    Instances are pytrees whose leaves are the parameters and the array arguments, so they pass through `jax.jit`,
+    `jax.vmap` and `jax.lax.scan`.
+
+    Args:
+        model: a NumPyro model.
+        params: constrained values of all latent sample sites and `numpyro.param` sites, by name.
+        *args: the model's arguments; NumPy and JAX arrays are traced, anything else is static.
+        data: the name of the site or argument that is the data, where several could be. A value of `data` that is
+            not a string is passed to the model.
+        **kwargs: the model's keyword arguments.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: if the model's density is not a sum over rows of continuous,
+            unbounded data. The message names the site and what to write instead.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_score import Energy
+        >>> def model(x):
+        ...     tau = numpyro.sample("tau", dist.Exponential(1.0))
+        ...     with numpyro.plate("rows", len(x)):
+        ...         x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (2,)), obs=x)
+        ...         numpyro.factor("energy", -0.5 * tau * (x**2).sum(-1))
+        >>> energy = Energy(model, {"tau": 3.0}, jnp.array([[1.0, 2.0]]))
+        >>> energy.score(energy.data).tolist()
+        [[-3.0, -6.0]]
+    """
+
+    def log_density(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch"]:
+        """The unnormalised log density f(x) of each row: (..., D) to (...).
+
+        In the coordinates of :meth:`flatten`, with the Jacobian of the change from the data included.
+
+        Raises:
+            TypeError: for a model with a :func:`~numpyro_score.score_factor`, whose density is unknown.
+        """
+        if not self.has_density:
+            raise TypeError(
+                f"Site '{self._layout.score_terms[0]}' is a score_factor, whose density is unknown: use ISM, SSM, DSM "
+                "or ESM, or declare an energy with numpyro.factor."
+            )
+        return self._over_rows(self.row_log_density, x)
+
+    def score(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch d"]:
+        """The score ∇f(x) of each row: (..., D) to (..., D). Scale, mask and subsampling do not enter."""
+        return self._over_rows(lambda y: operators.value_score(self.row_log_density, y)[1], x)
+
+    def laplacian(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch"]:
+        """The Laplacian tr ∇²f(x) of each row: (..., D) to (...). Exact; costs D + 2 densities."""
+        return self.value_score_laplacian(x)[2]
+
+    def value_score_laplacian(
+        self, x: Float[AnyArray, "*batch d"]
+    ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch d"], Float[Array, "*batch"]]:
+        """The log density, its score and its Laplacian in one pass: (..., D) to ((...), (..., D), (...)).
+
+        The value is NaN for a model with a :func:`~numpyro_score.score_factor`.
+        """
+        # The forward Laplacian differentiates values.
+        of = functools.partial(operators.value_score_laplacian, self.row_log_density, forward=self.has_density)
+        return self._over_rows(of, x)
+
+    def _over_rows(self, f: Callable[..., Any], x: Any) -> Any:
+        """Applies a function of (M, D) rows to x of any leading shape."""
+        x = jnp.asarray(x, self.dtype)
+        if x.ndim == 0 or x.shape[-1] != self.dim or x.size == 0:
+            raise ValueError(f"x has shape {x.shape}, but a row has {self.dim} numbers: pass (..., {self.dim}).")
+        if self.resizable:
+            rows = f(x.reshape(-1, self.dim))
+            return jax.tree.map(lambda r: r.reshape(x.shape[:-1] + r.shape[1:]), rows)
+        n = self.num_rows
+        if n == 1:  # one big point: every leading axis is a batch
+            x = x[..., None, :]
+        elif x.ndim < 2 or x.shape[-2] != n:
+            raise ValueError(
+                f"x has shape {x.shape}, but the model has {n} rows: pass (..., {n}, {self.dim}), or pass the data as "
+                "an argument and let the plate follow its length, e.g. numpyro.plate('data', len(x))."
+            )
+        rows = jax.vmap(f)(x.reshape(-1, n, self.dim))
+        lead = x.shape[:-2] if n == 1 else x.shape[:-1]
+        return jax.tree.map(lambda r: r.reshape(lead + r.shape[2:]), rows)
+
+    def check(self, evaluate: Callable[[Energy], Any] | None = None) -> None:
+        """Looks at the data and the density there; needs concrete values.
+
+        Args:
+            evaluate: a compiled `evaluate_for_check`, to compile it once for several checks.
+
+        Raises:
+            ValueError: NaN or infinity in the data, data outside of the support, a log density or score that is not
+                finite there, rows that interact.
+        """
+        check(self, evaluate)

@@ -1,0 +1,349 @@
+"""Where the data sits in a model: which sites it enters, and what counts as one row.
+
+NumPyro has no notion of "the data of an unnormalised model"; this module reads it off one abstract run. Nothing
+here computes numbers: a :class:`Layout` is static, hashable, and found without touching the data's values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Jaxpr
+from numpyro.distributions import constraints
+
+from numpyro_score.energy.dependence import depends_on_inputs
+from numpyro_score.energy.supports import Block, Shape, Support, base_constraint, bounds, row_width
+from numpyro_score.energy.text import plural
+from numpyro_score.energy.trace import Recorder, Site, is_factor, is_observed_sample, is_score_term, unwrap
+
+Trace = dict[str, Site]
+
+
+class DataArray(NamedTuple):
+    """One array of data: an observed site, or an argument of the model."""
+
+    name: str
+    leaf: int | None  # index among the array leaves of the arguments; None if the model holds the data itself
+    is_site: bool
+    shape: Shape
+    row_axes: Shape  # the axes of `shape` that number the rows, outermost first
+    support: Support = Support("real")
+
+
+class Layout(NamedTuple):
+    """What is fixed about the data of a model, whatever its values."""
+
+    arrays: tuple[DataArray, ...]
+    terms: tuple[str, ...]  # observed sites whose log density depends on the data
+    penalties: tuple[str, ...]  # factors that do not: part of the prior
+    row_plates: tuple[str, ...]
+    row_dims: Shape  # batch dimensions (negative) that number the rows
+    row_shape: Shape
+    masked: bool  # some rows may carry weight zero
+    resizable: bool  # the model also runs on another number of rows
+    score_terms: tuple[str, ...] = ()  # terms whose derivative in the data is known, but not their value
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return math.prod(self.row_shape)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return sum(row_width(a.support, a.shape, a.row_axes) for a in self.arrays)
+
+    @property
+    def flat(self) -> bool:
+        """Whether the data fill R^D, so that score matching needs no boundary weight and no curvature."""
+        return all(a.support.kind in ("real", "other") for a in self.arrays)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The columns of a row by data array."""
+        blocks, start = [], 0
+        for a in self.arrays:
+            stop = start + row_width(a.support, a.shape, a.row_axes)
+            blocks.append(Block(a.support.kind, start, stop, a.shape[-1] if a.shape else 1))
+            start = stop
+        return tuple(blocks)
+
+    def with_rows(self, n: int) -> Layout:
+        """The same layout for `n` rows; only the one row axis of a resizable model changes."""
+        if n == self.num_rows:
+            return self
+
+        def resize(a: DataArray) -> DataArray:
+            (axis,) = a.row_axes
+            return a._replace(shape=(*a.shape[:axis], n, *a.shape[axis + 1 :]))
+
+        return self._replace(arrays=tuple(map(resize, self.arrays)), row_shape=(n,))
+
+
+def find_arrays(
+    recorder: Recorder,
+    leaves: Sequence[Any],
+    argument_leaves: dict[str, int],
+    first: str | None,
+    choice: str | None,
+) -> list[DataArray]:
+    """The arrays that hold the data, without their row axes.
+
+    Args:
+        recorder: one run of the model on its own arguments.
+        leaves: the array leaves of those arguments.
+        argument_leaves: which leaf an argument is, for arguments that are one array.
+        first: the name of the first positional argument.
+        choice: the user's `data=`, a site or an argument.
+    """
+    observed = {k: s for k, s in recorder.sites.items() if is_observed_sample(s) and not is_factor(s)}
+    discrete = [k for k, s in observed.items() if s["fn"].support is not None and s["fn"].support.is_discrete]
+    sites = [k for k in observed if k not in discrete]
+    if choice is not None:
+        if choice in discrete:
+            raise ValueError(
+                f"Data site '{choice}' is discrete ({type(observed[choice]['fn']).__name__}): score matching "
+                "differentiates in the data, so name a continuous site."
+            )
+        if choice not in sites and choice not in argument_leaves:
+            known = ", ".join(f"'{n}'" for n in dict.fromkeys([*sites, *argument_leaves])) or "none"
+            raise ValueError(
+                f"data='{choice}' is neither a continuous observed site nor an array argument: use {known}."
+            )
+        sites = [choice] if choice in sites else []
+
+    arrays: list[DataArray] = []
+    values: list[Any] = []
+    if not sites:
+        name = choice if choice is not None else first
+        if name is None or name not in argument_leaves:
+            seen = f"its observed sites {discrete} are discrete" if discrete else "nothing continuous is observed"
+            raise ValueError(
+                f"The model has no continuous data ({seen}): observe a site, e.g. numpyro.sample('x', "
+                "dist.ImproperUniform(constraints.real_vector, (), (d,)), obs=x), or take the data as the first "
+                "positional argument."
+            )
+        leaf = argument_leaves[name]
+        arrays.append(DataArray(name, leaf, False, tuple(jnp.shape(leaves[leaf])), ()))
+        values.append(leaves[leaf])
+    else:
+        for name in sites:
+            value = observed[name]["value"]
+            whole = recorder.origin(value)
+            origin = next((i for i, v in enumerate(leaves) if v is whole), None)
+            support = _support_of(name, observed[name]["fn"].support)
+            arrays.append(DataArray(name, origin, True, tuple(jnp.shape(value)), (), support))
+            values.append(value)
+
+    for a, value in zip(arrays, values, strict=True):
+        kind = "site" if a.is_site else "argument"
+        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise TypeError(
+                f"Data {kind} '{a.name}' holds {jnp.result_type(value)} values: score matching differentiates in "
+                f"the data, so pass floats, e.g. {a.name}.astype(float)."
+            )
+        if 0 in a.shape:
+            raise ValueError(
+                f"Data {kind} '{a.name}' is empty, of shape {a.shape}: pass at least one row of one number."
+            )
+    return arrays
+
+
+def _support_of(name: str, constraint: constraints.Constraint) -> Support:
+    try:
+        return Support.of(constraint)
+    except (NotImplementedError, TypeError) as error:
+        kind = type(base_constraint(constraint)).__name__.strip("_").lower()
+        raise NotImplementedError(
+            f"Data site '{name}' has support {kind}, for which NumPyro has no map to the real line: transform the data "
+            "in the model, and observe a real site."
+        ) from error
+
+
+def find_rows(
+    sites: Trace, shapes: dict[str, Shape], terms: Sequence[str], arrays: Sequence[DataArray]
+) -> tuple[Shape, Shape, tuple[str, ...]]:
+    """What counts as one row: `(row_dims, row_shape, row_plates)`.
+
+    Rows are numbered by the plates that all terms of the density share. Without plates the terms' common batch shape
+    numbers them, and a scalar density has one row: the whole data.
+    """
+    if not terms:
+        names = ", ".join(f"'{a.name}'" for a in arrays)
+        raise ValueError(
+            f"No factor or density of the model depends on the data {names}: use the value that numpyro.sample "
+            "returns, e.g. x = numpyro.sample('x', ..., obs=x), in the factor."
+        )
+    frames = {k: {f.name: (f.dim, f.size) for f in sites[k]["cond_indep_stack"]} for k in terms}
+    if any(frames.values()):
+        shared = set.intersection(*(set(f) for f in frames.values()))
+        if not shared:
+            outside = next((k for k in terms if not frames[k]), terms[0])
+            plate, (_, size) = next((p, v) for f in frames.values() for p, v in f.items())
+            shape = tuple(sites[outside]["fn"].batch_shape)
+            if any(a.name == outside for a in arrays):
+                raise ValueError(
+                    f"Observed site '{outside}' stands outside the plate '{plate}' of the other data: move it into the "
+                    "plate, or, if it is not data, name the data site, e.g. data='x'."
+                )
+            raise ValueError(
+                f"Site '{outside}' of shape {shape} depends on the data but stands outside the plate '{plate}' of "
+                f"{plural(size, 'row')}: move it into the plate and give it one value per row."
+            )
+        by_dim = sorted((frames[terms[0]][p], p) for p in shared)
+        return (
+            tuple(d for (d, _), _ in by_dim),
+            tuple(s for (_, s), _ in by_dim),
+            tuple(p for _, p in by_dim),
+        )
+
+    shapes = {k: shapes[k] for k in terms}
+    if () in shapes.values():
+        return (), (), ()
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"The sites {shapes} differ in shape: put them in one plate that numbers the rows.")
+    shape = shapes[terms[0]]
+    return tuple(range(-len(shape), 0)), shape, ()
+
+
+def plate_shape(site: Site) -> Shape:
+    """The batch shape that the plates around a site give it."""
+    sizes = {f.dim: f.size for f in site["cond_indep_stack"]}
+    return tuple(sizes.get(d, 1) for d in range(min(sizes), 0))
+
+
+def check_sites(sites: Trace, layout: Layout) -> None:
+    """Refuses models whose density is not a sum over rows of the data."""
+    rows = set(layout.row_plates)
+    for name, site in sites.items():
+        if site["type"] != "sample":
+            continue
+        # A site in some of several row plates is one value per group of rows.
+        if not rows or not rows <= {f.name for f in site["cond_indep_stack"]}:
+            continue
+        plate = min(rows)
+        if not site["is_observed"]:
+            raise ValueError(
+                f"Latent site '{name}' stands inside the data plate '{plate}', one value per row: marginalise it out "
+                "of the density, or observe it."
+            )
+        if not is_factor(site):
+            continue
+        given = jnp.shape(unwrap(site["fn"])[0].log_factor)
+        expected = plate_shape(site)
+        if not math.prod(given) == math.prod(expected) == math.prod(site["fn"].batch_shape):
+            raise ValueError(
+                f"Factor '{name}' of shape {given} inside the plate '{plate}' would count "
+                f"{math.prod(site['fn'].batch_shape)} times: give it one value per row, shape {expected}, or move it "
+                "out of the plate."
+            )
+        if name in layout.penalties:
+            raise ValueError(
+                f"Factor '{name}' stands in the data plate '{plate}' but does not depend on the data: use the value "
+                "that numpyro.sample returns, e.g. x = numpyro.sample('x', ..., obs=x), or move it out of the plate."
+            )
+
+
+def with_row_axes(a: DataArray, site: Site | None, row_dims: Shape, row_shape: Shape) -> DataArray:
+    """Adds to a data array which of its axes number the rows."""
+    if site is None or not row_dims:
+        axes = tuple(range(len(row_dims)))
+    else:
+        # Without a plate a value may have more batch dimensions than its distribution.
+        batch = len(a.shape) - len(site["fn"].event_shape)
+        axes = tuple(batch + d for d in row_dims)
+    if any(ax < 0 for ax in axes) or tuple(a.shape[ax] for ax in axes) != row_shape:
+        raise ValueError(
+            f"Data '{a.name}' has shape {a.shape}, which does not match the model's rows {row_shape}: give the "
+            "density one value per row of the data."
+        )
+    return a._replace(row_axes=axes)
+
+
+def assemble(arrays: Sequence[DataArray], sites: Trace, shapes: dict[str, Shape], depends: dict[str, bool]) -> Layout:
+    """Puts a layout together from one run: `depends` says which observed sites depend on the data."""
+    entering = tuple(k for k, yes in depends.items() if yes)
+    penalties = tuple(k for k, yes in depends.items() if not yes and is_factor(sites[k]))
+    if entering:  # improper data sites have no density of their own, but stand in the plates that number the rows
+        entering += tuple(a.name for a in arrays if a.is_site and a.name not in entering)
+    row_dims, row_shape, row_plates = find_rows(sites, shapes, entering, arrays)
+    arrays = [with_row_axes(a, sites[a.name] if a.is_site else None, row_dims, row_shape) for a in arrays]
+    masked = any(
+        unwrap(sites[k]["fn"])[1] or jnp.ndim(0 if sites[k]["scale"] is None else sites[k]["scale"]) for k in entering
+    )
+    score_terms = tuple(k for k in entering if is_score_term(sites[k]))
+    layout = Layout(tuple(arrays), entering, penalties, row_plates, row_dims, row_shape, masked, False, score_terms)
+    check_sites(sites, layout)
+    return layout
+
+
+def row_weights(site: Site, layout: Layout) -> jax.Array:
+    """What plates, `handlers.scale` and masks make each row of this site count, (N, ...): constant but over rows."""
+    weight = jnp.asarray(1.0 if site["scale"] is None else site["scale"], jnp.result_type(float))
+    for mask in unwrap(site["fn"])[1]:
+        weight = weight * jnp.asarray(mask, weight.dtype)
+    batch = jnp.broadcast_shapes(tuple(site["fn"].batch_shape), weight.shape)
+    if layout.row_dims and len(batch) < -layout.row_dims[0]:  # a value with more batch dimensions than its site
+        return jnp.broadcast_to(weight.reshape(-1)[:1], (layout.num_rows, 1))
+    rows = jnp.moveaxis(jnp.broadcast_to(weight, batch), layout.row_dims, range(len(layout.row_dims)))
+    return rows.reshape(layout.num_rows, -1)
+
+
+def sum_rows(log_prob: jax.Array, layout: Layout) -> jax.Array:
+    """Sums a term over everything but its rows: (batch...) to (N,)."""
+    if log_prob.ndim:
+        log_prob = jnp.moveaxis(log_prob, layout.row_dims, range(len(layout.row_dims)))
+    return log_prob.reshape(layout.num_rows, -1).sum(-1)
+
+
+def rows_first(value: jax.Array, row_axes: Shape) -> jax.Array:
+    """An array with some axes that number the rows, to (N, ...) with the others in one."""
+    value = jnp.moveaxis(value, row_axes, tuple(range(len(row_axes))))
+    return value.reshape(math.prod(value.shape[: len(row_axes)]), -1)
+
+
+def coordinate_bounds(sites: Trace, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Bounds of the coordinates of each row, (N, D) each; infinite where there are none."""
+    columns = [
+        [rows_first(b, a.row_axes) for b in bounds(sites[a.name]["fn"].support, a.shape)]
+        if a.support.kind == "box"
+        else [jnp.full((layout.num_rows, block.stop - block.start), b) for b in (-jnp.inf, jnp.inf)]
+        for a, block in zip(layout.arrays, layout.blocks, strict=True)
+    ]
+    lower, upper = (jnp.concatenate(c, axis=-1) for c in zip(*columns, strict=True))
+    return lower, upper
+
+
+def refuse_moving_bounds(arrays: Sequence[DataArray], jaxpr: Jaxpr, num_params: int) -> None:
+    """Raises if the bounds that `jaxpr` computes vary with its first inputs, the parameters."""
+    if any(depends_on_inputs(jaxpr, [i < num_params for i in range(len(jaxpr.invars))])):
+        name = next(a.name for a in arrays if a.support.kind == "box")
+        raise ValueError(
+            f"The bounds of data site '{name}' depend on a parameter, which score matching cannot estimate: make them "
+            "constants or arguments."
+        )
+
+
+def by_name(layout: Layout, values: Any) -> dict[str, Any]:
+    """Data of all sites, given as {name: array}, or as one array where there is one site.
+
+    Raises:
+        TypeError: for one array where there are several sites.
+        ValueError: if sites are missing or empty, or names are not the model's.
+    """
+    names = [a.name for a in layout.arrays]
+    if not isinstance(values, dict):
+        if len(names) > 1:
+            raise TypeError(f"The data are several sites: pass a dict with {names}.")
+        values = {names[0]: values}
+    if set(values) != set(names):
+        raise ValueError(f"The data have {sorted(values)}, and the model's sites are {names}: pass all of these.")
+    for name in names:
+        if np.size(values[name]) == 0:
+            raise ValueError(f"Data '{name}' are empty, of shape {np.shape(values[name])}: pass at least one row.")
+    return values

@@ -1,0 +1,202 @@
+"""Where data live, and what score matching becomes there.
+
+On R^D the Hyvärinen objective is E[½‖s‖² + tr ∇s]. On a manifold with a weight h that vanishes at the boundary it is
+E[½ h‖∇f‖² + div(h ∇f)], with the gradient and divergence of the manifold. Both are the same formula in a *frame*, a
+symmetric matrix A(x) and a drift b(x):
+
+    ½‖A s‖² + tr(A ∇s A) + b·s.
+
+| data | A | b | source |
+|---|---|---|---|
+| real | I | 0 | Hyvärinen 2005 |
+| bounded, coordinate by coordinate | diag √h_j | h_j' | Hyvärinen 2007; Yu, Drton & Shojaie 2019 |
+| unit sphere in R^d | P = I − xxᵀ | −(d−1) x | Mardia, Kent & Laha 2016 |
+| simplex, as z = √x on the sphere | √h P | P∇h − (d−1) h z | Scealy & Wood 2022 |
+
+Other supports are mapped to the real line first, by NumPyro's `biject_to`, with the log Jacobian added to f.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array
+from numpyro.distributions import biject_to, constraints
+
+from numpyro_score.operators import Frame
+
+Shape = tuple[int, ...]
+Weight = Callable[[Array], Array]
+
+
+class Support(NamedTuple):
+    """The support of one array of data: static and hashable."""
+
+    kind: str  # "real", "box", "sphere", "simplex" or "other"
+    constraint: constraints.Constraint | None = None  # of the kind "other"
+
+    @classmethod
+    def of(cls, constraint: constraints.Constraint) -> Support:
+        """Sorts a constraint into one of the kinds."""
+        base = base_constraint(constraint)
+        # Densities on the circle are periodic, so that nothing is lost at the ends of the interval.
+        if isinstance(base, type(constraints.real) | type(constraints.circular)):
+            return cls("real")
+        if hasattr(base, "lower_bound") or hasattr(base, "upper_bound"):
+            return cls("box")
+        if isinstance(base, type(constraints.sphere)):
+            return cls("sphere")
+        if isinstance(base, type(constraints.simplex)):
+            return cls("simplex")
+        biject_to(constraint)  # raises NotImplementedError
+        return cls("other", constraint)
+
+    def coordinate_shape(self, shape: Shape) -> Shape:
+        """The shape of the coordinates of data of the given shape."""
+        return shape if self.constraint is None else tuple(biject_to(self.constraint).inverse_shape(shape))
+
+    def to_coordinates(self, value: Array) -> Array:
+        """Data to coordinates."""
+        if self.kind == "simplex":
+            return jnp.sqrt(value)
+        if self.kind == "sphere":  # data of less precision than the computation has are not quite on it
+            return value / jnp.linalg.norm(value, axis=-1, keepdims=True)
+        return value if self.constraint is None else biject_to(self.constraint).inv(value)
+
+    def to_data(self, coordinates: Array) -> Array:
+        """Coordinates to data."""
+        if self.kind == "simplex":
+            return coordinates**2
+        return coordinates if self.constraint is None else biject_to(self.constraint)(coordinates)
+
+    def log_jacobian(self, coordinates: Array, data: Array) -> Array | None:
+        """What the change of coordinates adds to the log density, by batch element; None for nothing."""
+        if self.kind == "simplex":  # the uniform law on the sphere is Dirichlet(½, ..., ½)
+            return jnp.sum(jnp.log(coordinates), axis=-1)
+        if self.constraint is None:
+            return None
+        return biject_to(self.constraint).log_abs_det_jacobian(coordinates, data)
+
+
+def base_constraint(constraint: constraints.Constraint) -> constraints.Constraint:
+    """A constraint without the dimensions that make it one of vectors."""
+    while isinstance(constraint, constraints.independent):  # real_vector is independent(real, 1)
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def base_law(law: dist.Distribution) -> dist.Distribution:
+    """A distribution without what only shapes it, as `to_event` and `expand` do."""
+    while isinstance(law, dist.Independent | dist.ExpandedDistribution):
+        law = law.base_dist
+    return law
+
+
+def innermost(law: dist.Distribution) -> dist.Distribution:
+    """A distribution without what wraps it, as `to_event`, `expand` and transforms do."""
+    while hasattr(law, "base_dist"):
+        law = law.base_dist
+    return law
+
+
+def bounds(constraint: constraints.Constraint, shape: Shape) -> tuple[Array, Array]:
+    """Lower and upper bound of each number of data of the given shape; infinite where there is none."""
+    base = base_constraint(constraint)
+    lower = getattr(base, "lower_bound", -jnp.inf)
+    upper = getattr(base, "upper_bound", jnp.inf)
+    return jnp.broadcast_to(jnp.asarray(lower, float), shape), jnp.broadcast_to(jnp.asarray(upper, float), shape)
+
+
+class Block(NamedTuple):
+    """Columns of the rows that belong to one array of data."""
+
+    kind: str
+    start: int
+    stop: int
+    size: int  # of one sphere or simplex
+
+
+def capped_distance(distance: Array) -> Array:
+    """The default weight h: the distance to the boundary, at most 1 [Yu, Drton & Shojaie 2019]."""
+    return jnp.minimum(distance, 1.0)
+
+
+def make_frame(blocks: Sequence[Block], x: Array, lower: Array, upper: Array, weight: Weight | None) -> Frame:
+    """The frame at rows x (N, D) with bounds that broadcast to them; `weight` maps a distance to h."""
+    weight = capped_distance if weight is None else weight
+    maps, drifts = [], []
+    for block in blocks:
+        columns = slice(block.start, block.stop)
+        apply, drift = _block_frame(block, x[:, columns], lower[:, columns], upper[:, columns], weight)
+        maps.append((columns, apply))
+        drifts.append(drift)
+
+    def apply_all(v: Array) -> Array:
+        return jnp.concatenate([apply(v[..., columns]) for columns, apply in maps], axis=-1)
+
+    return Frame(apply_all, jnp.concatenate(drifts, axis=-1))
+
+
+def _block_frame(
+    block: Block, x: Array, lower: Array, upper: Array, weight: Weight
+) -> tuple[Callable[[Array], Array], Array]:
+    if block.kind == "box":
+        return _box(x, lower, upper, weight)
+    if block.kind in ("sphere", "simplex"):
+        return _sphere(x, block.size, weight if block.kind == "simplex" else None)
+    return lambda v: v, jnp.zeros_like(x)
+
+
+def _box(x: Array, lower: Array, upper: Array, weight: Weight) -> tuple[Callable[[Array], Array], Array]:
+    bounded = jnp.isfinite(lower) | jnp.isfinite(upper)
+
+    def h(x: Array) -> Array:
+        distance = jnp.minimum(x - lower, upper - x)
+        return jnp.where(bounded, weight(jnp.where(bounded, distance, 1.0)), 1.0)
+
+    value, slope = jax.jvp(h, (x,), (jnp.ones_like(x),))  # elementwise
+    root = jnp.sqrt(value)
+    return lambda v: root * v, slope
+
+
+def _sphere(x: Array, size: int, weight: Weight | None) -> tuple[Callable[[Array], Array], Array]:
+    z = x.reshape(-1, x.shape[-1] // size, size)
+
+    def project(v: Array) -> Array:
+        return v - z * jnp.sum(z * v, axis=-1, keepdims=True)
+
+    if weight is None:
+        h, slope = jnp.ones_like(z[..., :1]), jnp.zeros_like(z)
+    else:
+        # By index, not as the gradient of a minimum: compiled, √x squared may differ from itself in the last digit, and
+        # the gradient would be lost with the comparison.
+        nearest = jnp.argmin(z, axis=-1, keepdims=True)
+        least = jnp.take_along_axis(z, nearest, axis=-1)
+        h, along = jax.jvp(lambda y: weight(y**2), (least,), (jnp.ones_like(least),))
+        slope = along * (jnp.arange(size) == nearest)
+    root, drift = jnp.sqrt(h), project(slope) - (size - 1) * h * z
+
+    def apply(v: Array) -> Array:
+        return (root * project(v.reshape(*v.shape[:-1], -1, size))).reshape(v.shape)
+
+    return apply, drift.reshape(x.shape)
+
+
+def row_width(support: Support, shape: Shape, row_axes: Shape) -> int:
+    """The coordinates that an array adds to each row."""
+    coordinates = support.coordinate_shape(shape)
+    return math.prod(s for i, s in enumerate(coordinates) if i not in row_axes)
+
+
+def outside(kind: str, value: Any, constraint: constraints.Constraint) -> Array:
+    """Which elements of the data, of its batch shape, are not in the support."""
+    if kind in ("sphere", "simplex"):  # NumPyro's tolerance is for one precision
+        total = jnp.sum(value**2 if kind == "sphere" else value, axis=-1)
+        wrong = jnp.abs(total - 1) > 1e-4
+        return wrong | jnp.any(value < 0, axis=-1) if kind == "simplex" else wrong
+    return ~constraint(value)

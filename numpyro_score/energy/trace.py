@@ -1,0 +1,187 @@
+"""Runs a model in isolation, with its sites set, and reads its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from numpyro.primitives import Messenger
+
+Site = dict[str, Any]
+
+
+class Sealed(Messenger):
+    """Keeps a run of the model away from every handler around it.
+
+    `handlers.block` would let requests for random keys through, and an outer `seed` would then keep a key that
+    belongs to an inner JAX transformation.
+    """
+
+    def __init__(self, rng_key: Any) -> None:
+        self.rng_key, self.count = rng_key, 0
+        super().__init__()
+
+    def process_message(self, msg: Site) -> None:
+        """Stops every message here."""
+        msg["stop"] = True
+        if msg["type"] == "prng_key" and self.rng_key is not None:
+            msg["value"] = jax.random.fold_in(self.rng_key, self.count)
+            self.count += 1
+
+
+class _Pin(Messenger):
+    """Sets sites and plates to given values; a plate without a value takes all its rows."""
+
+    def __init__(self, values: dict[str, Any], plates: dict[str, Any]) -> None:
+        self.values, self.plates = values, plates
+        super().__init__()
+
+    def process_message(self, msg: Site) -> None:
+        kind, name = msg["type"], msg.get("name", "")
+        if msg.get("_control_flow_done"):  # a site of numpyro's scan or cond, shown again after it ran
+            return
+        if kind == "plate":
+            size = msg["args"][0]
+            rows = self.plates.get(name)
+            msg["value"] = jnp.arange(size) if rows is None else rows
+            msg["args"] = (size, None)
+        elif kind == "control_flow":
+            msg["kwargs"]["substitute_stack"].append(("substitute", self.values))
+        elif kind in ("sample", "param", "mutable"):
+            if name in self.values:
+                value = self.values[name]
+                # A module updates its mutable state in place: give every run its own copy.
+                msg["value"] = dict(value) if kind == "mutable" and isinstance(value, dict) else value
+            elif kind == "sample" and not msg["is_observed"]:
+                raise ValueError(
+                    f"Energy has no value for the latent site '{name}': put one in `params`, e.g. {{'{name}': ...}}, "
+                    "or pass the data if the model observes it."
+                )
+            elif kind == "param":
+                raise ValueError(
+                    f"Energy has no value for the param site '{name}': put one in `params`, e.g. {{'{name}': ...}}."
+                )
+
+
+class Parameters(Messenger):
+    """Shows the handlers outside every site of a model but the observed ones, and keeps all of them.
+
+    While a handler outside treats a site it may send messages of its own: under NUTS the log determinant of a
+    constrained site, under `reparam` the auxiliary site. Those pass by.
+    """
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Site] = {}
+        self.latent: set[str] = set()  # as the model declares them; a handler outside may condition or reparametrise
+        self._outside: Site | None = None
+        super().__init__()
+
+    def process_message(self, msg: Site) -> None:
+        """Keeps the message, and hides the observed sites."""
+        if self._outside is not None:
+            return
+        if is_observed_sample(msg):
+            msg["stop"] = True
+        else:
+            self._outside = msg
+            if msg["type"] == "sample":
+                self.latent.add(msg["name"])
+        if msg.get("name") is not None:
+            self.sites[msg["name"]] = msg
+
+    def postprocess_message(self, msg: Site) -> None:
+        """Ends what handlers outside do with a site."""
+        if self._outside is msg:
+            self._outside = None
+
+    def values(self) -> dict[str, Any]:
+        """Values of the latent, param and mutable sites."""
+        kept = {k for k, s in self.sites.items() if s["type"] in ("param", "mutable")}
+        return {k: s["value"] for k, s in self.sites.items() if k in kept | self.latent}
+
+    def subsamples(self) -> dict[str, Any]:
+        """The rows that subsampled plates drew."""
+        plates = {k: s for k, s in self.sites.items() if s["type"] == "plate"}
+        return {k: s["value"] for k, s in plates.items() if len(s["value"]) != s["args"][0]}
+
+
+class Recorder(Messenger):
+    """Keeps every message itself, not a copy, so that what inner plates make of it can be compared by identity."""
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Site] = {}
+        self.subsampled: list[tuple[Any, Site]] = []
+        super().__init__()
+
+    def process_message(self, msg: Site) -> None:
+        """Keeps what is subsampled, before its plate takes rows of it."""
+        if msg["type"] == "subsample":
+            self.subsampled.append((msg["value"], msg))
+
+    def postprocess_message(self, msg: Site) -> None:
+        """Keeps the message."""
+        if msg.get("name") is not None:
+            self.sites[msg["name"]] = msg
+
+    def origin(self, value: Any) -> Any:
+        """What `numpyro.subsample` took `value` from, or `value` itself."""
+        for whole, msg in self.subsampled:
+            if msg["value"] is value:
+                return whole
+        return value
+
+
+def run_model(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: dict[str, Any],
+    plates: dict[str, Any],
+    rng_key: Any = None,
+) -> Recorder:
+    """Runs `model` with sites and plates set, seen by no handler around it."""
+    recorder = Recorder()
+    with Sealed(rng_key), recorder, _Pin(values, plates):
+        model(*args, **kwargs)
+    return recorder
+
+
+def unwrap(fn: dist.Distribution) -> tuple[dist.Distribution, list[Any]]:
+    """The distribution under its masks and expansions, and the masks."""
+    masks = []
+    while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            # NumPyro has no public way to read a mask back. tests/test_numpyro_internals.py watches this name.
+            masks.append(fn._mask)
+        fn = fn.base_dist
+    return fn, masks
+
+
+def is_factor(site: Site) -> bool:
+    """Whether a site is a `numpyro.factor`."""
+    return isinstance(unwrap(site["fn"])[0], dist.Unit)
+
+
+class ScoreUnit(dist.Unit):
+    """What `score_factor` observes: a factor of unknown value."""
+
+
+def is_score_term(site: Site) -> bool:
+    """Whether a site is a `score_factor`."""
+    return isinstance(unwrap(site["fn"])[0], ScoreUnit)
+
+
+def is_observed_sample(site: Site) -> bool:
+    """Whether a site is a sample site with a value from outside of the model."""
+    return site["type"] == "sample" and site["is_observed"]
+
+
+def term_log_prob(site: Site) -> jax.Array:
+    """The unmasked, unscaled log density of a site, one value per element of its batch shape."""
+    fn, _ = unwrap(site["fn"])
+    log_prob = fn.log_prob(site["value"])
+    shape = jnp.broadcast_shapes(jnp.shape(log_prob), tuple(site["fn"].batch_shape))
+    return jnp.broadcast_to(log_prob, shape)

@@ -1,0 +1,81 @@
+"""A fit as ArviZ's groups."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import xarray as xr
+from jaxtyping import Array, Float
+
+from numpyro_score.arviz import dataset, flat, observed
+from numpyro_score.energy import Energy
+from numpyro_score.losses import row_losses
+from numpyro_score.normaliser import LogPartition
+from numpyro_score.normaliser.coordinates import row_log_jacobian
+from numpyro_score.normaliser.ratios import partition_ratios
+from numpyro_score.uncertainty import SandwichError
+
+__all__ = ["fit_groups"]
+
+
+def fit_groups(
+    fit: Any, rng_key: Any, num_samples: int, log_partition: LogPartition | float | None
+) -> dict[str, xr.Dataset]:
+    """The groups of a :class:`~numpyro_score.ScoreMatchingResult`; see :func:`~numpyro_score.to_arviz`."""
+    losses, weights = jax.jit(partial(row_losses, fit.svi.score_loss))(fit.energy, jax.random.key(0))
+    details = dataset({"loss": fit.losses}, ("step",))
+    details = details.merge(dataset({"pointwise_loss": losses, "weight": weights}, ("row",)))
+    details.attrs |= {
+        "loss_function": repr(fit.svi.score_loss),
+        "learning_rate": float(fit.svi.learning_rate),
+    }
+    groups = {"observed_data": observed(fit.energy), "score_matching": details}
+    try:
+        draws = fit.sample_posterior(rng_key, num_samples)
+    except SandwichError as error:  # the one thing a fit may lack; everything else is still worth having
+        if log_partition is not None:
+            raise
+        details.attrs["no_posterior"] = str(error)
+        return groups
+    chains = 4 if num_samples % 4 == 0 else 1  # the draws are independent; ArviZ's diagnostics want several chains
+    arrays = {k: np.reshape(v, (chains, num_samples // chains, *np.shape(v)[1:])) for k, v in flat(draws).items()}
+    posterior = dataset(arrays, ("chain", "draw"))
+    law = "normal with sandwich covariance in unconstrained space, at a point estimate"
+    posterior.attrs["draws"] = law if fit.is_point else f"from the guide {type(fit.svi.guide).__name__}"
+    if log_partition is not None:
+        key = jax.random.fold_in(rng_key, 1)  # the draws have used the key itself
+        groups["log_likelihood"] = _log_likelihood(fit.energy, draws, log_partition, key, chains)
+    return {"posterior": posterior, **groups}
+
+
+def _log_likelihood(
+    energy: Energy, draws: dict[str, Any], log_partition: LogPartition | float, rng_key: Array, chains: int
+) -> xr.Dataset:
+    """Normalised log densities of the data, in the measure of the data's own shapes."""
+    draws = {k: v for k, v in draws.items() if k in energy.params}
+    value, stderr = LogPartition.of(log_partition)[:2]
+    ratios, errors = partition_ratios(energy, draws, rng_key)
+    log_density, weights = jax.device_get(_data_log_densities(energy, draws))
+    (used,) = np.nonzero(weights)
+    normalised = log_density[:, used].astype(np.float64) - (value + ratios)[:, None]
+    name = "_".join(a.name for a in energy.arrays)
+    group = dataset({name: normalised.reshape(chains, -1, len(used))}, ("chain", "draw", "row"))
+    group = group.assign_coords(row=used)
+    group.attrs |= {
+        "log_partition": float(value),
+        "log_partition_stderr": float(stderr),
+        "log_partition_ratio_stderr": float(errors.max()),
+    }
+    return group
+
+
+@jax.jit
+def _data_log_densities(energy: Energy, draws: dict[str, Any]) -> tuple[Float[Array, "s n"], Float[Array, "n"]]:
+    energy, weights = energy.usable()
+    x = energy.data
+    log_jacobian = jax.vmap(partial(row_log_jacobian, energy))(x)
+    log_density = jax.lax.map(lambda theta: energy.with_params(theta).log_density(x) - log_jacobian, draws)
+    return log_density, weights

@@ -1,0 +1,16 @@
+"""Pictures of fits, data and comparisons. Every function draws into `ax` where it is given, and returns axes."""
+
+from numpyro_score.plots.comparisons import plot_comparison, plot_de_bruijn, plot_khat
+from numpyro_score.plots.fits import plot_influence, plot_losses
+from numpyro_score.plots.rows import plot_density, plot_marginals, plot_score_field
+
+__all__ = [
+    "plot_comparison",
+    "plot_de_bruijn",
+    "plot_density",
+    "plot_influence",
+    "plot_khat",
+    "plot_losses",
+    "plot_marginals",
+    "plot_score_field",
+]

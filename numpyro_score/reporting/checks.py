@@ -1,0 +1,188 @@
+"""What can be asked of a fit before it is believed, and how the answers are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from numpyro_score.divergences.stein import kernel_stein_discrepancy
+from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
+from numpyro_score.plots.axes import numbered
+from numpyro_score.plots.fits import shares, solved_at_once
+
+__all__ = ["Check", "check_all", "converged", "short"]
+
+Fit = ScoreMatchingResult | AdversarialResult
+
+_KSD_ROWS = 1000  # the test forms a matrix of pairs of rows
+
+
+class Check(NamedTuple):
+    """An answer and what it means."""
+
+    question: str
+    found: str
+    verdict: str  # "good", "look", "bad" or "unknown"
+    detail: str = ""
+
+
+def check_all(fit: Fit, samples: Any, rng_key: Array) -> list[Check]:
+    """All checks of a fit, in the order of the report; `samples` is ArviZ data, or a sentence why there are none."""
+    checks = [_ask("End of the fit", _trend, fit)]
+    if isinstance(fit, ScoreMatchingResult):
+        checks = [
+            _ask("Gradient at the end", _gradient_check, fit),
+            *checks,
+            _ask("Sandwich eigenvalues", _sandwich, fit),
+            _ask("Row of most influence", _influence, fit),
+        ]
+    return [
+        *checks,
+        _ask("Data against model (KSD)", _stein, fit, rng_key),
+        _ask("Draws of the model", _mixing, samples),
+    ]
+
+
+def _ask(question: str, check: Callable[..., tuple[str, ...]], *args: Any) -> Check:
+    """The answer, or the sentence with which what was asked refuses."""
+    try:
+        return Check(question, *check(*args))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return Check(question, str(error), "unknown")
+
+
+def converged(fit: Fit, checks: list[Check]) -> str:
+    """Whether the fit converged, in one sentence, from its first checks."""
+    by_name = {c.question: c for c in checks}
+    gradient, trend = by_name.get("Gradient at the end"), by_name["End of the fit"]
+    early = "Ctrl-C ended the fit early. " if fit.interrupted else ""
+    if gradient is None or gradient.verdict == "unknown":  # no news of the minimum itself
+        answer = {"good": "As far as can be seen, yes", "look": "Not yet", "unknown": "Not known"}[trend.verdict]
+        return f"{early}{answer}: {trend.found}"
+    answer = {"good": "Yes", "look": "Nearly", "bad": "No"}[gradient.verdict]
+    if isinstance(fit, ScoreMatchingResult) and solved_at_once(fit) and answer == "Yes":
+        return f"Yes: the objective is quadratic in the parameters and was solved in closed form; {gradient.found}"
+    return f"{early}{answer}: {gradient.found}"
+
+
+def short(value: float) -> str:
+    """Two digits, and an exponent only where there would be many zeros."""
+    if 1e-4 <= abs(value) < 1e6 or value == 0:
+        return np.format_float_positional(value, precision=2, fractional=False, trim="-")
+    return f"{value:.1e}"
+
+
+# -- the checks: what was found, and the verdict ----------------------------------------------------
+
+_gradient = jax.jit(lambda objective: jax.grad(objective)(objective.position))
+
+
+def _gradient_check(fit: ScoreMatchingResult) -> tuple[str, str, str]:
+    """How far a Newton step would go, in standard errors: the estimates are as good as the minimum below one."""
+    curvature = fit.curvature
+    gradient = np.asarray(_gradient(fit._objective), np.float64)
+    errors = np.sqrt(np.diag(curvature.covariance))
+    step = np.abs(np.linalg.solve(curvature.hessian, gradient))
+    ratio = np.where(errors > 0, step / np.where(errors > 0, errors, 1.0), 0.0)
+    furthest = int(np.argmax(ratio))
+    found = (
+        f"the minimum is {short(ratio[furthest])} standard errors from the estimates, furthest in "
+        f"{_parameter_names(fit)[furthest]}."
+    )
+    verdict = "good" if ratio[furthest] <= 1 else "look" if ratio[furthest] <= 3 else "bad"
+    return found, verdict, f"The gradient's norm is {short(float(np.linalg.norm(gradient)))}."
+
+
+def _parameter_names(fit: ScoreMatchingResult) -> list[str]:
+    """Names of the unconstrained coordinates, (P,)."""
+    leaves = jax.tree_util.tree_leaves_with_path(fit.coordinates.unravel(fit.coordinates.position))
+    sites = ((jax.tree_util.keystr(path, simple=True, separator="."), np.shape(leaf)) for path, leaf in leaves)
+    return [name for site, shape in sites for name in numbered(site, shape)]
+
+
+def _trend(fit: Fit) -> tuple[str, ...]:
+    """What the last tenth of steps still changed, beside the whole and its noise (steps taken as independent)."""
+    if isinstance(fit, AdversarialResult):
+        what, values = "data term less bound on log Z", np.asarray(fit.data_term - fit.log_partition_bound, np.float64)
+    else:
+        if (why := getattr(fit.svi.score_loss, "no_objective", None)) is not None:
+            return f"the loss's value is not what the fit descends, as {why}.", "unknown"
+        if solved_at_once(fit):
+            return "one linear solve: there are no steps.", "good"
+        what, values = "objective", np.asarray(fit.losses, np.float64)
+    skipped = int((~np.isfinite(values)).sum())
+    note = f"{skipped} of {len(values)} steps were skipped, as their loss was not finite." if skipped else ""
+    values = values[np.isfinite(values)]
+    k = len(values) // 10
+    if k < 4:
+        return f"{len(values)} steps are too few to see a trend.", "unknown", note
+    before, last = values[-2 * k : -k], values[-k:]
+    change = last.mean() - before.mean()
+    noise = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / k)
+    whole = abs(last.mean() - values[0])
+    moving = abs(change) > 3 * noise and abs(change) > 0.01 * whole
+    found = (
+        f"over the last tenth of {len(values)} steps the {what} changed by {short(change)} ± {short(noise)}, "
+        f"{abs(change) / whole if whole else 0.0:.1%} of its whole change."
+    )
+    return found, "look" if moving or skipped else "good", note
+
+
+def _sandwich(fit: ScoreMatchingResult) -> tuple[str, str]:
+    """Eigenvalues of the correlations of the estimates: near zero where a combination is not determined."""
+    covariance = fit.curvature.covariance
+    errors = np.sqrt(np.diag(covariance))
+    moved = errors > 0
+    if not moved.any():
+        return "the data move no parameter.", "bad"
+    if len(errors) == 1:
+        return "there is one parameter, and the data determine it.", "good"
+    values = np.linalg.eigvalsh(covariance[np.ix_(moved, moved)] / np.outer(errors[moved], errors[moved]))
+    found = f"correlations of the {moved.sum()} estimates have eigenvalues {short(values[0])} to {short(values[-1])}."
+    if not moved.all():
+        return f"{found} The data do not move {(~moved).sum()} parameters.", "look"
+    return found, "good" if values[0] > 1e-3 else "look"
+
+
+def _influence(fit: ScoreMatchingResult) -> tuple[str, str]:
+    """Whether one row carries an estimate: the square of its share is its part of the variance."""
+    names, share = shares(fit)
+    row, parameter = np.unravel_index(np.argmax(share), share.shape)
+    largest = share[row, parameter]
+    percent = short(100 * largest**2)
+    found = f"row {row} moves {names[parameter]} by {largest:.2g} standard errors, {percent}% of its variance."
+    return found, "good" if largest**2 <= 0.25 else "look" if largest**2 <= 0.5 else "bad"
+
+
+def _stein(fit: Fit, rng_key: Array) -> tuple[str, str, str]:
+    """A test of fit by kernel Stein discrepancy, on the rows of the fit itself or a sample of them."""
+    energy = fit.energy
+    x, weights = (np.asarray(v) for v in energy.data_and_weights())
+    rows = x[weights != 0]
+    choose, test = jax.random.split(rng_key)
+    some = ""
+    if energy.resizable and len(rows) > _KSD_ROWS:
+        some = f" on {_KSD_ROWS} of {len(rows)} rows"
+        rows = rows[np.asarray(jax.random.permutation(choose, len(rows)))[:_KSD_ROWS]]
+    result = kernel_stein_discrepancy(energy.unflatten(rows), energy, test)
+    pvalue = float(result.pvalue)
+    meaning = "the data tell the two apart" if pvalue < 0.01 else "no difference seen"
+    found = f"p = {short(pvalue)}{some}: {meaning}."
+    caution = "The model was fitted to these rows, so p is too large as a rule."
+    return found, "look" if pvalue < 0.01 else "good", caution
+
+
+def _mixing(samples: Any) -> tuple[str, str]:
+    if isinstance(samples, str):
+        return samples, "unknown"
+    r_hat = max(float(v.max(skipna=False)) for v in samples["r_hat"].values())
+    ess = min(float(v.min(skipna=False)) for v in samples["ess"].values())
+    stats = samples["sample_stats"]
+    diverged = int(stats["diverging"].sum()) if "diverging" in stats else 0
+    found = f"largest R-hat {r_hat:.4f}, least effective sample size {ess:.0f}"
+    found += f", {diverged} divergences." if diverged else "."
+    return found, "good" if r_hat <= 1.01 and not diverged else "look"
