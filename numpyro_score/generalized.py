@@ -19,6 +19,7 @@ from numpyro.primitives import Messenger
 from numpyro_score.energy import Energy, Parameters, Site, base_law, refuse_empty
 from numpyro_score.losses import Loss
 from numpyro_score.losses.base import check_settings, declare_sites, positive, total_loss_and_memory
+from numpyro_score.programs import run_compiled
 
 __all__ = ["LOSS_SITE", "GeneralizedModel", "point_guide", "prior_model"]
 
@@ -74,10 +75,12 @@ class GeneralizedModel:
         energy = energy.with_params(declare_sites(self.loss, energy))
         rng_key = _random_key(self.loss)
         rng_key = rng_key if self.rng_key is None else self.rng_key
-        # Outside of `jit` the loss would run one operation at a time; inside another `jit` this changes nothing. The
-        # function is new every time, so that no trace is kept of what the model closes over.
-        total, memory = jax.jit(functools.partial(total_loss_and_memory, self.loss))(
-            energy, jax.random.key(0) if rng_key is None else rng_key
+        # Outside of `jit` the loss would run one operation at a time; inside another `jit` this changes nothing. It is
+        # traced every time, so that what the model closes over may change.
+        total, memory = run_compiled(
+            functools.partial(total_loss_and_memory, self.loss),
+            energy,
+            jax.random.key(0) if rng_key is None else rng_key,
         )
         for name, new in memory.items():
             energy.params[name].update(new)  # in place, as NumPyro's mutable sites take a new value

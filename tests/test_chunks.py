@@ -74,7 +74,8 @@ def test_chunks_draw_apart():
     """Chunks of sliced score matching share no direction: every row of a kind has its own draw."""
     loss = SSM(variance_reduced=False, projection="gaussian")
     x = np.ones((600, 3))
-    energy = energy_of(lambda a, x: -0.5 * a * jnp.sum(x**2, -1), np.array(1.3), x)
+    wide = jnp.eye(3, 150)  # of as many numbers for each row as a network has
+    energy = energy_of(lambda a, x: -0.5 * a * jnp.sum((x @ wide) ** 2, -1), np.array(1.3), x)
     assert loss.rows_per_chunk(energy) * 4 < len(x)
     of = jax.jit(functools.partial(row_losses, loss), compiler_options=FAST_COMPILE)
     found = np.asarray(of(energy, jax.random.key(3))[0])

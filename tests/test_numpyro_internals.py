@@ -12,7 +12,7 @@ from numpyro_score import MALA
 
 MOVED = (
     "NumPyro keeps the mask of a MaskedDistribution elsewhere than in `_mask`. numpyro_score reads it in "
-    "`unwrap` (numpyro_score/trace.py), which must follow, or rows that are masked out will count."
+    "`unwrap` (numpyro_score/energy/trace.py), which must follow, or rows that are masked out will count."
 )
 
 

@@ -11,6 +11,7 @@ ROOMS = [
     "version",
     "operators",
     "random",
+    "programs",
     "energy",
     "kernels",
     "flows",

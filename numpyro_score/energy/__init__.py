@@ -5,7 +5,7 @@ shows; none of its modules is imported from outside.
 """
 
 from numpyro_score.energy.arguments import join_arrays, refuse_empty, split_arrays
-from numpyro_score.energy.base import AnyArray
+from numpyro_score.energy.base import AnyArray, layouts_kept
 from numpyro_score.energy.check import evaluate_for_check
 from numpyro_score.energy.dependence import depends_on_inputs, is_constant, is_quadratic
 from numpyro_score.energy.energy import Energy
@@ -30,6 +30,7 @@ __all__ = [
     "is_constant",
     "is_quadratic",
     "join_arrays",
+    "layouts_kept",
     "make_frame",
     "plural",
     "refuse_empty",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -13,9 +16,25 @@ from numpyro_score.energy.arguments import is_given, join_arrays, refuse_empty, 
 from numpyro_score.energy.layout import Layout
 from numpyro_score.energy.trace import Recorder, run_model
 
-__all__ = ["AnyArray", "ModelAtValues"]
+__all__ = ["AnyArray", "ModelAtValues", "layouts_kept"]
 
 AnyArray = Array | np.ndarray
+
+_LAYOUTS: ContextVar[dict[Any, Layout] | None] = ContextVar("layouts", default=None)
+
+
+@contextmanager
+def layouts_kept() -> Iterator[None]:
+    """Reads each model once for values of the same shapes, in code during which no model changes.
+
+    A fit binds its model to parameters some ten times, and reading the layout runs the model half a dozen times. It
+    cannot be kept for longer: what a model closes over may be other data at the next call.
+    """
+    token = _LAYOUTS.set(_LAYOUTS.get() or {})
+    try:
+        yield
+    finally:
+        _LAYOUTS.reset(token)
 
 
 class ModelAtValues:
@@ -61,7 +80,7 @@ class ModelAtValues:
         self._plates = plates  # the rows that subsampled plates take; all of them if not given
         self._pinned: dict[str, Any] = {}  # observed sites given another value
         self._rng_key = rng_key  # what `numpyro.prng_key()` in the model draws from
-        self._layout = self._read_layout()
+        self._layout = self._known_layout()
 
     def _replace(self, **changes: Any) -> Self:
         new = object.__new__(type(self))
@@ -81,6 +100,11 @@ class ModelAtValues:
         new.model, new._static, new._choice, new._layout = aux
         return new
 
+    @property
+    def held(self) -> tuple[dict[str, Any], dict[str, Array], Array | None]:
+        """What :meth:`bound_to` was given: values by site, the rows of subsampled plates, and the key of the run."""
+        return self.params, self._plates, self._rng_key
+
     def is_given(self, name: str) -> bool | None:
         """Whether the model's argument `name` was given, or is at its default; None if there is none of this name."""
         return is_given(self.model, self._static, name)
@@ -98,6 +122,17 @@ class ModelAtValues:
         args, kwargs = join_arrays(self._arrays, self._static)
         values = {**self.params, **self._pinned}
         return run_model(self.model, args, kwargs, values, self._plates, self._rng_key)
+
+    def _known_layout(self) -> Layout:
+        known = _LAYOUTS.get()
+        if known is None:
+            return self._read_layout()
+        leaves, treedef = jax.tree.flatten((self.params, self._arrays, self._plates, self._pinned))
+        types = tuple((jnp.shape(v), getattr(v, "dtype", type(v))) for v in leaves)
+        key = (self.model, self._static, self._choice, treedef, types, self.dtype)
+        if key not in known:
+            known[key] = self._read_layout()
+        return known[key]
 
     def _read_layout(self) -> Layout:
         raise NotImplementedError

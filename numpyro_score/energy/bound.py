@@ -17,7 +17,7 @@ from numpyro_score.energy.arguments import (
     takes_keyword,
 )
 from numpyro_score.energy.base import AnyArray, ModelAtValues
-from numpyro_score.energy.dependence import depends_on_inputs, treats_rows_alike
+from numpyro_score.energy.dependence import depends_on_inputs, numbers_per_row, treats_rows_alike
 from numpyro_score.energy.layout import (
     DataArray,
     Layout,
@@ -58,6 +58,11 @@ class BoundModel(ModelAtValues):
     def resizable(self) -> bool:
         """Whether the density takes any number of rows: its data are arguments, and the plate follows their length."""
         return self._layout.resizable
+
+    @property
+    def width(self) -> int:
+        """The most numbers for one row that an operation of the density gives, as a network's layer; 1 if not known."""
+        return self._layout.width
 
     @property
     def has_density(self) -> bool:
@@ -298,27 +303,31 @@ class BoundModel(ModelAtValues):
     def _settle_rows(self, layout: Layout) -> Layout:
         """Decides whether subsampled data can enter through the arguments, and whether another number of rows can."""
 
-        def takes_any_rows(layout: Layout) -> bool:
+        def for_any_rows(layout: Layout) -> Layout:
             if any(len(a.row_axes) != 1 for a in layout.arrays):
-                return False
-            energy = self._replace(_layout=layout._replace(resizable=True))
+                return layout
+            resizable = layout._replace(resizable=True)
+            energy, traced = self._replace(_layout=resizable), {}
 
             def trace(n: int) -> Any:
-                energy.bounds(n)  # as many as there are rows, or the same for all
+                jax.eval_shape(lambda: energy.bounds(n))  # as many as there are rows, or the same for all
                 x = jax.ShapeDtypeStruct((n, layout.dim), self.dtype)
                 rows = jax.ShapeDtypeStruct((n,), jnp.result_type(int))
-                return jax.make_jaxpr(energy.row_log_density)(x, rows)
+                traced[n] = jax.make_jaxpr(energy.row_log_density)(x, rows)
+                return traced[n]
 
             try:
-                return treats_rows_alike(trace)
+                if not treats_rows_alike(trace):
+                    return layout
             # Only the model can say which shapes it takes; JAX and NumPyro refuse a wrong one with these.
             except (TypeError, ValueError, IndexError, AssertionError):
-                return False
+                return layout
+            n, closed = traced.popitem()
+            return resizable._replace(width=numbers_per_row(closed.jaxpr, n))
 
-        if takes_any_rows(layout):
-            return layout._replace(resizable=True)
-        if any(a.leaf is not None and self._arrays[a.leaf].shape != a.shape for a in layout.arrays):
+        layout = for_any_rows(layout)
+        held_apart = any(a.leaf is not None and self._arrays[a.leaf].shape != a.shape for a in layout.arrays)
+        if held_apart and not layout.resizable:
             # Subsampled data of a model that is not free of the rows' numbers: set the value of the site instead.
-            layout = layout._replace(arrays=tuple(a._replace(leaf=None) for a in layout.arrays))
-            return layout._replace(resizable=takes_any_rows(layout))
+            return for_any_rows(layout._replace(arrays=tuple(a._replace(leaf=None) for a in layout.arrays)))
         return layout

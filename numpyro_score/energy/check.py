@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +14,14 @@ from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.layout import row_weights
 from numpyro_score.energy.text import rows_text
 from numpyro_score.operators import value_score
+from numpyro_score.programs import run_compiled
 
 __all__ = ["check", "evaluate_for_check"]
 
 
 def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> None:
     """See `Energy.check`; `evaluate` is a compiled :func:`evaluate_for_check`."""
-    evaluate = jax.jit(functools.partial(evaluate_for_check)) if evaluate is None else evaluate
-    found = evaluate(energy)
+    found = run_compiled(evaluate_for_check, energy) if evaluate is None else evaluate(energy)
     if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(found)):
         raise TypeError(
             "The model uses a traced value that is none of its arguments or parameters, such as a parameter of another "

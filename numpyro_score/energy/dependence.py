@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-__all__ = ["depends_on_inputs", "is_constant", "is_quadratic", "treats_rows_alike"]
+__all__ = ["depends_on_inputs", "is_constant", "is_quadratic", "numbers_per_row", "treats_rows_alike"]
 
 # How an input reaches a value: not at all, through differentiable operations, or also through one whose derivative JAX
 # takes to be zero, or leaves out, although the value changes.
@@ -143,6 +144,17 @@ def treats_rows_alike(trace: Callable[[int], ClosedJaxpr]) -> bool:
         for a, b in zip(one_consts, two_consts, strict=False)
     )
     return one == two and same_consts
+
+
+def numbers_per_row(jaxpr: Jaxpr, n: int) -> int:
+    """The most numbers for each of n rows that any operation gives; n is a size that nothing but the rows has."""
+    most = 1
+    for eqn in jaxpr.eqns:
+        shapes = [v.aval.shape for v in eqn.outvars]  # type: ignore[attr-defined]
+        inner = [p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in _parts(eqn)]
+        found = [math.prod(s) // n for s in shapes if n in s] + [numbers_per_row(p, n) for p in inner]
+        most = max([most, *found])
+    return most
 
 
 def _depends_on_position(jaxpr: Jaxpr, n: int) -> bool:

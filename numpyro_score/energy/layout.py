@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jax.extend.core import Jaxpr
 from numpyro.distributions import constraints
 
 from numpyro_score.energy.dependence import depends_on_inputs
-from numpyro_score.energy.supports import Block, Shape, Support, base_constraint, bounds, row_width
+from numpyro_score.energy.supports import Block, Shape, Support, base_constraint, limits, row_width
 from numpyro_score.energy.text import plural
 from numpyro_score.energy.trace import Recorder, Site, is_factor, is_observed_sample, is_score_term, unwrap
 
@@ -46,6 +47,7 @@ class Layout(NamedTuple):
     row_shape: Shape
     masked: bool  # some rows may carry weight zero
     resizable: bool  # the model also runs on another number of rows
+    width: int = 1  # the most numbers for one row that an operation of the density gives
     score_terms: tuple[str, ...] = ()  # terms whose derivative in the data is known, but not their value
 
     @property
@@ -277,21 +279,30 @@ def assemble(arrays: Sequence[DataArray], sites: Trace, shapes: dict[str, Shape]
         unwrap(sites[k]["fn"])[1] or jnp.ndim(0 if sites[k]["scale"] is None else sites[k]["scale"]) for k in entering
     )
     score_terms = tuple(k for k in entering if is_score_term(sites[k]))
-    layout = Layout(tuple(arrays), entering, penalties, row_plates, row_dims, row_shape, masked, False, score_terms)
+    layout = Layout(
+        tuple(arrays), entering, penalties, row_plates, row_dims, row_shape, masked, False, score_terms=score_terms
+    )
     check_sites(sites, layout)
     return layout
 
 
 def row_weights(site: Site, layout: Layout) -> jax.Array:
     """What plates, `handlers.scale` and masks make each row of this site count, (N, ...): constant but over rows."""
-    weight = jnp.asarray(1.0 if site["scale"] is None else site["scale"], jnp.result_type(float))
-    for mask in unwrap(site["fn"])[1]:
+    scale, masks = site["scale"], unwrap(site["fn"])[1]
+    if not masks and (scale is None or isinstance(scale, int | float)):
+        return jnp.full((layout.num_rows, 1), 1.0 if scale is None else scale, jnp.result_type(float))
+    return _weigh(1.0 if scale is None else scale, masks, tuple(site["fn"].batch_shape), layout)
+
+
+@partial(jax.jit, static_argnames=("batch", "layout"))  # where nothing is compiled around, one program and not five
+def _weigh(scale: Any, masks: list[Any], batch: Shape, layout: Layout) -> jax.Array:
+    weight = jnp.asarray(scale, jnp.result_type(float))
+    for mask in masks:
         weight = weight * jnp.asarray(mask, weight.dtype)
-    batch = jnp.broadcast_shapes(tuple(site["fn"].batch_shape), weight.shape)
+    batch = jnp.broadcast_shapes(batch, weight.shape)
     if layout.row_dims and len(batch) < -layout.row_dims[0]:  # a value with more batch dimensions than its site
         return jnp.broadcast_to(weight.reshape(-1)[:1], (layout.num_rows, 1))
-    rows = jnp.moveaxis(jnp.broadcast_to(weight, batch), layout.row_dims, range(len(layout.row_dims)))
-    return rows.reshape(layout.num_rows, -1)
+    return rows_first(jnp.broadcast_to(weight, batch), tuple(len(batch) + d for d in layout.row_dims))
 
 
 def sum_rows(log_prob: jax.Array, layout: Layout) -> jax.Array:
@@ -303,15 +314,25 @@ def sum_rows(log_prob: jax.Array, layout: Layout) -> jax.Array:
 
 def rows_first(value: jax.Array, row_axes: Shape) -> jax.Array:
     """An array with some axes that number the rows, to (N, ...) with the others in one."""
-    value = jnp.moveaxis(value, row_axes, tuple(range(len(row_axes))))
-    return value.reshape(math.prod(value.shape[: len(row_axes)]), -1)
+    first = tuple(range(len(row_axes)))
+    if row_axes != first:
+        value = jnp.moveaxis(value, row_axes, first)
+    shape = (math.prod(value.shape[: len(first)]), math.prod(value.shape[len(first) :]))
+    return value if value.shape == shape else value.reshape(shape)
 
 
 def coordinate_bounds(sites: Trace, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Bounds of the coordinates of each row, (N, D) each; infinite where there are none."""
+    return _bounds(
+        {a.name: limits(sites[a.name]["fn"].support) for a in layout.arrays if a.support.kind == "box"}, layout
+    )
+
+
+@partial(jax.jit, static_argnames="layout")
+def _bounds(boxes: dict[str, Any], layout: Layout) -> tuple[jax.Array, jax.Array]:
     columns = [
-        [rows_first(b, a.row_axes) for b in bounds(sites[a.name]["fn"].support, a.shape)]
-        if a.support.kind == "box"
+        [rows_first(jnp.broadcast_to(jnp.asarray(b, float), a.shape), a.row_axes) for b in boxes[a.name]]
+        if a.name in boxes
         else [jnp.full((layout.num_rows, block.stop - block.start), b) for b in (-jnp.inf, jnp.inf)]
         for a, block in zip(layout.arrays, layout.blocks, strict=True)
     ]

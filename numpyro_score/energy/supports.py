@@ -104,12 +104,10 @@ def innermost(law: dist.Distribution) -> dist.Distribution:
     return law
 
 
-def bounds(constraint: constraints.Constraint, shape: Shape) -> tuple[Array, Array]:
-    """Lower and upper bound of each number of data of the given shape; infinite where there is none."""
+def limits(constraint: constraints.Constraint) -> tuple[Any, Any]:
+    """Lower and upper bound, which broadcast to the data; infinite where there is none."""
     base = base_constraint(constraint)
-    lower = getattr(base, "lower_bound", -jnp.inf)
-    upper = getattr(base, "upper_bound", jnp.inf)
-    return jnp.broadcast_to(jnp.asarray(lower, float), shape), jnp.broadcast_to(jnp.asarray(upper, float), shape)
+    return getattr(base, "lower_bound", -jnp.inf), getattr(base, "upper_bound", jnp.inf)
 
 
 class Block(NamedTuple):

@@ -27,7 +27,7 @@ from numpyro.infer.util import transform_fn
 from numpyro.optim import Minimize
 
 from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minimise
-from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, split_arrays
+from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, layouts_kept, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
 from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
@@ -42,6 +42,7 @@ from numpyro_score.inference.loop import (
 )
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
+from numpyro_score.inference.start import CompiledStart, being_traced
 from numpyro_score.losses import ISM, SSM, Loss
 from numpyro_score.losses.base import check_settings
 
@@ -150,6 +151,7 @@ class ScoreMatching(SVI):
         super().__init__(generalized, guide, optim, Trace_ELBO())
         # Compiled functions of this object: it traces its model once for arguments of the same shapes.
         self._evaluate = jax.jit(partial(evaluate_for_check))
+        self._start = CompiledStart(model, data, self.score_loss, self.guide, self.optim)
         self._advance = jax.jit(self._advance_impl, static_argnames=("static", "stable_update"))
 
     def at_learning_rate(self, learning_rate: float) -> ScoreMatching:
@@ -170,6 +172,7 @@ class ScoreMatching(SVI):
         options = dict(num_steps=self.num_steps, learning_rate=learning_rate, data=self.data)
         return ScoreMatching(self.score_model, guide, optim, self.score_loss, **options)
 
+    @layouts_kept()
     def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """The initial `SVIState`, as SVI's; checks the data and the density at the initial parameters.
 
@@ -177,15 +180,23 @@ class ScoreMatching(SVI):
             ValueError, TypeError, NotImplementedError: for data or a model that score matching cannot take; the
                 message names the site and the remedy.
         """
-        # The loss does not change which parameters there are, and evaluating it here would compile it once more.
-        structure = SVI(
-            prior_model(self.score_model, self.data, loss=self.score_loss, inspect_energy=self._check),
-            self.guide,
-            self.optim,
-            self.loss,
-        )
-        state = structure.init(rng_key, *args, init_params=init_params, **kwargs)
-        self.constrain_fn = structure.constrain_fn
+        found = None
+        if self._default_guide and not being_traced((rng_key, args, kwargs, init_params)):
+            found = self._start(rng_key, init_params, args, kwargs)
+        if found is not None:
+            state, transforms, energy = found
+            self.constrain_fn = partial(transform_fn, transforms)
+            self._check(energy)
+        else:
+            # The loss does not change which parameters there are, and evaluating it here would compile it once more.
+            structure = SVI(
+                prior_model(self.score_model, self.data, loss=self.score_loss, inspect_energy=self._check),
+                self.guide,
+                self.optim,
+                self.loss,
+            )
+            state = structure.init(rng_key, *args, init_params=init_params, **kwargs)
+            self.constrain_fn = structure.constrain_fn
         self._mutable = sorted(state.mutable_state or {})
         known = self.get_params(state)
         if unknown := set(init_params or ()) - set(known):
@@ -193,6 +204,7 @@ class ScoreMatching(SVI):
         return state
 
     @with_cost
+    @layouts_kept()
     def run(
         self,
         rng_key: Array | None = None,

@@ -94,14 +94,19 @@ def check_settings(loss: Loss, energy: Energy) -> None:
     getattr(loss, "check", lambda _: None)(energy)
 
 
-def rows_in_cache(numbers_per_row: int = 1) -> int | None:
+def rows_in_cache(energy: Energy, numbers_per_row: int = 1) -> int | None:
     """Rows whose intermediates fit the cache of a CPU, for losses that keep few numbers for each activation.
 
     None elsewhere: an accelerator wants large batches.
     """
     # At width 128, 512 rows and D = 2 to 64, chunks of 128 rows took 0.88 to 0.97 of the time of all rows at once for
     # both forms of DSM and plain SSM; chunks of 64 took more.
-    return max(128 // numbers_per_row, 4) if jax.default_backend() == "cpu" else None
+    return max(128 * narrowness(energy) // numbers_per_row, 4) if jax.default_backend() == "cpu" else None
+
+
+def narrowness(energy: Energy) -> int:
+    """How many times more rows of this density fit the cache than of a network of width 128; wider ones count as 1."""
+    return max(128 // energy.width, 1)
 
 
 def row_losses(loss: Loss, energy: Energy, rng_key: Array) -> tuple[Float[Array, "n"], Float[Array, "n"]]:

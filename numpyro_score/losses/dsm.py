@@ -121,7 +121,8 @@ class DSM:
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """What fits the cache."""
-        return rows_in_cache(len(self.sigma) if isinstance(self.sigma, tuple) and self.levels == "all" else 1)
+        levels = len(self.sigma) if isinstance(self.sigma, tuple) and self.levels == "all" else 1
+        return rows_in_cache(energy, levels)
 
 
 def geometric_levels(largest: float, smallest: float, num: int) -> tuple[float, ...]:

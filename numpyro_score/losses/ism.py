@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
+from numpyro_score.losses.base import narrowness
 from numpyro_score.losses.terms import check_boundary_weight, exact_terms
 
 __all__ = ["ISM"]
@@ -57,4 +58,4 @@ class ISM:
         # 1.1 to 2 times as long at D = 2, 16 and 64. An accelerator wants large batches, and the chunk only bounds the
         # memory; that figure is not measured.
         budget = 256 if jax.default_backend() == "cpu" else 2**18
-        return max(budget // energy.dim, 4)
+        return max(budget * narrowness(energy) // energy.dim, 4)

@@ -63,7 +63,7 @@ class SSM:
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """What fits the cache; the variance-reduced form gains nothing by chunks."""
-        return None if self.variance_reduced else rows_in_cache(self.num_projections)
+        return None if self.variance_reduced else rows_in_cache(energy, self.num_projections)
 
 
 def check_projections(owner: str, num_projections: int, projection: str) -> None:

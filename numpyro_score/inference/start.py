@@ -1,0 +1,92 @@
+"""Where a point fit starts, found in two compiled programs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from numpyro import handlers
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta
+
+from numpyro_score.energy import Energy, join_arrays, split_arrays
+from numpyro_score.generalized import point_guide, prior_model
+from numpyro_score.losses import Loss
+
+__all__ = ["CompiledStart", "being_traced"]
+
+# What runs once, on little, is not worth optimising: that would take three times as long as all else.
+_jit_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def being_traced(tree: Any) -> bool:
+    """Whether a JAX transformation is at work, on these values or around."""
+    leaves = [*jax.tree.leaves(tree), jnp.zeros(())]  # inside of `jit` a new array is traced, too
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+
+
+class CompiledStart:
+    """`SVI.init` for the point guide of a model.
+
+    NumPyro runs its model and guide one operation at a time, and JAX compiles each: some seventy programs for a small
+    model, which take longer than the fit. Here setting up the guide is one program, and the rest another. Neither
+    evaluates the density of the data.
+
+    Args:
+        model, data, loss: as those of :class:`~numpyro_score.ScoreMatching`.
+        guide: its point guide.
+        optim: its optimiser.
+    """
+
+    def __init__(self, model: Callable[..., Any], data: str | None, loss: Loss, guide: AutoDelta, optim: Any) -> None:
+        self.model, self.data, self.loss, self.guide, self.optim = model, data, loss, guide, optim
+        self._init = _jit_once(self._run_init, static_argnames="static")
+
+    def __call__(
+        self, rng_key: Array, init_params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any], Energy] | None:
+        """The `SVIState`, the transforms to constrained space by param site, and the energy there.
+
+        None if the model has penalties, which NumPyro looks at where it starts, to draw anew if they are not finite.
+        """
+        arrays, static = split_arrays((args, kwargs))
+        if self.guide.prototype_trace is None and not self._set_up(rng_key, arrays, static):
+            return None
+        state, transforms, held = self._init(rng_key, arrays, self.guide._init_locs, init_params, static=static)
+        params, plates, run_key = held
+        return state, transforms, Energy.bound_to(self.model, params, plates, run_key, self.data, args, kwargs)
+
+    def _set_up(self, rng_key: Array, arrays: list[Any], static: Any) -> bool:
+        """Runs the guide a first time, as `SVI.init` would, and gives it what it has found; False with penalties."""
+        twin = point_guide(self.model, self.data)
+
+        def run(rng_key: Array, arrays: list[Any]) -> tuple[Any, dict[str, Any]]:
+            args, kwargs = join_arrays(arrays, static)
+            handlers.seed(twin, jax.random.split(rng_key, 3)[2])(*args, **kwargs)
+            sites = twin.prototype_trace.items()
+            return twin._init_locs, {k: {n: s[n] for n in ("fn", "value")} for k, s in sites if s["type"] == "sample"}
+
+        locs, found = _jit_once(run)(rng_key, arrays)
+        sites = {k: {**s, **found[k]} if k in found else s for k, s in twin.prototype_trace.items()}
+        if any(s["type"] == "sample" and s["is_observed"] for s in sites.values()):
+            return False
+        self.guide.__dict__.update(twin.__dict__, prototype_trace=sites, _init_locs=locs)
+        # These hold traced values, and nothing asks for them after the first run.
+        self.guide.__dict__.update(dict.fromkeys(("_potential_fn_gen", "_potential_fn", "_postprocess_fn")))
+        return True
+
+    def _run_init(
+        self, rng_key: Array, arrays: list[Any], locs: Any, init_params: Any, *, static: Any
+    ) -> tuple[Any, Any, Any]:
+        args, kwargs = join_arrays(arrays, static)
+        guide, held = copy.copy(self.guide), []
+        guide._init_locs = locs
+        prior = prior_model(self.model, self.data, loss=self.loss, inspect_energy=lambda e: held.append(e.held))
+        svi = SVI(prior, guide, self.optim, Trace_ELBO())
+        state = svi.init(rng_key, *args, init_params=init_params, **kwargs)
+        return state, svi.constrain_fn.args[0], held[0]

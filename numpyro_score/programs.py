@@ -1,0 +1,101 @@
+"""Compiled programs that outlive the function they were traced from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+__all__ = ["run_compiled"]
+
+_KEPT = 64  # programs
+_programs: list[tuple[Jaxpr, Callable[..., Any]]] = []  # the last used first
+
+# Rules for derivatives, which are functions and never equal. Nothing is differentiated here.
+_RULES = {"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd"}
+
+
+def run_compiled(f: Callable[..., Any], *args: Any) -> Any:
+    """`jax.jit(f)(*args)`, where f may be a new function at each call that closes over other values.
+
+    It is traced at each call, and compiled if no program of the same operations was compiled before: the comparison
+    is of every operation and its settings, so that a program is at worst compiled once more. Arrays that f closes over
+    are inputs of the program. Under a transformation of these or of the arguments it
+    is `jax.jit(f)`.
+    """
+    leaves = jax.tree.leaves(args)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return jax.jit(f)(*args)
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
+        return jax.jit(f)(*args)
+    found = _program(closed.jaxpr)(closed.consts, leaves)
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def _program(jaxpr: Jaxpr) -> Callable[..., Any]:
+    for i, (known, program) in enumerate(_programs):
+        if _same(known, jaxpr):
+            _programs.insert(0, _programs.pop(i))
+            return program
+
+    def run(consts: list[Any], leaves: list[Any]) -> list[Any]:
+        return jax.core.eval_jaxpr(jaxpr, consts, *leaves)
+
+    _programs.insert(0, (jaxpr, jax.jit(run)))
+    del _programs[_KEPT:]
+    return _programs[0][1]
+
+
+def _same(a: Jaxpr, b: Jaxpr) -> bool:
+    """Whether two programs have the same operations on inputs of the same types."""
+    if len(a.eqns) != len(b.eqns):
+        return False
+    names: dict[Any, Any] = {}
+
+    def binds(v: Any, w: Any) -> bool:
+        names[v] = w
+        return v.aval == w.aval
+
+    def reads(v: Any, w: Any) -> bool:
+        if isinstance(v, Literal) or isinstance(w, Literal):
+            return type(v) is type(w) and v.aval == w.aval and _equal(v.val, w.val)
+        return names.get(v) is w
+
+    def all_of(test: Callable[[Any, Any], bool], vs: Any, ws: Any) -> bool:
+        return len(vs) == len(ws) and all(map(test, vs, ws))
+
+    def same_step(p: JaxprEqn, q: JaxprEqn) -> bool:
+        return (
+            p.primitive is q.primitive
+            and p.ctx == q.ctx
+            and p.effects == q.effects
+            and all_of(reads, p.invars, q.invars)
+            and p.params.keys() == q.params.keys()
+            and all(_equal(v, q.params[k]) for k, v in p.params.items() if k not in _RULES)
+            and all_of(binds, p.outvars, q.outvars)
+        )
+
+    inputs = all_of(binds, [*a.constvars, *a.invars], [*b.constvars, *b.invars])
+    return inputs and all_of(same_step, a.eqns, b.eqns) and all_of(reads, a.outvars, b.outvars)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two settings of an operation are the same; False if that cannot be told."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Jaxpr):
+        return _same(a, b)
+    if isinstance(a, ClosedJaxpr):
+        return _same(a.jaxpr, b.jaxpr) and _equal(a.consts, b.consts)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, np.ndarray | np.generic):
+        return a.dtype == b.dtype and np.shape(a) == np.shape(b) and a.tobytes() == b.tobytes()
+    # A float that is equal may still be another number: -0.0.
+    return isinstance(a, Hashable) and not isinstance(a, jax.Array) and a == b and repr(a) == repr(b)
