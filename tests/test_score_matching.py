@@ -335,6 +335,22 @@ def test_init_params_are_where_the_fit_starts():
     assert_sites_close(fit.estimates, {"tau": 0.3, "mu": -2.0}, rtol=1e-6)
 
 
+def test_a_fit_starts_in_few_programs():
+    """The guide, the rest of the start and the check of the data are one program each; others make keys and zeros."""
+
+    def model(x):
+        tau = numpyro.sample("tau", dist.Gamma(2.0, 2.0).expand([3]).to_event(1))
+        mu = numpyro.param("mu", lambda key: jax.random.normal(key, (3,)))
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", real(3), obs=x)
+            numpyro.factor("energy", -0.5 * jnp.sum(tau * jnp.tanh(x - mu) ** 2, axis=-1))
+
+    x = jnp.ones((7, 3))
+    with counted_compilations() as compiled:
+        ScoreMatching(model).init(KEY, x)
+    assert len(compiled) <= 6
+
+
 def test_second_run_compiles_nothing(default):
     """Data are inputs of the compiled step: new values need no compilation, and are fitted."""
     sm, new = default[0], data(7) + 1.0
