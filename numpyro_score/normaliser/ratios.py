@@ -118,13 +118,11 @@ def _warn_of_heavy_weights(
     efficiency = float(np.median(variances[varies] / stderr[varies] ** 2)) if len(varies) else 1.0
     k = pareto_smoothed(log_ratios[worst], min(efficiency, 1.0))[1]
     if count := int(np.sum(~(k <= _WORST_K))):
-        at = (
-            f"{plural(count, 'draw')} {'or more ' if count == len(worst) < len(log_ratios) else ''}of {len(log_ratios)}"
-        )
+        at = plural(count, "draw") + (" or more" if count == len(worst) < len(log_ratios) else "")
         warnings.warn(
-            f"At {at} of the parameters log Z is not to be trusted, nor its error (Pareto k up to {k.max():.2f}): the "
-            "model is too far there from that at the estimates for importance weights. Fit more rows, or compare by "
-            "hyvarinen_loo with predictive='pool', which needs no log Z.",
+            f"At {at} of {len(log_ratios)} of the parameters log Z is not to be trusted, nor its error (Pareto k up to "
+            f"{k.max():.2f}): the model is too far there from that at the estimates for importance weights. Fit more "
+            "rows, or compare by hyvarinen_loo with predictive='pool', which needs no log Z.",
             stacklevel=4,
         )
 
