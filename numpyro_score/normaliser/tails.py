@@ -139,8 +139,9 @@ def _tails(
     f = energy.log_density(x) + log_jacobian
     # Nothing is known where the data are at a bound, as far as floats can tell, nor where f overflows, nor further out.
     back = to_free(energy, jax.lax.optimization_barrier(x))
-    known = jnp.all(jnp.abs(back - u) <= 0.01 * (1 + jnp.abs(u)), axis=-1) & (f > -jnp.inf)
-    known = jnp.cumprod(known, axis=-1).astype(bool)
+    known = jnp.all(jnp.abs(back - u) <= 0.01 * (1 + jnp.abs(u)), axis=-1) & ~jnp.isnan(f) & (f != -jnp.inf)
+    num_known = jnp.argmin(jnp.concatenate([known, jnp.zeros_like(known[..., :1])], axis=-1), axis=-1)
+    known = jnp.arange(len(radii)) < num_known[..., None]
     finite = jnp.clip(f, -1e37, 1e37)
     steps = jnp.diff(jnp.log(radii))
     rounding = jnp.minimum(2 * jnp.finfo(f.dtype).eps * jnp.abs(finite[..., 1:]), 0.1)
