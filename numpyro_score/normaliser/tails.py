@@ -137,18 +137,18 @@ def _tails(
     u = place.centre + place.scale * (shift[..., None, :] + radii[:, None] * v[..., None, :])  # (..., radius, p)
     x, log_jacobian = from_free(energy, u)
     f = energy.log_density(x) + log_jacobian
-    # Nothing is known where the data are at a bound, as far as floats can tell, nor where f overflows, nor further out.
+    # Nothing is known where the data are at a bound, as far as floats can tell, nor where f overflows.
     back = to_free(energy, jax.lax.optimization_barrier(x))
     known = jnp.all(jnp.abs(back - u) <= 0.01 * (1 + jnp.abs(u)), axis=-1) & ~jnp.isnan(f) & (f != -jnp.inf)
-    num_known = jnp.argmin(jnp.concatenate([known, jnp.zeros_like(known[..., :1])], axis=-1), axis=-1)
-    known = jnp.arange(len(radii)) < num_known[..., None]
+    pairs = known[..., 1:] & known[..., :-1]
     finite = jnp.clip(f, -1e37, 1e37)
     steps = jnp.diff(jnp.log(radii))
     rounding = jnp.minimum(2 * jnp.finfo(f.dtype).eps * jnp.abs(finite[..., 1:]), 0.1)
     # Mass per unit of log r, up to what the precision can tell from r^(-1.001): constant is infinite mass, too.
     grows = jnp.diff(finite) + power * steps >= -1e-3 * steps - rounding
     near = len(_NEAR)
-    far = jnp.all(grows[..., 1:] | ~known[..., 2:], axis=-1) & known[..., np.searchsorted(_RADII, _LEAST)]
+    reached = jnp.any(known[..., np.searchsorted(_RADII, _LEAST) :], axis=-1) & (jnp.sum(pairs[..., 1:], axis=-1) >= 4)
+    far = reached & jnp.all(grows[..., 1:] | ~pairs[..., 1:], axis=-1)
     highest = jnp.max(free_log_density(energy, place.rows))
     large = jnp.all(f[..., :near] >= highest - _DEPTH, axis=-1)
     return Tails(far, large & jnp.all(grows[..., : near - 1] & known[..., 1:near], axis=-1))
