@@ -64,8 +64,11 @@ def to_arviz(
                 + \log \mathrm{E}_{x \sim p_{\hat\theta}} e^{f_\theta(x) - f_{\hat\theta}(x)},
 
       the second term from 4,000 draws x of the fitted model by NUTS. The attributes `log_partition` and
-      `log_partition_stderr` are of the first term, and `log_partition_ratio_stderr` is the largest error among the
-      draws of the second. `az.loo` takes the draws of θ for those of the likelihood's posterior. N(estimate,
+      `log_partition_stderr` are of the first term. The second and its standard error at each draw of θ are
+      `log_partition_ratio` and `log_partition_ratio_stderr` of the group `score_matching`, (chain, draw). Of many
+      draws some are off by more than two standard errors: with probability 0.95 none is off by more than the
+      attribute `log_partition_ratio_bound`; `log_partition_ratio_stderr` is the largest standard error.
+      `az.loo` takes the draws of θ for those of the likelihood's posterior. N(estimate,
       sandwich) is that to first order for a fit as good as maximum likelihood; a wider one costs the model some elpd.
 
     Args:
@@ -82,6 +85,10 @@ def to_arviz(
         SandwichError: with `log_partition`, for a fit without draws.
         ValueError: with `log_partition`, if rows have densities of their own, or the density at some draw cannot be
             normalised.
+
+    Warns:
+        UserWarning: with `log_partition`, if the model at some draws is too far from that at the estimates (Pareto k
+            above 0.7), or may not be normalisable there.
     """
     if isinstance(source, Exportable):
         return source.to_arviz(rng_key, num_samples, log_partition)

@@ -13,10 +13,11 @@ import pytest
 from models import improper
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
-from scipy.stats import norm
+from scipy.signal import lfilter
+from scipy.stats import binom, norm
 
 from numpyro_score import SSM, ScoreMatching, generalized_bayes, log_partition, to_arviz
-from numpyro_score.normaliser import LogPartition
+from numpyro_score.normaliser import LogPartition, ratios
 from numpyro_score.uncertainty import SandwichError
 
 KEY = jax.random.key(0)
@@ -57,6 +58,16 @@ def test_log_likelihood_is_normalised_at_every_draw():
     error = group.attrs["log_partition_ratio_stderr"]
     assert 0 < error < 0.05
     np.testing.assert_allclose(group["x"], expected, atol=5 * error + 1e-4)
+    of_draws = data()["score_matching"]
+    log_ratio = 0.5 * np.log(np.float64(fit().estimates["tau"]) / np.float64(data()["posterior"]["tau"])).sum(-1)
+    z = (of_draws["log_partition_ratio"] - log_ratio) / of_draws["log_partition_ratio_stderr"]
+    assert z.dims == ("chain", "draw") and np.abs(z).max() < 6
+    assert (
+        float(of_draws["log_partition_ratio_stderr"].max())
+        == error
+        < group.attrs["log_partition_ratio_bound"]
+        < 5 * error
+    )
     # Normalised only at the estimates, it would be off by much more.
     tau, at = np.float64(data()["posterior"]["tau"]), np.float64(fit().estimates["tau"])
     assert np.abs(0.5 * np.log(tau / at).sum(-1)).max() > 10 * error
@@ -130,3 +141,39 @@ def test_draws_that_cannot_be_normalised_are_found():
     assert found.stderr()["tau"] > 0.3 * found.estimates["tau"]
     with pytest.raises(ValueError, match=r"At draw \d+ of the parameters: The density is not normalisable"):
         found.to_arviz(num_samples=400, log_partition=log_partition(found))
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.8])
+def test_errors_of_log_partition_ratios_cover(rho, monkeypatch):
+    """Over 300 sets of rows of a normal law, from chains with autocorrelation, at 60 draws of μ and τ.
+
+    Counts below these limits come by chance in 1e-5 of cases, if each error covers as often as it says.
+    """
+    monkeypatch.setattr(ratios, "_warn_of_heavy_weights", lambda *_: None)  # tested below
+    rng = np.random.default_rng(0)
+    tau, mu = np.exp(rng.normal(size=60) * (2 / N) ** 0.5), rng.normal(size=60) / N**0.5
+    expected = -0.5 * np.log(tau)
+    weights = rng.normal(size=(60, 1)) / 60
+    every, each, summed = [], [], []
+    for _ in range(300):
+        noise = rng.normal(size=(4, 1200))
+        x = lfilter([(1 - rho**2) ** 0.5], [1.0, -rho], noise, axis=-1)[:, 200:]
+        found = ratios._ratios(0.5 * x**2 - 0.5 * tau[:, None, None] * (x - mu[:, None, None]) ** 2)
+        error = found.values - expected
+        every.append(np.abs(error).max() < found.bound(500))
+        each.append(np.abs(error[0]) < 1.96 * found.stderr[0])
+        summed.append(np.abs(error @ weights) < 1.96 * found.stderr_of(weights))
+    assert found.stderr.max() < found.bound() < 4 * found.stderr.max()
+    assert min(np.sum(every), np.sum(each), np.sum(summed)) >= binom.ppf(1e-5, 300, 0.94)
+
+
+def test_draws_too_far_for_importance_weights():
+    """The weights of a precision τ at draws of precision 1 have the tail index 1 − τ."""
+    x = np.random.default_rng(0).normal(size=(4, 1000))
+
+    def found(*tau):
+        return ratios._ratios(0.5 * (1 - np.array(tau))[:, None, None] * x**2)
+
+    with pytest.warns(UserWarning, match=r"At 1 draw of 2 of the parameters log Z is not to be trusted.*Pareto k"):
+        found(1.1, 0.05)
+    assert len(found(1.1, 0.6, 0.6).values) == 3

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +19,7 @@ from numpyro_score.energy import Energy
 from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.terms import exact_terms
-from numpyro_score.normaliser.ratios import mcse, partition_ratios
+from numpyro_score.normaliser.ratios import mcse, pareto_smoothed, partition_ratios
 
 __all__ = ["HyvarinenScore", "hyvarinen_loo", "hyvarinen_score"]
 
@@ -230,8 +229,9 @@ def _weighted(
     energy, s = posterior.energy, posterior.num_samples
     mixture = predictive == "mixture"
     if mixture:
-        log_z, _ = partition_ratios(energy, posterior.draws, rng_key)
-        log_weights = log_weights + np.asarray(_log_densities(energy, posterior.draws), np.float64) - log_z[:, None]
+        log_z = partition_ratios(energy, posterior.draws, rng_key)
+        log_densities = np.asarray(_log_densities(energy, posterior.draws), np.float64)
+        log_weights = log_weights + log_densities - log_z.values[:, None]
     if not np.isfinite(log_weights).all():
         rows = np.flatnonzero(~np.isfinite(log_weights).all(0))
         raise ValueError(f"The losses of rows {rows[:5].tolist()} are not finite at some draws: look at these rows.")
@@ -248,8 +248,12 @@ def _weighted(
     # A weighted mean Σ w φ has the Monte Carlo error of the mean of S w φ.
     terms = s * weights.T * deviations.astype(np.float64)
     chains = terms.reshape(posterior.num_chains, -1, energy.num_rows)
-    total = float(mcse((chains * row_weights).sum(-1, keepdims=True))[0])
-    return _summary(values, row_weights, mcse(chains), total, k, own_k, s, predictive, kind)
+    errors, total = mcse(chains), float(mcse((chains * row_weights).sum(-1, keepdims=True))[0])
+    if mixture:  # log Z enters the weights, with errors that are the same for all rows
+        shares = terms / s
+        errors = np.hypot(errors, log_z.stderr_of(shares))
+        total = float(np.hypot(total, log_z.stderr_of((shares * row_weights).sum(-1, keepdims=True))[0]))
+    return _summary(values, row_weights, errors, total, k, own_k, s, predictive, kind)
 
 
 def _summary(
@@ -305,28 +309,6 @@ def _summary(
         predictive=predictive,
         kind=kind,
     )
-
-
-def pareto_smoothed(
-    log_weights: Float[np.ndarray, "n s"], efficiency: float
-) -> tuple[Float[np.ndarray, "n s"], Float[np.ndarray, "n"]]:
-    """ArviZ's Pareto-smoothed importance weights of each row, which sum to one, and their tail indices k.
-
-    Equal weights have no tail to fit; theirs is k = 0.
-    """
-    n, s = log_weights.shape
-    weights, k = np.full((n, s), 1 / s), np.zeros(n)
-    varies = np.ptp(log_weights, axis=1) > 0
-    if varies.any():
-        log_ratios = xr.DataArray(log_weights[varies], dims=("row", "__sample__"))
-        if hasattr(az, "psislw"):  # ArviZ 0.23
-            smoothed, k[varies] = az.psislw(log_ratios, efficiency)
-        else:  # 1.x takes log likelihoods, the negative of the log weights of ordinary leave-one-out
-            smoothed, k[varies] = (-log_ratios).azstats.psislw(r_eff=efficiency, dim="__sample__")
-        smoothed = np.asarray(smoothed)
-        smoothed = np.exp(smoothed - smoothed.max(-1, keepdims=True))
-        weights[varies] = smoothed / smoothed.sum(-1, keepdims=True)
-    return weights, k
 
 
 @jax.jit

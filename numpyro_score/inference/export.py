@@ -47,29 +47,32 @@ def fit_groups(
     posterior.attrs["draws"] = law if fit.is_point else f"from the guide {type(fit.svi.guide).__name__}"
     if log_partition is not None:
         key = jax.random.fold_in(rng_key, 1)  # the draws have used the key itself
-        groups["log_likelihood"] = _log_likelihood(fit.energy, draws, log_partition, key, chains)
+        groups["log_likelihood"], ratios = _log_likelihood(fit.energy, draws, log_partition, key, chains)
+        groups["score_matching"] = details.assign(ratios)
     return {"posterior": posterior, **groups}
 
 
 def _log_likelihood(
     energy: Energy, draws: dict[str, Any], log_partition: LogPartition | float, rng_key: Array, chains: int
-) -> xr.Dataset:
-    """Normalised log densities of the data, in the measure of the data's own shapes."""
+) -> tuple[xr.Dataset, xr.Dataset]:
+    """Normalised log densities of the data, in the measure of the data's own shapes, and log Z(θ) − log Z(θ₀)."""
     draws = {k: v for k, v in draws.items() if k in energy.params}
     value, stderr = LogPartition.of(log_partition)[:2]
-    ratios, errors = partition_ratios(energy, draws, rng_key)
+    ratios = partition_ratios(energy, draws, rng_key)
     log_density, weights = jax.device_get(_data_log_densities(energy, draws))
     (used,) = np.nonzero(weights)
-    normalised = log_density[:, used].astype(np.float64) - (value + ratios)[:, None]
+    normalised = log_density[:, used].astype(np.float64) - (value + ratios.values)[:, None]
     name = "_".join(a.name for a in energy.arrays)
     group = dataset({name: normalised.reshape(chains, -1, len(used))}, ("chain", "draw", "row"))
     group = group.assign_coords(row=used)
     group.attrs |= {
         "log_partition": float(value),
         "log_partition_stderr": float(stderr),
-        "log_partition_ratio_stderr": float(errors.max()),
+        "log_partition_ratio_stderr": float(ratios.stderr.max()),
+        "log_partition_ratio_bound": ratios.bound(),
     }
-    return group
+    of_draws = {"log_partition_ratio": ratios.values, "log_partition_ratio_stderr": ratios.stderr}
+    return group, dataset({k: v.reshape(chains, -1) for k, v in of_draws.items()}, ("chain", "draw"))
 
 
 @jax.jit

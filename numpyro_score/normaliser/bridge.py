@@ -17,7 +17,8 @@ from scipy.special import expit
 from numpyro_score.energy import Energy
 from numpyro_score.normaliser.coordinates import data_to_row, free_dim, free_log_density, to_free
 from numpyro_score.normaliser.sampling import sample
-from numpyro_score.normaliser.source import fitted_moments, free_data, refuse_rays
+from numpyro_score.normaliser.source import fitted_moments, free_data
+from numpyro_score.normaliser.tails import check_tails
 
 __all__ = ["nce"]
 
@@ -71,7 +72,7 @@ def nce(
     fit_key, draw_key, noise_key = jax.random.split(rng_key, 3)
     dim = free_dim(energy)
     data = free_data(energy, rng_key=fit_key)
-    refuse_rays(energy, data)
+    check_tails(energy, data)
     if noise is None:
         mean, cholesky = fitted_moments(data, "give noise=, a NumPyro distribution over the free coordinates of a row")
         noise = dist.MultivariateNormal(jnp.asarray(mean, energy.dtype), scale_tril=jnp.asarray(cholesky, energy.dtype))

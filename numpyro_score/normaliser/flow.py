@@ -15,7 +15,8 @@ from numpyro_score.flows.fit import LearnedFlow, fit_flow
 from numpyro_score.flows.weights import summarize_weights
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import free_dim, free_log_density
-from numpyro_score.normaliser.source import fitted_moments, free_data, refuse_rays
+from numpyro_score.normaliser.source import fitted_moments, free_data
+from numpyro_score.normaliser.tails import check_tails
 
 __all__ = ["flow"]
 
@@ -58,7 +59,7 @@ def flow(
     at_least_one("method='flow'", "num_draws", num_draws)
     data_key, fit_key, draw_key = jax.random.split(rng_key, 3)
     data = free_data(energy, rng_key=data_key)
-    refuse_rays(energy, data)
+    check_tails(energy, data)
     moments = fitted_moments(data, "give the energy more rows, or use method='smc' with base=")
     mean, cholesky = (jnp.asarray(v, energy.dtype) for v in moments)
     fit = fit_flow(

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
 from numpyro_score.normaliser.coordinates import free_dim, free_log_density
-from numpyro_score.normaliser.source import fitted_moments, free_data, refuse_rays
+from numpyro_score.normaliser.source import fitted_moments, free_data
+from numpyro_score.normaliser.tails import check_tails
 
 __all__ = ["smc"]
 
@@ -78,7 +79,7 @@ def smc(
         )
     base_key, run_key = jax.random.split(rng_key)
     data = free_data(energy, rng_key=base_key)
-    refuse_rays(energy, data)
+    check_tails(energy, data)
     if base is None:
         mean, cholesky = fitted_moments(data, "give base=, a NumPyro distribution over the free coordinates of a row")
         base = dist.MultivariateStudentT(5.0, jnp.asarray(mean, energy.dtype), jnp.asarray(cholesky, energy.dtype))

@@ -7,12 +7,12 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from numpyro_score.energy import Energy
-from numpyro_score.normaliser.coordinates import Chart, free_log_density, from_free, to_free
+from numpyro_score.normaliser.coordinates import Chart, to_free
 
-__all__ = ["Fitted", "Source", "density_of", "fitted_moments", "free_data", "one_density", "refuse_rays"]
+__all__ = ["Fitted", "Source", "density_of", "fitted_moments", "free_data", "one_density"]
 
 
 @runtime_checkable
@@ -83,35 +83,3 @@ def fitted_moments(u: np.ndarray, instead: str) -> tuple[np.ndarray, np.ndarray]
             f"them: {instead}."
         )
     return u.mean(0), np.linalg.cholesky(covariance)
-
-
-@jax.jit
-def _along_rays(energy: Energy, centre: Float[Array, "p"], scale: Float[Array, "p"]) -> Float[Array, "m 2"]:
-    """G + log r at radii r of 100 and 10,000 along the axes and the principal directions of curvature, both ways."""
-    _, q = jnp.linalg.eigh(jax.hessian(lambda w: free_log_density(energy, centre + scale * w))(jnp.zeros_like(centre)))
-    v = jnp.concatenate([jnp.eye(len(centre), dtype=centre.dtype), q.T])
-    v = jnp.concatenate([v, -v])
-    radii = jnp.array([1e2, 1e4], centre.dtype)
-    u = centre + scale * radii[:, None] * v[:, None]
-    x, log_jacobian = from_free(energy, u)
-    # Where the data are at a bound, as far as floats can tell, nothing is known of the density.
-    known = jnp.all(jnp.abs(to_free(energy, x) - u) <= 0.01 * (1 + jnp.abs(u)), axis=(-2, -1), keepdims=True)[..., 0]
-    return jnp.where(known, energy.log_density(x) + log_jacobian + jnp.log(radii), -jnp.inf)
-
-
-def refuse_rays(energy: Energy, u: np.ndarray) -> None:
-    """Raises if the density does not decay along a line: r ↦ exp(f(c + r v)) must at least fall faster than 1/r.
-
-    Not a proof of normalisability, but it finds the common failures, such as a direction without curvature. Nothing
-    is said where floats overflow, nor of bounded supports and spheres.
-    """
-    scale = u.std(0)
-    scale = np.where(scale > 0, scale, 1.0)
-    near, far = np.asarray(
-        _along_rays(energy, jnp.asarray(u.mean(0), energy.dtype), jnp.asarray(scale, energy.dtype))
-    ).T
-    if (np.isfinite(near) & (far >= near)).any():
-        raise ValueError(
-            "The density is not normalisable: along some direction it does not fall faster than 1/r, between 100 and "
-            "10,000 times the scale of the data."
-        )
