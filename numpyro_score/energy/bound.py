@@ -23,6 +23,7 @@ from numpyro_score.energy.layout import (
     Layout,
     assemble,
     by_name,
+    check_row_shape,
     coordinate_bounds,
     find_arrays,
     refuse_moving_bounds,
@@ -156,7 +157,9 @@ class BoundModel(ModelAtValues):
         """
         values, columns = by_name(self._layout, values), []
         for a in self._layout.arrays:
-            value = a.support.to_coordinates(jnp.asarray(values[a.name], self.dtype))
+            value = jnp.asarray(values[a.name], self.dtype)
+            check_row_shape(a, value.shape)
+            value = a.support.to_coordinates(value)
             columns.append(rows_first(value, a.row_axes))
         return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
 
