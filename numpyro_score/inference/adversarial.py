@@ -140,7 +140,7 @@ class AdversarialDynamicsEmbedding:
         Raises:
             ValueError, TypeError, NotImplementedError: for data, a model or a flow that this method cannot take.
         """
-        rng_key, svi_key, flow_key = jax.random.split(as_key(rng_key), 3)
+        run_key, svi_key, flow_key = jax.random.split(as_key(rng_key), 3)
         check_keywords(self.init, self.model, kwargs)
         with InitParams(init_params):
             optim_state = self._svi.init(svi_key, *args, init_params=init_params, **kwargs).optim_state
@@ -156,7 +156,7 @@ class AdversarialDynamicsEmbedding:
                 f"The flow's base has {dim} dimensions, but a row of the data has {energy.dim}: give it a base with "
                 f"event_shape ({energy.dim},)."
             )
-        return AdversarialState(optim_state, params, self._flow_optim(1, 0).init(params), rng_key)
+        return AdversarialState(optim_state, params, self._flow_optim(1, 0).init(params), run_key)
 
     def get_params(self, state: AdversarialState) -> dict[str, Any]:
         """Constrained values of the param sites of model and guide, as SVI's."""

@@ -61,6 +61,6 @@ class InitParams(Messenger):
             return
         if not np.all(constraint(jnp.asarray(value))):
             raise ValueError(
-                f"init_params has {name} = {value}, which violates the site's constraint {constraint}: start from a value "
-                "inside of it."
+                f"init_params has {name} = {value}, which violates the site's constraint {constraint}: start from a "
+                "value inside of it."
             )

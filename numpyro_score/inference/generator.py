@@ -119,11 +119,11 @@ class DenoisingGenerator:
 
     def init(self, rng_key: Key, params: Any) -> GeneratorState:
         """The state at generator parameters `params`, with the critic at its model's initial values."""
-        rng_key, sample_key, critic_key = jax.random.split(as_key(rng_key), 3)
+        run_key, sample_key, critic_key = jax.random.split(as_key(rng_key), 3)
         x = self.sample(sample_key, params, self.batch_size)
         _require_real("critic", self.critic.model.energy(x))
         critic = self.critic.init(critic_key, x)
-        return GeneratorState(params, self.optim.init(params), critic, rng_key)
+        return GeneratorState(params, self.optim.init(params), critic, run_key)
 
     def sample(self, rng_key: Key, params: Any, n: int) -> Float[Array, "n d"]:
         """Draws of the generator, (N, D), without noise."""

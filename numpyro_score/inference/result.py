@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -213,10 +213,13 @@ class ScoreMatchingResult:
         rng_key: Key | None = None,
         num_samples: int = 1000,
         log_partition: LogPartition | float | None = None,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
     ) -> Any:
         """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
         rng_key = as_key(0 if rng_key is None else rng_key)
-        return as_arviz(fit_groups(self, rng_key, num_samples, log_partition))
+        return as_arviz(fit_groups(self, rng_key, num_samples, log_partition), coords, dims)
 
     @cached_property
     def _latents(self) -> dict[str, Any]:

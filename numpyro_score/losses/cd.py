@@ -102,7 +102,7 @@ class CD:
             "CD",
             "kernel",
             self.kernel,
-            "the step of its chains: start from CD(kernel=MALA(step_size=0.1 * float(x.var()))), in squared units of x",
+            "the step of its chains: start from CD(kernel=MALA(step_size=0.1 * float(x.var()))), in units of x²",
         )
         at_least_one("CD", "num_steps", self.num_steps)
         check_kernel("CD", self.kernel)

@@ -77,7 +77,7 @@ class NCE:
         True
     """
 
-    noise: dist.Distribution = None  # type: ignore[assignment]
+    noise: dist.Distribution = None
     num_noise: int = 1
 
     no_posterior: ClassVar[str] = "it estimates the log normaliser as a param, which would be frozen"

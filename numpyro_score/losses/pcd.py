@@ -91,7 +91,7 @@ class PCD:
             "PCD",
             "kernel",
             self.kernel,
-            "the step of its chains: start from PCD(kernel=MALA(step_size=0.1 * float(x.var()))), in squared units of x",
+            "the step of its chains: start from PCD(kernel=MALA(step_size=0.1 * float(x.var()))), in units of x²",
         )
         at_least_one("PCD", "num_chains", self.num_chains)
         at_least_one("PCD", "num_steps", self.num_steps)
