@@ -92,10 +92,11 @@ def to_arviz(
         **kwargs: for an MCMC run, the model's keyword arguments.
 
     Raises:
-        TypeError: if `source` is neither; arguments of the model for a fit; `log_partition` for an MCMC run, or for a model without a density.
+        TypeError: if `source` is neither; arguments of the model for a fit; `log_partition` for an MCMC run, or for a
+            model without a density.
         SandwichError: with `log_partition`, for a fit without draws.
-        ValueError: names or labels of other lengths than the axes, or of none; with `log_partition`, if rows have densities of their own, or the density at some draw cannot be
-            normalised.
+        ValueError: names or labels of other lengths than the axes, or of none; with `log_partition`, if rows have
+            densities of their own, or the density at some draw cannot be normalised.
     """
     if isinstance(source, Exportable):
         if args or kwargs:

@@ -202,7 +202,8 @@ class BoundModel(ModelAtValues):
             if not given:
                 raise
             rows = f"({self.num_rows},) with one value for each row, or () with one for all"
-            raise type(error)(
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
                 f"The model cannot be evaluated with {given}: an argument of rows is as a rule of shape {rows}. {error}"
             ) from error
         return new

@@ -83,8 +83,8 @@ def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> N
     if bad := rows_text(interact):
         raise ValueError(
             f"Rows of {names} interact: {bad} change when other rows do, e.g. through a mean over the plate or "
-            "batch normalisation; make each row's factor depend on that row alone, or drop the plate if the data "
-            "are one point."
+            "batch normalisation; make each row's factor depend on that row alone, or, if the data are one "
+            "point, such as a time series, observe them as one site outside of any plate or scan, with one factor."
         )
 
 

@@ -108,6 +108,6 @@ def _at_ends(lower: np.ndarray, upper: np.ndarray, value: np.ndarray) -> str:
     at = np.unique(value[(value == lower) | (value == upper)])[:2]
     return (
         f"values lie exactly on the boundary, at {' and '.join(f'{v:.4g}' for v in at)}: if the density is finite "
-        f"there, write {closed}, under which they count; if they are small values rounded, put half of the smallest step "
-        "that is measured in their place; if such values occur with a probability of their own, model them apart"
+        f"there, write {closed}, under which they count; if they are small values rounded, put half of the smallest "
+        "step that is measured in their place; if such values occur with a probability of their own, model them apart"
     )
