@@ -104,7 +104,7 @@ def test_an_observed_list():
         with numpyro.plate("rows", n):
             numpyro.sample("y", improper(), obs=[1.0, 2.0])
 
-    with pytest.raises(TypeError, match="'y' is observed at a list.*np.asarray"):
+    with pytest.raises(TypeError, match=r"'y' is observed at a list.*np.asarray"):
         Energy(model, {}, 2)
 
 

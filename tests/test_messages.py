@@ -73,7 +73,7 @@ def test_types(make, match):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: ScoreMatching(model).init(0, X, init_params={"a": -1.0}), "a = -1.0.*constraint positive"),
+        (lambda: ScoreMatching(model).init(0, X, init_params={"a": -1.0}), "a = -1.0.*(?i:constraint positive)"),
         (lambda: parzen_score(X, 1.0)(X[0]), r"shape \(N, 2\), got \(2,\).*x\[None\]"),
         (lambda: Energy(model, {"a": 1.0}, X).flatten(X[0]), r"'x' have shape \(2,\)"),
         (lambda: fit().to_arviz(dims={"x": ["col"]}), "names 1 axes of 'x'.*has 2"),
