@@ -58,6 +58,7 @@ def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> N
         )
     what = "log density" if energy.has_density else "score"
     if bad := rows_text(used & ~np.isfinite(f)):
+        rounded = any(a.support.kind in ("sphere", "simplex") for a in layout.arrays)
         failing = used & ~np.isfinite(f)
         for a in layout.arrays:
             if a.is_site and a.support.kind in ("box", "simplex"):
@@ -73,7 +74,8 @@ def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> N
                     )
         raise ValueError(
             f"The {what} of {names} is not finite in {bad}: correct the density at these rows, or start from other "
-            "parameters (init_params, or the guide's init_loc_fn)."
+            "parameters (init_params, or the guide's init_loc_fn)"
+            + (", or divide the rows by their sum or norm, if it is off one by rounding." if rounded else ".")
         )
     # What is small at the data, such as a squared distance from a curve, may be rounding of larger numbers.
     elsewhere = 0.0 if np.isnan(there).all() else np.nanmedian(np.abs(there))

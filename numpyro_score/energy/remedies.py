@@ -31,12 +31,15 @@ def outside_remedy(name: str, kind: str, constraint: constraints.Constraint, val
         return "there are NaN or infinity among them, so correct or mask these rows with handlers.mask"
     if kind == "sphere":
         return _off_one(
-            name, np.linalg.norm(value, axis=-1), "norms", f"np.linalg.norm({name}, axis=-1, keepdims=True)"
+            name,
+            np.linalg.norm(value, axis=-1),
+            "norms on the unit sphere",
+            f"np.linalg.norm({name}, axis=-1, keepdims=True)",
         )
     if kind == "simplex":
         if (value < 0).any():
             return f"some shares are negative, at least {value.min():.3g}: correct them"
-        return _off_one(name, value.sum(-1), "sums", f"{name}.sum(-1, keepdims=True)")
+        return _off_one(name, value.sum(-1), "sums on the simplex", f"{name}.sum(-1, keepdims=True)")
     if isinstance(base, type(constraints.circular)):
         if np.abs(value).max() > 4 * np.pi:
             return (
@@ -50,7 +53,7 @@ def outside_remedy(name: str, kind: str, constraint: constraints.Constraint, val
             return _at_ends(lower, upper, value)
         low = value < lower
         seen = f"values from {value.min():.4g} to {value.max():.4g} lie beyond " + _interval(lower, upper)
-        if lower.size == upper.size == 1 and (lower, upper) == (0, 1) and not low.any() and value.max() <= 100:
+        if lower.size == upper.size == 1 and lower == 0 and upper == 1 and not low.any() and value.max() <= 100:
             return f"{seen}: if they are percentages, write {name} / 100, else give the site the support they have"
         return f"{seen}: correct their unit or origin, or give the site the support that they have"
     ordered = type(base).__name__.strip("_").lower()
