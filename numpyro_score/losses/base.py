@@ -57,7 +57,7 @@ class Loss(Protocol):
 def required(owner: str, name: str, value: Any, what: str) -> None:
     """Raises TypeError if a setting that has no default was left out, and says what it is and where to start."""
     if value is None:
-        raise TypeError(f"{owner} needs {name}, {what}.")
+        raise TypeError(f"{owner} needs {name}, got None: {what}.")
 
 
 def positive(owner: str, name: str, value: Any) -> None:
