@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import arviz as az
@@ -29,7 +30,15 @@ _STAT_NAMES = {
 class Exportable(Protocol):
     """A fit that knows its own groups."""
 
-    def to_arviz(self, rng_key: Any = None, num_samples: int = 1000, log_partition: Any = None) -> Any:
+    def to_arviz(
+        self,
+        rng_key: Any = None,
+        num_samples: int = 1000,
+        log_partition: Any = None,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+    ) -> Any:
         """Everything about the fit as ArviZ data."""
 
 
@@ -39,6 +48,8 @@ def to_arviz(
     rng_key: Any = None,
     num_samples: int = 1000,
     log_partition: Any = None,
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
     **kwargs: Any,
 ) -> Any:
     r"""Turns a fit or an MCMC run into ArviZ data: an `InferenceData` (ArviZ 0.23) or a `DataTree` (1.x).
@@ -78,31 +89,43 @@ def to_arviz(
         num_samples: how many draws of a fit.
         log_partition: log Z at the estimates of a fit, by :func:`~numpyro_score.log_partition`, or as a number where
             it is known exactly.
+        coords: labels of axes, {name: labels}, as in `az.from_numpyro`.
+        dims: names of a variable's axes besides chain and draw, {variable: [name, ...]}; `x_dim_0` and so on if not
+            given. Those of a data site include the axis of its rows.
         **kwargs: for an MCMC run, the model's keyword arguments.
 
     Raises:
-        TypeError: if `source` is neither; `log_partition` for an MCMC run, or for a model without a density.
+        TypeError: if `source` is neither; arguments of the model for a fit; `log_partition` for an MCMC run, or for a
+            model without a density.
         SandwichError: with `log_partition`, for a fit without draws.
-        ValueError: with `log_partition`, if rows have densities of their own, or the density at some draw cannot be
-            normalised.
+        ValueError: names or labels of other lengths than the axes, or of none; with `log_partition`, if rows have
+            densities of their own, or the density at some draw cannot be normalised.
 
     Warns:
         UserWarning: with `log_partition`, if the model at some draws is too far from that at the estimates (Pareto k
             above 0.7), or may not be normalisable there.
     """
     if isinstance(source, Exportable):
-        return source.to_arviz(rng_key, num_samples, log_partition)
+        if args or kwargs:
+            given = ", ".join([*(["the model's arguments"] if args else []), *map(repr, kwargs)])
+            raise TypeError(f"A fit has its own data, and to_arviz takes no more of it; leave out {given}.")
+        return source.to_arviz(rng_key, num_samples, log_partition, coords=coords, dims=dims)
     if isinstance(source, MCMC):
         if log_partition is not None:
             raise TypeError("log_partition is log Z at the estimates of a fit, and an MCMC run has none: leave it out.")
         groups = _mcmc_groups(source, args, kwargs)
     else:
         raise TypeError(f"to_arviz takes a ScoreMatchingResult or a numpyro.infer.MCMC, got {type(source).__name__}.")
-    return as_arviz(groups)
+    return as_arviz(groups, coords, dims)
 
 
-def as_arviz(groups: dict[str, xr.Dataset]) -> Any:
-    """Groups as the container that the installed ArviZ has."""
+def as_arviz(
+    groups: dict[str, xr.Dataset],
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+) -> Any:
+    """Groups as the container that the installed ArviZ has, with the names that a user gives to axes."""
+    groups = _with_names(groups, coords or {}, dims or {})
     library = {
         "inference_library": "numpyro_score",
         "inference_library_version": __version__,
@@ -115,6 +138,50 @@ def as_arviz(groups: dict[str, xr.Dataset]) -> Any:
         tree.attrs |= library
         return tree
     return ScoreData(attrs=library, **groups)
+
+
+def _with_names(
+    groups: dict[str, xr.Dataset], coords: Mapping[str, Any], dims: Mapping[str, Sequence[str]]
+) -> dict[str, xr.Dataset]:
+    """Groups with axes renamed as `dims` says, {variable: names}, and labelled as `coords` says, {name: labels}.
+
+    Raises:
+        ValueError: for a variable or axis that is not there, another number of names than the variable has axes besides
+            chain and draw, or another number of labels than an axis has.
+    """
+    variables = {str(v) for group in groups.values() for v in group.data_vars}
+    if unknown := sorted(set(dims) - variables):
+        raise ValueError(f"dims has {unknown}, and the variables are {sorted(variables)}: use these.")
+    for label, group in groups.items():
+        new: dict[str, xr.DataArray] = {}
+        for key, array in group.data_vars.items():
+            name = str(key)
+            own = [str(d) for d in array.dims if str(d).startswith(f"{name}_dim_")]
+            if label == "log_likelihood":  # one axis for rows, whatever axes the data have
+                own = []
+            names = own if label == "log_likelihood" else dims.get(name, own)
+            given = [names] if isinstance(names, str) else list(names)
+            if len(given) != len(own):
+                raise ValueError(
+                    f"dims names {len(given)} axes of '{name}', {given}, which has {len(own)} besides chain and draw: "
+                    "give one name for each."
+                )
+            moved = {a: b for a, b in zip(own, given, strict=True) if a != b}
+            array = array.drop_vars(list(moved)).rename(moved)
+            for dim in given:
+                if dim in coords and len(coords[dim]) != array.sizes[dim]:
+                    raise ValueError(
+                        f"coords has {len(coords[dim])} labels for '{dim}', and '{name}' has {array.sizes[dim]} there: "
+                        "give one for each."
+                    )
+                if dim in coords or dim in moved.values():
+                    array = array.assign_coords({dim: np.asarray(coords.get(dim, np.arange(array.sizes[dim])))})
+            new[name] = array
+        groups = {**groups, label: xr.Dataset(new, attrs=group.attrs)}
+    known = {str(d) for group in groups.values() for d in group.dims}
+    if unknown := sorted(set(coords) - known):
+        raise ValueError(f"coords has {unknown}, and the axes are {sorted(known)}: name them in dims, too.")
+    return groups
 
 
 class ScoreData(xr.DataTree if hasattr(az, "convert_to_datatree") else az.InferenceData):  # type: ignore[misc]

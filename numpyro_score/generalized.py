@@ -16,7 +16,7 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoDelta
 from numpyro.primitives import Messenger
 
-from numpyro_score.energy import Energy, Parameters, Site, base_law, refuse_empty
+from numpyro_score.energy import Energy, Parameters, Site, base_law, check_arguments
 from numpyro_score.losses import Loss
 from numpyro_score.losses.base import check_settings, declare_sites, positive, total_loss_and_memory
 from numpyro_score.programs import run_compiled
@@ -162,7 +162,7 @@ def _run_parameters(
     model: Model, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Energy]:
     """Runs the model with all its sites but the observed ones seen outside, and binds an energy to their values."""
-    refuse_empty(model, args, kwargs)
+    check_arguments(model, args, kwargs)
     parameters = Parameters()
     with parameters:
         value = model(*args, **kwargs)

@@ -7,6 +7,7 @@ of a small energy takes. Here it is one pass.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -15,9 +16,35 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
-__all__ = ["bits", "normal"]
+__all__ = ["RUN", "Key", "as_key", "bits", "normal"]
+
+RUN = "write run(jax.random.key(0), x), the model's arguments after the key"
+
+Key = Array | int
+"""What random numbers are drawn from: a key of `jax.random`, or an integer for `jax.random.key` of it."""
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def as_key(rng_key: Any, call: str = "pass rng_key=jax.random.key(0)") -> Array:
+    """One random key, from a key or from an integer, of which it is `jax.random.key`.
+
+    Args:
+        rng_key: what a user passed.
+        call: what to write instead of anything else.
+
+    Raises:
+        TypeError: for anything else, several keys included.
+    """
+    if isinstance(rng_key, numbers.Integral) and not isinstance(rng_key, bool):
+        return jax.random.key(int(rng_key))
+    if isinstance(rng_key, jax.Array | np.ndarray):
+        if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) and rng_key.ndim == 0:
+            return jnp.asarray(rng_key)
+        if rng_key.shape == (2,) and rng_key.dtype == np.uint32:
+            return jnp.asarray(rng_key)
+    shape = f" of shape {rng_key.shape}" if hasattr(rng_key, "shape") else ""
+    raise TypeError(f"rng_key must be one random key or an integer, got {type(rng_key).__name__}{shape}: {call}.")
 
 
 def bits(rng_key: Array, shape: tuple[Any, ...]) -> UInt32[Array, "..."]:

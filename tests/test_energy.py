@@ -278,7 +278,7 @@ NEGATIVE = np.abs(X) * np.array([1, 1, -1, 1])[:, None]
     ("f", "x", "message"),
     [
         (base_of, HOLES, "'x'.*rows 1, 3 .*drop these rows.*mask"),
-        (roots, NEGATIVE, "'x'.*not finite.*row 2 .*drop these rows.*parameters"),
+        (roots, NEGATIVE, "'x'.*not finite.*row 2 .*correct the density.*parameters"),
         (centred, X, "'x' interact.*row.*mean over the plate.*row alone"),
         (batch_normalised, X, "'x' interact.*row.*normalisation.*row alone"),
         (differences, X, "'x' interact.*row.*row alone"),

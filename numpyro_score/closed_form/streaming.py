@@ -19,6 +19,7 @@ from numpyro_score.energy import Energy, evaluate_for_check, split_arrays
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import row_losses
 from numpyro_score.losses.base import check_settings
+from numpyro_score.random import Key, as_key
 
 __all__ = ["GradientSpread", "QuadraticFit", "QuadraticLoss"]
 
@@ -83,7 +84,7 @@ class QuadraticLoss:
     learning_rate: Any = 1.0
 
     @classmethod
-    def of(cls, target: GeneralizedModel, rng_key: Array, *args: Any, **kwargs: Any) -> QuadraticLoss:
+    def of(cls, target: GeneralizedModel, rng_key: Key, *args: Any, **kwargs: Any) -> QuadraticLoss:
         """The objective of one batch of rows.
 
         A second batch of the same shape compiles nothing; batches of some 10,000 rows or more make the cost of tracing
@@ -103,7 +104,7 @@ class QuadraticLoss:
         rate = target.learning_rate
         energy.check(_evaluate)
         check_settings(target.loss, energy)
-        expansion = expand(target, coordinates, energy, rng_key, args, kwargs)
+        expansion = expand(target, coordinates, energy, as_key(rng_key), args, kwargs)
         return cls(expansion.data, expansion.prior, expansion.penalties, _rows_used(energy), coordinates, rate)
 
     def __add__(self, other: QuadraticLoss) -> QuadraticLoss:
@@ -182,7 +183,7 @@ class GradientSpread:
 
     @classmethod
     def of(
-        cls, target: GeneralizedModel, estimates: dict[str, Any], rng_key: Array, *args: Any, **kwargs: Any
+        cls, target: GeneralizedModel, estimates: dict[str, Any], rng_key: Key, *args: Any, **kwargs: Any
     ) -> GradientSpread:
         """Of one batch of rows; the arguments are those of :meth:`QuadraticLoss.of`.
 
@@ -196,7 +197,7 @@ class GradientSpread:
         coordinates, energy = _start(target, args, kwargs)
         arrays, static = split_arrays((args, kwargs))
         problem = Problem(target.model, target.data, target.loss, static, coordinates.unravel)
-        inputs = Inputs(energy, arrays, target.learning_rate, rng_key)
+        inputs = Inputs(energy, arrays, target.learning_rate, as_key(rng_key))
         theta = Coordinates(coordinates.supports, {k: estimates[k] for k in coordinates.supports}).ravel()
         outer, total = jax.device_get(_spread(theta, inputs, problem=problem))
         return cls(np.asarray(outer, np.float64), np.asarray(total, np.float64), _rows_used(energy))

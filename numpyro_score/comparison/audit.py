@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from numpyro_score.energy import Energy, plural
 from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.losses import DSM, FSM, ISM, SSM, Loss
+from numpyro_score.random import Key, as_key
 
 __all__ = ["Audit", "AuditRow", "audit"]
 
@@ -85,7 +86,7 @@ def audit(
     loss: Loss | Sequence[Loss],
     *args: Any,
     params: dict[str, Any] | None = None,
-    rng_key: Array | None = None,
+    rng_key: Key | None = None,
     num_rows: int = 200,
     num_draws: int = 100,
     data: str | None = None,
@@ -133,7 +134,7 @@ def audit(
         raise ValueError(
             f"audit compares with exact score matching, and {other[0]} estimates the likelihood: leave it out."
         )
-    rng_key = jax.random.key(0) if rng_key is None else rng_key
+    rng_key = as_key(0 if rng_key is None else rng_key)
     energy = GeneralizedModel(model, losses[0], 1.0, data).energy(*args, **kwargs)
     if params is not None:
         energy = energy.with_params(params)

@@ -35,6 +35,7 @@ from numpyro_score.inference import AdversarialResult, FitCost, ScoreMatchingRes
 from numpyro_score.normaliser import LogPartition, sample
 from numpyro_score.normaliser import log_partition as estimate_log_partition
 from numpyro_score.normaliser.coordinates import row_log_jacobian
+from numpyro_score.random import Key, as_key
 
 __all__ = ["Comparison", "compare"]
 
@@ -114,7 +115,7 @@ def compare(
     fits: Mapping[str, Fit],
     data: Any,
     *,
-    rng_key: Array,
+    rng_key: Key,
     log_partition: Mapping[str, LogPartition | float] | None = None,
     num_samples: int = 1000,
 ) -> Comparison:
@@ -171,7 +172,7 @@ def compare(
             energies[name].check()
         except ValueError as error:
             raise ValueError(f"Fit '{name}' cannot take the data: {error}") from None
-    keys = dict(zip(names, jax.random.split(rng_key, (len(names), 3)), strict=True))
+    keys = dict(zip(names, jax.random.split(as_key(rng_key), (len(names), 3)), strict=True))
     scores = {k: hyvarinen_score(e).pointwise.values for k, e in energies.items()}
     likelihoods, log_zs = None, {}
     if all(e.has_density for e in own.values()):

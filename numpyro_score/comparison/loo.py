@@ -20,6 +20,7 @@ from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.terms import exact_terms
 from numpyro_score.normaliser.ratios import mcse, pareto_smoothed, partition_ratios
+from numpyro_score.random import Key, as_key
 
 __all__ = ["HyvarinenScore", "hyvarinen_loo", "hyvarinen_score"]
 
@@ -87,7 +88,7 @@ def hyvarinen_loo(
     *args: Any,
     draws: dict[str, Any] | None = None,
     predictive: Predictive = "pool",
-    rng_key: Array | None = None,
+    rng_key: Key | None = None,
     num_samples: int = 4000,
     **kwargs: Any,
 ) -> HyvarinenScore:
@@ -155,7 +156,7 @@ def hyvarinen_loo(
     """
     if predictive not in ("pool", "mixture"):
         raise ValueError(f"predictive must be 'pool' or 'mixture', got {predictive!r}.")
-    rng_key = jax.random.key(0) if rng_key is None else rng_key
+    rng_key = as_key(0 if rng_key is None else rng_key)
     draw_key, ratio_key = jax.random.split(rng_key)
     posterior = draws_of(source, draws, draw_key, num_samples, args, kwargs)
     losses = draw_losses(posterior.energy, posterior.draws, posterior.loss, posterior.rng_key)
@@ -168,7 +169,7 @@ def hyvarinen_score(
     *args: Any,
     draws: dict[str, Any] | None = None,
     predictive: Predictive | Literal["plug-in"] | None = None,
-    rng_key: Array | None = None,
+    rng_key: Key | None = None,
     **kwargs: Any,
 ) -> HyvarinenScore:
     r"""The Hyvärinen score of new rows, by the plug-in density of a fit or under draws of a posterior.
@@ -196,7 +197,7 @@ def hyvarinen_score(
         return _summary(values, weights, np.zeros(len(values)), 0.0, None, None, 1, "plug-in", "held-out")
     if predictive not in (None, "pool", "mixture"):
         raise ValueError(f"predictive must be 'pool' or 'mixture' for draws, got {predictive!r}.")
-    rng_key = jax.random.key(0) if rng_key is None else rng_key
+    rng_key = as_key(0 if rng_key is None else rng_key)
     posterior = draws_of(source, draws, rng_key, 0, args, kwargs)
     posterior.energy.check()
     log_weights = np.zeros((posterior.num_samples, posterior.energy.num_rows))

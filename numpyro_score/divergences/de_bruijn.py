@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score.divergences.noised import Law, NoisedLaw, NormalMixture, noised_pair
+from numpyro_score.random import Key, as_key
 
 __all__ = ["DeBruijn", "Process", "de_bruijn"]
 
@@ -47,7 +48,7 @@ def de_bruijn(
     p: Law,
     q: Law,
     times: Any,
-    rng_key: Array,
+    rng_key: Key,
     *,
     process: Process | None = None,
     num_samples: int = 10_000,
@@ -102,7 +103,7 @@ def de_bruijn(
     """
     if num_samples < 2:
         raise ValueError(f"de_bruijn needs num_samples of at least 2 for standard errors, got {num_samples}.")
-    law_key, x_key, z_key = jax.random.split(rng_key, 3)
+    law_key, x_key, z_key = jax.random.split(as_key(rng_key), 3)
     laws = noised_pair(p, q, law_key)
     if times is None:
         if process is not None:

@@ -22,6 +22,7 @@ from numpyro_score.energy import Energy
 from numpyro_score.losses.base import positive
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.normaliser.source import Source
+from numpyro_score.random import Key, as_key
 
 __all__ = ["ScoreEntropy", "entropy_from_scores"]
 
@@ -42,7 +43,7 @@ def entropy_from_scores(
     data: Float[Array | np.ndarray, "n d"],
     score: Source | None,
     times: Any,
-    rng_key: Array,
+    rng_key: Key,
     *,
     bandwidth: float | None = None,
 ) -> ScoreEntropy:
@@ -97,7 +98,7 @@ def entropy_from_scores(
     mean, variances, axes = rows.mean(0), *np.linalg.eigh(np.atleast_2d(np.cov(rows.T)))
     if variances[0] <= 1e-6 * variances[-1]:
         raise ValueError("The data lie in a plane of fewer dimensions, where the entropy is −∞: leave columns out.")
-    z = jax.random.normal(rng_key, x.shape, x.dtype)
+    z = jax.random.normal(as_key(rng_key), x.shape, x.dtype)
     if score is None:
         n, d = x.shape
         if bandwidth is None:

@@ -28,6 +28,7 @@ from numpyro_score.losses.terms import require_flat
 from numpyro_score.normaliser import LogPartition
 from numpyro_score.normaliser.coordinates import row_log_jacobian
 from numpyro_score.normaliser.source import one_density
+from numpyro_score.random import Key, as_key
 
 __all__ = ["Divergence", "fisher_divergence", "kl_divergence", "local_variance", "squared_log_ratio"]
 
@@ -41,7 +42,7 @@ class Divergence(NamedTuple):
     up_to_constant: bool = False  # it lacks a constant that p alone determines, as of data
 
 
-def fisher_divergence(p: Any, q: Any, rng_key: Array | None = None, *, num_samples: int = 4000) -> Divergence:
+def fisher_divergence(p: Any, q: Any, rng_key: Key | None = None, *, num_samples: int = 4000) -> Divergence:
     r"""The Fisher divergence :math:`\tfrac12 E_p \|\nabla\log p - \nabla\log q\|^2`. Needs no normaliser.
 
     Where p is data it is the Hyvärinen score :math:`E_p[\tfrac12\|s\|^2 + \mathrm{tr}\,\nabla s]`, s the score of q,
@@ -93,7 +94,7 @@ def _fisher_values(p: Energy | None, q: Energy, x: Float[Array, "n d"]) -> tuple
 def kl_divergence(
     p: Any,
     q: Any,
-    rng_key: Array | None = None,
+    rng_key: Key | None = None,
     *,
     num_samples: int = 4000,
     log_partition_p: LogPartition | float | None = None,
@@ -142,7 +143,7 @@ def kl_divergence(
 def squared_log_ratio(
     p: Any,
     q: Any,
-    rng_key: Array | None = None,
+    rng_key: Key | None = None,
     *,
     num_samples: int = 4000,
     log_partition_p: LogPartition | float | None = None,
@@ -181,7 +182,7 @@ def squared_log_ratio(
     return Divergence(mean, math.hypot(stderr, float(values.mean()) * of_normaliser), ess)
 
 
-def local_variance(p: Any, q: Any, rng_key: Array, *, noise: float, num_samples: int = 4000) -> Divergence:
+def local_variance(p: Any, q: Any, rng_key: Key, *, noise: float, num_samples: int = 4000) -> Divergence:
     r"""How much the log ratio r = log p/q changes nearby, :math:`E|r(x+e) - r(x)|^2 / E\|e\|^2`, x from p.
 
     e has the law N(0, σ²I). Needs no normaliser, and tends to :math:`E_p\|\nabla r\|^2/D = 2 D_F/D` as σ goes to 0,
@@ -211,7 +212,7 @@ def local_variance(p: Any, q: Any, rng_key: Array, *, noise: float, num_samples:
     for energy in (p.energy, q.energy):
         one_density(energy)
         require_flat(energy, "local_variance", "use fisher_divergence or kl_divergence")
-    draw_key, noise_key = jax.random.split(rng_key)
+    draw_key, noise_key = jax.random.split(as_key(rng_key))
     draws = draw(p, q, draw_key, num_samples)
     check_rows(q.energy, draws.flat)
     values = _values(_squared_increments, draws, p.energy, q.energy, noise_key, jnp.asarray(noise, float))
@@ -268,5 +269,5 @@ def _difference(
     return value_q - value_p, math.hypot(stderr_p, stderr_q)
 
 
-def _split(rng_key: Array | None, n: int) -> Any:
-    return (None,) * n if rng_key is None else jax.random.split(rng_key, n)
+def _split(rng_key: Key | None, n: int) -> Any:
+    return (None,) * n if rng_key is None else jax.random.split(as_key(rng_key), n)

@@ -22,6 +22,7 @@ from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser import EnergyDistribution, LogPartition, log_partition, sample
 from numpyro_score.normaliser.coordinates import data_to_row
+from numpyro_score.random import Key, as_key
 
 __all__ = ["Draws", "Law", "check_rows", "draw", "log_normaliser", "mean_and_error", "read_pair", "refuse_rows", "thin"]
 
@@ -141,7 +142,7 @@ def _refuse_different_rows(p: Energy | None, q: Energy | None) -> None:
 # -- rows ---------------------------------------------------------------------------------------------------------
 
 
-def draw(law: Law, other: Law, rng_key: Array | None, num_samples: int) -> Draws:
+def draw(law: Law, other: Law, rng_key: Key | None, num_samples: int) -> Draws:
     """Rows of a law: those that were given, or about `num_samples` that are drawn.
 
     Raises:
@@ -154,6 +155,7 @@ def draw(law: Law, other: Law, rng_key: Array | None, num_samples: int) -> Draws
     at_least_one("The divergence", "num_samples", num_samples)
     if rng_key is None:
         raise TypeError(f"{law.name} is to be drawn from: pass rng_key=jax.random.key(...), or ({law.name}, draws).")
+    rng_key = as_key(rng_key)
     if law.distribution is not None:
         values = law.distribution.sample(rng_key, (num_samples,))
         return Draws(_finite(law, _to_rows(law, values, space)[None]), True)
@@ -318,7 +320,7 @@ def _tail_index(log_sizes: Float[np.ndarray, "n"]) -> float:
     return float((-xr.DataArray(log_sizes, dims="__sample__")).azstats.psislw(dim="__sample__")[1])
 
 
-def log_normaliser(law: Law, given: LogPartition | float | None, rng_key: Array | None) -> tuple[float, float]:
+def log_normaliser(law: Law, given: LogPartition | float | None, rng_key: Key | None) -> tuple[float, float]:
     """Log Z of a law and its standard error.
 
     Raises:

@@ -12,12 +12,13 @@ from numpyro_score.divergences.estimates import Divergence
 from numpyro_score.divergences.law import draw, read_pair, thin
 from numpyro_score.divergences.pairs import PairSums, median_distance, pair_sums
 from numpyro_score.losses.base import positive
+from numpyro_score.random import Key, as_key
 
 __all__ = ["mmd"]
 
 
 def mmd(
-    p: Any, q: Any, rng_key: Array | None = None, *, bandwidth: float | None = None, num_samples: int = 4000
+    p: Any, q: Any, rng_key: Key | None = None, *, bandwidth: float | None = None, num_samples: int = 4000
 ) -> Divergence:
     r"""The squared maximum mean discrepancy, :math:`E\,k(x,x') + E\,k(y,y') - 2 E\,k(x,y)`, x, x' from p, y, y' from q.
 
@@ -52,7 +53,7 @@ def mmd(
     if bandwidth is not None:
         positive("mmd", "bandwidth", bandwidth)
     p, q = read_pair("mmd", p, q, needs="")
-    keys = (None, None) if rng_key is None else jax.random.split(rng_key)
+    keys = (None, None) if rng_key is None else jax.random.split(as_key(rng_key))
     x, y = (thin(draw(one, other, key, num_samples)) for one, other, key in ((p, q, keys[0]), (q, p, keys[1])))
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"p has rows of {x.shape[1]} numbers and q of {y.shape[1]}: pass rows of the same data.")

@@ -16,6 +16,7 @@ from numpyro_score.divergences.pairs import median_distance, pair_sums
 from numpyro_score.energy import Energy, base_constraint
 from numpyro_score.losses.base import at_least_one, positive
 from numpyro_score.normaliser.coordinates import from_free, to_free
+from numpyro_score.random import Key, as_key
 
 __all__ = ["SteinTest", "closed_sites", "kernel_stein_discrepancy", "stein_statistic"]
 
@@ -33,7 +34,7 @@ class SteinTest(NamedTuple):
 def kernel_stein_discrepancy(
     p: Any,
     q: Any,
-    rng_key: Array,
+    rng_key: Key,
     *,
     bandwidth: float | None = None,
     num_samples: int = 4000,
@@ -89,7 +90,7 @@ def kernel_stein_discrepancy(
         positive(owner, "bandwidth", bandwidth)
     p, q = read_pair(owner, p, q)
     _refuse_closed(q.energy)
-    draw_key, key = jax.random.split(rng_key)
+    draw_key, key = jax.random.split(as_key(rng_key))
     rows = thin(draw(p, q, draw_key, num_samples))
     if len(rows) < 4:
         raise ValueError(f"{owner} needs at least four independent rows of p, got {len(rows)}.")

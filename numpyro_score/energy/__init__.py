@@ -4,7 +4,7 @@ Everything else of the package knows a model through :class:`Energy` and the nam
 shows; none of its modules is imported from outside.
 """
 
-from numpyro_score.energy.arguments import join_arrays, refuse_empty, split_arrays
+from numpyro_score.energy.arguments import check_arguments, join_arrays, split_arrays, takes_keyword
 from numpyro_score.energy.base import AnyArray, layouts_kept
 from numpyro_score.energy.check import evaluate_for_check
 from numpyro_score.energy.dependence import depends_on_inputs, is_constant, is_quadratic
@@ -23,6 +23,7 @@ __all__ = [
     "Site",
     "base_constraint",
     "base_law",
+    "check_arguments",
     "curl",
     "depends_on_inputs",
     "evaluate_for_check",
@@ -33,9 +34,9 @@ __all__ = [
     "layouts_kept",
     "make_frame",
     "plural",
-    "refuse_empty",
     "rows_first",
     "rows_text",
     "score_factor",
     "split_arrays",
+    "takes_keyword",
 ]

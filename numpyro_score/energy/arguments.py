@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.primitives import Messenger
 
+from numpyro_score.energy.values import check_argument, check_list
+
 Static = tuple[Any, tuple[Any, ...]]
 
 
@@ -49,9 +51,20 @@ def join_arrays(arrays: list[Any], static: Static) -> Any:
     return jax.tree.unflatten(treedef, [next(it) if v is _ARRAY else v for v in rest])
 
 
-def refuse_empty(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises ValueError for data without rows or columns, before a plate of its length fails with less to say."""
+def check_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Looks at a model's arguments before it runs, and fails with less to say.
+
+    Raises:
+        TypeError: for generators, lists in the place of data, and arrays that hold no numbers.
+        ValueError: for data without rows or columns.
+    """
+    names = _positional(model)
+    given = {**{(names[i] if i < len(names) else f"args[{i}]"): v for i, v in enumerate(args)}, **kwargs}
+    for name, value in given.items():
+        check_argument(name, value)
     arrays, static = split_arrays((args, kwargs))
+    if not arrays and given:  # else the first may be a list of sizes, and the data be elsewhere
+        check_list(*next(iter(given.items())))
     named, first = named_arrays(model, static)
     for name, i in named.items():
         if 0 in arrays[i].shape[: None if name == first else 1]:
@@ -65,14 +78,16 @@ def named_arrays(model: Callable[..., Any], static: Static) -> tuple[dict[str, i
     treedef, rest = static
     index = iter(range(len(rest)))
     args, kwargs = jax.tree.unflatten(treedef, [next(index) if v is _ARRAY else None for v in rest])
-    positional = [
-        p.name
-        for p in inspect.signature(model).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    positional = _positional(model)
     named = {(positional[i] if i < len(positional) else f"args[{i}]"): v for i, v in enumerate(args)}
     first = next(iter(named), positional[0] if positional and positional[0] in kwargs else None)
     return {k: v for k, v in {**named, **kwargs}.items() if isinstance(v, int)}, first
+
+
+def _positional(model: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that the model takes by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(model).parameters.values() if p.kind in kinds]
 
 
 def is_given(model: Callable[..., Any], static: Static, name: str) -> bool | None:

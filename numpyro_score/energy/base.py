@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_score.energy.arguments import is_given, join_arrays, refuse_empty, split_arrays
+from numpyro_score.energy.arguments import check_arguments, is_given, join_arrays, split_arrays
 from numpyro_score.energy.layout import Layout
 from numpyro_score.energy.trace import Recorder, run_model
 
@@ -73,7 +73,7 @@ class ModelAtValues:
         args: Any,
         kwargs: Any,
     ) -> None:
-        refuse_empty(model, args, kwargs)
+        check_arguments(model, args, kwargs)
         self.model, self.params = model, params
         self._arrays, self._static = split_arrays((args, kwargs))
         self._choice = choice

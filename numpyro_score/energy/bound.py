@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpyro.distributions import constraints
 
@@ -23,6 +24,7 @@ from numpyro_score.energy.layout import (
     Layout,
     assemble,
     by_name,
+    check_row_shape,
     coordinate_bounds,
     find_arrays,
     refuse_moving_bounds,
@@ -30,7 +32,7 @@ from numpyro_score.energy.layout import (
     rows_first,
     sum_rows,
 )
-from numpyro_score.energy.supports import Block, outside
+from numpyro_score.energy.supports import Block, can_be_outside, outside
 from numpyro_score.energy.trace import is_observed_sample, term_log_prob
 
 __all__ = ["BoundModel"]
@@ -161,7 +163,9 @@ class BoundModel(ModelAtValues):
         """
         values, columns = by_name(self._layout, values), []
         for a in self._layout.arrays:
-            value = a.support.to_coordinates(jnp.asarray(values[a.name], self.dtype))
+            value = jnp.asarray(values[a.name], self.dtype)
+            check_row_shape(a, value.shape)
+            value = a.support.to_coordinates(value)
             columns.append(rows_first(value, a.row_axes))
         return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
 
@@ -186,6 +190,7 @@ class BoundModel(ModelAtValues):
 
         Raises:
             TypeError: if the model takes no such argument.
+            TypeError, ValueError: if the model fails with it, naming its shape.
         """
         for name in kwargs:
             if not takes_keyword(self.model, name):
@@ -195,7 +200,17 @@ class BoundModel(ModelAtValues):
         args, old = join_arrays(self._arrays, self._static)
         arrays, static = split_arrays((args, {**old, **kwargs}))
         new = self._replace(_arrays=arrays, _static=static)
-        new._layout = new._read_layout()
+        try:
+            new._layout = new._read_layout()
+        except (TypeError, ValueError) as error:  # the model's own, which need not know what is new to it
+            given = ", ".join(f"{k} of shape {np.shape(v)}" for k, v in kwargs.items() if hasattr(v, "shape"))
+            if not given:
+                raise
+            rows = f"({self.num_rows},) with one value for each row, or () with one for all"
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"The model cannot be evaluated with {given}: an argument of rows is as a rule of shape {rows}. {error}"
+            ) from error
         return new
 
     def at(self, x: Float[AnyArray, "n d"]) -> Self:
@@ -232,7 +247,7 @@ class BoundModel(ModelAtValues):
                 outside(a.support.kind, sites[a.name]["value"], sites[a.name]["fn"].support), a.row_axes
             ).any(-1)
             for a in self.arrays
-            if a.is_site and a.support.kind != "real"
+            if a.is_site and can_be_outside(a.support.kind, sites[a.name]["fn"].support)
         }
 
     def row_log_density(self, x: Float[Array, "n d"], rows: Array | None = None) -> Float[Array, "n"]:

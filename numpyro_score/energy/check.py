@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from numpyro.distributions import constraints
 
 from numpyro_score.energy.bound import BoundModel
-from numpyro_score.energy.layout import row_weights
+from numpyro_score.energy.layout import DataArray, row_weights
+from numpyro_score.energy.remedies import on_boundary, outside_remedy
 from numpyro_score.energy.text import rows_text
 from numpyro_score.operators import value_score
 from numpyro_score.programs import run_compiled
@@ -45,21 +47,33 @@ def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> N
     names = ", ".join(f"'{a.name}'" for a in layout.arrays)
     for name, wrong in outside.items():
         if bad := rows_text(used & wrong):
-            support = next(a.support.kind for a in layout.arrays if a.name == name)
-            where = {"box": "its bounds", "sphere": "the unit sphere", "simplex": "the simplex"}.get(support, "it")
-            raise ValueError(
-                f"Data '{name}' lie outside of the support of the site in {bad}: drop these rows, or correct {where}."
-            )
+            array, support, values = _seen(energy, name)
+            remedy = outside_remedy(name, array.support.kind, support, values[used & wrong])
+            raise ValueError(f"Data '{name}' lie outside of the support of the site in {bad}: {remedy}.")
     if bad := rows_text(used & ~np.isfinite(x).all(-1)):
         raise ValueError(
-            f"Data {names} have NaN or infinity in {bad}: drop these rows, or mask them with handlers.mask."
+            f"Data {names} have NaN or infinity in {bad}: correct them or, if values are missing at random, drop "
+            "these rows or mask them with handlers.mask."
         )
     what = "log density" if energy.has_density else "score"
     if bad := rows_text(used & ~np.isfinite(f)):
         rounded = any(a.support.kind in ("sphere", "simplex") for a in layout.arrays)
+        failing = used & ~np.isfinite(f)
+        for a in layout.arrays:
+            if a.is_site and a.support.kind in ("box", "simplex"):
+                _, support, values = _seen(energy, a.name)
+                touch = failing & on_boundary(a.support.kind, support, values)
+                if touch.any():
+                    where = "with a share of zero" if a.support.kind == "simplex" else "on the boundary of its support"
+                    raise ValueError(
+                        f"The {what} is not finite in {rows_text(touch)} of data '{a.name}', {where}: if these are "
+                        "small values rounded, put half of the smallest step that is measured in their place"
+                        + (" and divide the rows by their sums" if a.support.kind == "simplex" else "")
+                        + "; if they occur with a probability of their own, model these rows apart."
+                    )
         raise ValueError(
-            f"The {what} of {names} is not finite in {bad}: drop these rows, or start from other parameters "
-            "(init_params, or the guide's init_loc_fn)"
+            f"The {what} of {names} is not finite in {bad}: correct the density at these rows, or start from other "
+            "parameters (init_params, or the guide's init_loc_fn)"
             + (", or divide the rows by their sum or norm, if it is off one by rounding." if rounded else ".")
         )
     # What is small at the data, such as a squared distance from a curve, may be rounding of larger numbers.
@@ -70,9 +84,17 @@ def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> N
     if bad := rows_text(interact):
         raise ValueError(
             f"Rows of {names} interact: {bad} change when other rows do, e.g. through a mean over the plate or "
-            "batch normalisation; make each row's factor depend on that row alone, or drop the plate if the data "
-            "are one point."
+            "batch normalisation; make each row's factor depend on that row alone, or, if the data are one "
+            "point, such as a time series, observe them as one site outside of any plate or scan, with one factor."
         )
+
+
+def _seen(energy: BoundModel, name: str) -> tuple[DataArray, constraints.Constraint, np.ndarray]:
+    """A data site, its support, and its values with the rows first, (N, ...), trailing axes of rows kept."""
+    array, site = next(a for a in energy.arrays if a.name == name), energy._run().sites[name]
+    axes = array.row_axes
+    value = np.moveaxis(np.asarray(site["value"]), axes, tuple(range(len(axes))))
+    return array, site["fn"].support, value.reshape(energy.num_rows, *value.shape[len(axes) :])
 
 
 def evaluate_for_check(energy: BoundModel) -> tuple[Array, dict[str, Array], dict[str, Array], Array, Array, Array]:

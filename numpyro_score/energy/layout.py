@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -185,18 +185,7 @@ def find_rows(
     if any(frames.values()):
         shared = set.intersection(*(set(f) for f in frames.values()))
         if not shared:
-            outside = next((k for k in terms if not frames[k]), terms[0])
-            plate, (_, size) = next((p, v) for f in frames.values() for p, v in f.items())
-            shape = tuple(sites[outside]["fn"].batch_shape)
-            if any(a.name == outside for a in arrays):
-                raise ValueError(
-                    f"Observed site '{outside}' stands outside the plate '{plate}' of the other data: move it into the "
-                    "plate, or, if it is not data, name the data site, e.g. data='x'."
-                )
-            raise ValueError(
-                f"Site '{outside}' of shape {shape} depends on the data but stands outside the plate '{plate}' of "
-                f"{plural(size, 'row')}: move it into the plate and give it one value per row."
-            )
+            refuse_split_rows(sites, terms, frames, arrays)
         by_dim = sorted((frames[terms[0]][p], p) for p in shared)
         return (
             tuple(d for (d, _), _ in by_dim),
@@ -211,6 +200,40 @@ def find_rows(
         raise ValueError(f"The sites {shapes} differ in shape: put them in one plate that numbers the rows.")
     shape = shapes[terms[0]]
     return tuple(range(-len(shape), 0)), shape, ()
+
+
+def refuse_split_rows(
+    sites: Trace, terms: Sequence[str], frames: dict[str, dict[str, Any]], arrays: Sequence[DataArray]
+) -> NoReturn:
+    """Raises for terms that no plate holds together: which of them is wrong is known only if some are in no plate."""
+    data = {a.name for a in arrays}
+    outside = [k for k in terms if not frames[k]]
+    if not outside:
+        where = "; ".join(
+            f"{'data site' if k in data else 'site'} '{k}' in {' and '.join(repr(p) for p in frames[k])}" for k in terms
+        )
+        raise ValueError(
+            f"The sites that depend on the data stand in different plates ({where}), and no plate numbers the rows of "
+            "all: put them into one plate if they belong to the same rows, or write a model for each plate if they do "
+            "not."
+        )
+    held = list(dict.fromkeys(p for f in frames.values() for p in f))
+    sizes = {p: size for f in frames.values() for p, (_, size) in f.items()}
+    plates = f"the plate {held[0]!r}" if len(held) == 1 else "the plates " + " and ".join(map(repr, held))
+    names = ", ".join(f"'{k}'" for k in outside)
+    if all(k in data for k in outside):
+        raise ValueError(
+            f"Observed {'site' if len(outside) == 1 else 'sites'} {names} stands outside {plates} of the other terms: "
+            "move it into the plate of its rows, or, if it is not data, name the data site, e.g. data='x'."
+        )
+    shapes = ", ".join(f"'{k}' of shape {tuple(sites[k]['fn'].batch_shape)}" for k in outside)
+    of = f" of {plural(sizes[held[0]], 'row')}" if len(held) == 1 else ""
+    raise ValueError(
+        f"{'Site' if len(outside) == 1 else 'Sites'} {shapes} {'depends' if len(outside) == 1 else 'depend'} on the "
+        f"data but {'stands' if len(outside) == 1 else 'stand'} outside {plates}{of}: move "
+        f"{'it' if len(outside) == 1 else 'them'} into the plate and give {'it' if len(outside) == 1 else 'each'} one "
+        "value per row."
+    )
 
 
 def plate_shape(site: Site) -> Shape:
@@ -347,6 +370,16 @@ def refuse_moving_bounds(arrays: Sequence[DataArray], jaxpr: Jaxpr, num_params: 
         raise ValueError(
             f"The bounds of data site '{name}' depend on a parameter, which score matching cannot estimate: make them "
             "constants or arguments."
+        )
+
+
+def check_row_shape(a: DataArray, shape: Shape) -> None:
+    """Raises ValueError unless data of this shape are rows of the array, of any number."""
+    rest = [None if i in a.row_axes else s for i, s in enumerate(a.shape)]
+    if len(shape) != len(rest) or any(r is not None and r != s for r, s in zip(rest, shape, strict=True)):
+        raise ValueError(
+            f"Data '{a.name}' have shape {shape}, and the model's are of shape {a.shape}: pass rows of that shape, "
+            "any number of them."
         )
 
 

@@ -191,6 +191,11 @@ def row_width(support: Support, shape: Shape, row_axes: Shape) -> int:
     return math.prod(s for i, s in enumerate(coordinates) if i not in row_axes)
 
 
+def can_be_outside(kind: str, constraint: constraints.Constraint) -> bool:
+    """Whether real numbers may lie outside of a support; angles are treated as real, but have an interval."""
+    return kind != "real" or isinstance(base_constraint(constraint), type(constraints.circular))
+
+
 def outside(kind: str, value: Any, constraint: constraints.Constraint) -> Array:
     """Which elements of the data, of its batch shape, are not in the support."""
     if kind in ("sphere", "simplex"):  # NumPyro's tolerance is for one precision

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.primitives import Messenger
 
+from numpyro_score.energy.values import check_observed
+
 Site = dict[str, Any]
 
 
@@ -64,6 +66,8 @@ class _Pin(Messenger):
                 raise ValueError(
                     f"Energy has no value for the param site '{name}': put one in `params`, e.g. {{'{name}': ...}}."
                 )
+            if is_observed_sample(msg) and not is_factor(msg):
+                check_observed(msg)
 
 
 class Parameters(Messenger):
@@ -84,6 +88,8 @@ class Parameters(Messenger):
         if self._outside is not None:
             return
         if is_observed_sample(msg):
+            if not is_factor(msg):
+                check_observed(msg)
             msg["stop"] = True
         else:
             self._outside = msg

@@ -17,6 +17,7 @@ from numpyro.distributions import constraints
 from numpyro_score.energy import base_constraint, innermost
 from numpyro_score.flows.weights import WeightSummary, summarize_weights
 from numpyro_score.operators import value_score
+from numpyro_score.random import Key, as_key
 
 __all__ = ["DynamicsFlow", "LogDensity", "Slope", "Trajectory", "as_pytree", "normal_log_prob"]
 
@@ -125,7 +126,7 @@ class DynamicsFlow(dist.Distribution):
         trajectory = self.simulate(key, sample_shape)
         return trajectory.value, [trajectory.log_prob]
 
-    def entropy(self, rng_key: Array | None = None, num_samples: int = 1000) -> Float[Array, "*batch"]:
+    def entropy(self, rng_key: Key | None = None, num_samples: int = 1000) -> Float[Array, "*batch"]:
         """The entropy of x and the auxiliary rows jointly, (...).
 
         Exact where the flow keeps volume and NumPyro knows the base's entropy: then it is that of what is pushed
@@ -146,13 +147,13 @@ class DynamicsFlow(dist.Distribution):
                 f"The entropy of this {type(self).__name__} is not known exactly, as its base ({self.base}) has none "
                 "or its steps are scaled: pass a key, entropy(rng_key), for an estimate."
             )
-        return -jnp.mean(self.simulate(rng_key, (num_samples,)).log_prob, axis=0)
+        return -jnp.mean(self.simulate(as_key(rng_key), (num_samples,)).log_prob, axis=0)
 
-    def log_weights(self, rng_key: Array, sample_shape: tuple[int, ...] = ()) -> Float[Array, "*batch"]:
+    def log_weights(self, rng_key: Key, sample_shape: tuple[int, ...] = ()) -> Float[Array, "*batch"]:
         """Log importance weights of independent draws, (...): the mean of their exp is unbiased for Z = ∫ exp f."""
-        return self.simulate(rng_key, sample_shape).log_weights
+        return self.simulate(as_key(rng_key), sample_shape).log_weights
 
-    def log_partition_bound(self, rng_key: Array, num_samples: int = 1000) -> WeightSummary:
+    def log_partition_bound(self, rng_key: Key, num_samples: int = 1000) -> WeightSummary:
         """The bound E[log w] ≤ log Z and the importance-weighted estimate of log Z, with standard errors.
 
         They are NaN or infinite where a trajectory ran away.

@@ -21,6 +21,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro_score.energy import depends_on_inputs
 from numpyro_score.flows.dynamics import DynamicsFlow, LogDensity, Trajectory, as_pytree
 from numpyro_score.flows.hamiltonian import HamiltonianFlow
+from numpyro_score.random import Key, as_key
 
 __all__ = ["FlowFit", "FlowFunction", "LearnedFlow", "build_flow", "fit_flow", "flow_params", "flow_step"]
 
@@ -87,7 +88,7 @@ class LearnedFlow:
 def fit_flow(
     flow: FlowFunction,
     log_density: LogDensity,
-    rng_key: Array,
+    rng_key: Key,
     *,
     num_steps: int = 1000,
     num_samples: int = 64,
@@ -122,11 +123,11 @@ def fit_flow(
     """
     if num_steps < 1 or num_samples < 1:
         raise ValueError(f"fit_flow needs positive num_steps and num_samples, got {num_steps} and {num_samples}.")
-    init_key, rng_key = jax.random.split(rng_key)
+    init_key, run_key = jax.random.split(as_key(rng_key))
     log_density = as_pytree(log_density)
     params = flow_params(flow, log_density, init_key)
     optim = _adam(num_steps) if optim is None else optim
-    params, bounds = _ascend(flow, optim, num_steps, num_samples, log_density, params, rng_key)
+    params, bounds = _ascend(flow, optim, num_steps, num_samples, log_density, params, run_key)
     found = np.asarray(bounds)
     if not np.isfinite(found[-1]):
         step = int(np.argmin(np.isfinite(found)))

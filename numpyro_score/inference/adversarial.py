@@ -21,10 +21,10 @@ from numpyro_score.flows.dynamics import Trajectory, as_pytree
 from numpyro_score.flows.fit import FlowFunction, LearnedFlow, build_flow, flow_params, flow_step
 from numpyro_score.generalized import LOSS_SITE, point_guide, prior_model
 from numpyro_score.inference.adversarial_result import AdversarialResult, AdversarialState, AdversarialTerms
+from numpyro_score.inference.arguments import InitParams, check_keywords, is_loss
 from numpyro_score.inference.cost import with_cost
 from numpyro_score.inference.loop import (
     NonFiniteLossError,
-    check_key,
     check_num_steps,
     run_steps,
     strongly_typed,
@@ -32,6 +32,7 @@ from numpyro_score.inference.loop import (
 )
 from numpyro_score.inference.optim import decaying_adam, default_optimizer, optax_optimizer
 from numpyro_score.losses.terms import require_flat
+from numpyro_score.random import RUN, Key, as_key
 
 __all__ = ["AdversarialDynamicsEmbedding"]
 
@@ -107,6 +108,11 @@ class AdversarialDynamicsEmbedding:
                 "AdversarialDynamicsEmbedding needs positive flow_steps and num_samples, got "
                 f"{flow_steps} and {num_samples}."
             )
+        if any(map(is_loss, (flow, optim, flow_optim))):
+            raise TypeError(
+                "AdversarialDynamicsEmbedding is a likelihood method and takes no loss: leave it out, or write "
+                "ScoreMatching(model, loss=...)."
+            )
         if flow is not None and not callable(flow):
             raise TypeError(
                 f"flow must be a function from a log density to a flow, got {type(flow).__name__}: write e.g. "
@@ -127,15 +133,17 @@ class AdversarialDynamicsEmbedding:
         self._advance = jax.jit(self._advance_impl, static_argnames="static")
 
     def init(
-        self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any
+        self, rng_key: Key, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any
     ) -> AdversarialState:
         """The initial state; checks the data and the density at the initial parameters.
 
         Raises:
             ValueError, TypeError, NotImplementedError: for data, a model or a flow that this method cannot take.
         """
-        rng_key, svi_key, flow_key = jax.random.split(rng_key, 3)
-        optim_state = self._svi.init(svi_key, *args, init_params=init_params, **kwargs).optim_state
+        run_key, svi_key, flow_key = jax.random.split(as_key(rng_key), 3)
+        check_keywords(self.init, self.model, kwargs)
+        with InitParams(init_params):
+            optim_state = self._svi.init(svi_key, *args, init_params=init_params, **kwargs).optim_state
         known = self._constrained(optim_state)
         if unknown := set(init_params or ()) - set(known):
             raise ValueError(f"init_params has {sorted(unknown)}, but the param sites are {sorted(known)}: use these.")
@@ -148,7 +156,7 @@ class AdversarialDynamicsEmbedding:
                 f"The flow's base has {dim} dimensions, but a row of the data has {energy.dim}: give it a base with "
                 f"event_shape ({energy.dim},)."
             )
-        return AdversarialState(optim_state, params, self._flow_optim(1, 0).init(params), rng_key)
+        return AdversarialState(optim_state, params, self._flow_optim(1, 0).init(params), run_key)
 
     def get_params(self, state: AdversarialState) -> dict[str, Any]:
         """Constrained values of the param sites of model and guide, as SVI's."""
@@ -161,7 +169,7 @@ class AdversarialDynamicsEmbedding:
     @with_cost
     def run(
         self,
-        rng_key: Array | None = None,
+        rng_key: Key | None = None,
         *args: Any,
         num_steps: int | None = None,
         progress_bar: bool = True,
@@ -187,8 +195,8 @@ class AdversarialDynamicsEmbedding:
             NonFiniteLossError: a term became NaN or infinite; the exception holds the last finite state.
         """
         num_steps = check_num_steps(self.num_steps if num_steps is None else num_steps)
-        rng_key = jax.random.key(0) if rng_key is None else rng_key
-        check_key(rng_key)
+        rng_key = as_key(0 if rng_key is None else rng_key, RUN)
+        check_keywords(self.run, self.model, kwargs)
         state = init_state
         if state is None or self._svi.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)

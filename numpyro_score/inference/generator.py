@@ -21,6 +21,7 @@ from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.score_matching import ScoreMatching
 from numpyro_score.losses import DSM
 from numpyro_score.losses.base import at_least_one, positive
+from numpyro_score.random import Key, as_key
 
 __all__ = ["DenoisingGenerator", "GeneratorResult", "GeneratorState"]
 
@@ -116,17 +117,17 @@ class DenoisingGenerator:
         self.critic_steps, self.batch_size = critic_steps, batch_size
         self._advance = jax.jit(self._scan, static_argnums=2)
 
-    def init(self, rng_key: Array, params: Any) -> GeneratorState:
+    def init(self, rng_key: Key, params: Any) -> GeneratorState:
         """The state at generator parameters `params`, with the critic at its model's initial values."""
-        rng_key, sample_key, critic_key = jax.random.split(rng_key, 3)
+        run_key, sample_key, critic_key = jax.random.split(as_key(rng_key), 3)
         x = self.sample(sample_key, params, self.batch_size)
         _require_real("critic", self.critic.model.energy(x))
         critic = self.critic.init(critic_key, x)
-        return GeneratorState(params, self.optim.init(params), critic, rng_key)
+        return GeneratorState(params, self.optim.init(params), critic, run_key)
 
-    def sample(self, rng_key: Array, params: Any, n: int) -> Float[Array, "n d"]:
+    def sample(self, rng_key: Key, params: Any, n: int) -> Float[Array, "n d"]:
         """Draws of the generator, (N, D), without noise."""
-        return self.generator(params, self.base.sample(rng_key, (n,)))
+        return self.generator(params, self.base.sample(as_key(rng_key), (n,)))
 
     def update(self, state: GeneratorState, target: Energy) -> tuple[GeneratorState, Float[Array, ""]]:
         """The critic's steps, one step of the generator, and the Fisher divergence before it."""
@@ -147,7 +148,7 @@ class DenoisingGenerator:
 
     def run(
         self,
-        rng_key: Array,
+        rng_key: Key,
         target: Energy,
         params: Any,
         *,
@@ -171,6 +172,7 @@ class DenoisingGenerator:
             NotImplementedError: for a target or critic whose data are bounded.
             FloatingPointError: as soon as a divergence is not finite.
         """
+        rng_key = as_key(rng_key, "write run(jax.random.key(0), target, params)")
         at_least_one("DenoisingGenerator.run", "num_steps", num_steps)
         if not isinstance(target, Energy):
             raise TypeError(f"The target must be an Energy, such as fit.energy, got {type(target).__name__}.")

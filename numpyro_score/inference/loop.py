@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
-__all__ = ["Advance", "NonFiniteLossError", "check_key", "check_num_steps", "run_steps", "strongly_typed", "take_steps"]
+__all__ = ["Advance", "NonFiniteLossError", "check_num_steps", "run_steps", "strongly_typed", "take_steps"]
 
 _BUFFER = 1024  # values kept on the device between two looks at them
 _SECONDS = 0.1  # between two updates of the progress bar
@@ -146,14 +146,3 @@ def check_num_steps(num_steps: int) -> int:
     if num_steps != int(num_steps) or num_steps < 1:
         raise ValueError(f"num_steps must be a positive integer, got {num_steps}.")
     return int(num_steps)
-
-
-def check_key(rng_key: Any) -> None:
-    """Raises TypeError unless `rng_key` is one random key."""
-    is_key = isinstance(rng_key, jax.Array) and jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) and rng_key.ndim == 0
-    is_raw = jnp.shape(rng_key) == (2,) and jnp.result_type(rng_key) == jnp.uint32
-    if not (is_key or is_raw):
-        raise TypeError(
-            f"rng_key must be one random key, got {type(rng_key).__name__} of shape {np.shape(rng_key)}: write "
-            "run(jax.random.key(0), x), the model's arguments after the key."
-        )

@@ -6,23 +6,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from jaxtyping import Array
-
 from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.inference.calibration import CalibratedRate
 from numpyro_score.inference.score_matching import calibrated_rate
 from numpyro_score.losses import Loss
+from numpyro_score.random import Key, as_key
 
 __all__ = ["generalized_bayes"]
 
 
 def generalized_bayes(
     model: Callable[..., Any],
-    loss: Loss,
+    loss: Loss | None = None,
     learning_rate: Any = 1.0,
     *,
     data: str | None = None,
-    rng_key: Array | None = None,
+    rng_key: Key | None = None,
 ) -> GeneralizedModel:
     r"""Turns an unnormalised model into an ordinary NumPyro model of its parameters.
 
@@ -87,5 +86,8 @@ def generalized_bayes(
         >>> bool(jnp.abs(mcmc.get_samples()["mu"].mean() - posterior_mean) < 0.02)
         True
     """
+    if loss is None:
+        raise TypeError("generalized_bayes needs a loss: write e.g. generalized_bayes(model, ISM()).")
     find_rate = CalibratedRate(partial(calibrated_rate, model, loss, data)) if learning_rate == "calibrated" else None
-    return GeneralizedModel(model, loss, learning_rate, data, rng_key, find_rate)
+    key = None if rng_key is None else as_key(rng_key)
+    return GeneralizedModel(model, loss, learning_rate, data, key, find_rate)

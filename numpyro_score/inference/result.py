@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +21,7 @@ from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.export import fit_groups
 from numpyro_score.losses import Loss
 from numpyro_score.normaliser import LogPartition
+from numpyro_score.random import Key, as_key
 from numpyro_score.uncertainty import (
     MAX_PARAMETERS,
     Curvature,
@@ -179,12 +180,13 @@ class ScoreMatchingResult:
         """
         return calibrated_learning_rate(self.curvature)
 
-    def sample_posterior(self, rng_key: Array, n: int) -> dict[str, Any]:
+    def sample_posterior(self, rng_key: Key, n: int) -> dict[str, Any]:
         """Draws of the parameters, {site: (n, ...)}.
 
         A point fit is drawn from N(estimate, sandwich) in unconstrained space; other guides from the guide itself,
         with the model's params at their estimates. Deterministic sites are computed from the draws.
         """
+        rng_key = as_key(rng_key)
         if self.is_point:
             return self.with_deterministic(self.coordinates.draw(rng_key, self.curvature.covariance, n))
         draws = self._draw_from_guide(rng_key, n)
@@ -208,13 +210,16 @@ class ScoreMatchingResult:
 
     def to_arviz(
         self,
-        rng_key: Array | None = None,
+        rng_key: Key | None = None,
         num_samples: int = 1000,
         log_partition: LogPartition | float | None = None,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
     ) -> Any:
         """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
-        rng_key = jax.random.key(0) if rng_key is None else rng_key
-        return as_arviz(fit_groups(self, rng_key, num_samples, log_partition))
+        rng_key = as_key(0 if rng_key is None else rng_key)
+        return as_arviz(fit_groups(self, rng_key, num_samples, log_partition), coords, dims)
 
     @cached_property
     def _latents(self) -> dict[str, Any]:

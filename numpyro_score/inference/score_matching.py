@@ -29,12 +29,12 @@ from numpyro.optim import Minimize
 from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minimise
 from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, layouts_kept, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
+from numpyro_score.inference.arguments import InitParams, check_inside, check_keywords, is_loss
 from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
 from numpyro_score.inference.loop import (
     NonFiniteLossError,
-    check_key,
     check_num_steps,
     run_steps,
     strongly_typed,
@@ -45,6 +45,7 @@ from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart, being_traced
 from numpyro_score.losses import ISM, SSM, Loss
 from numpyro_score.losses.base import check_settings
+from numpyro_score.random import RUN, Key, as_key
 
 __all__ = ["DefaultLoss", "ScoreMatching"]
 
@@ -115,6 +116,8 @@ class ScoreMatching(SVI):
         data: str | None = None,
     ) -> None:
         num_steps = check_num_steps(num_steps)
+        if misplaced := [v for v in (guide, optim) if is_loss(v)]:
+            raise TypeError(f"{misplaced[0]!r} is a loss: write ScoreMatching(model, loss={misplaced[0]!r}).")
         self.score_model, self.score_loss = model, DefaultLoss() if loss is None else loss
         self.num_steps, self.learning_rate, self.data = num_steps, learning_rate, data
         self.prior = prior_model(model, data, loss=self.score_loss)
@@ -173,18 +176,20 @@ class ScoreMatching(SVI):
         return ScoreMatching(self.score_model, guide, optim, self.score_loss, **options)
 
     @layouts_kept()
-    def init(self, rng_key: Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    def init(self, rng_key: Key, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """The initial `SVIState`, as SVI's; checks the data and the density at the initial parameters.
 
         Raises:
             ValueError, TypeError, NotImplementedError: for data or a model that score matching cannot take; the
                 message names the site and the remedy.
         """
-        found = None
+        check_keywords(self.init, self.score_model, kwargs)
+        rng_key, found = as_key(rng_key), None
         if self._default_guide and not being_traced((rng_key, args, kwargs, init_params)):
             found = self._start(rng_key, init_params, args, kwargs)
         if found is not None:
             state, transforms, energy = found
+            check_inside(init_params, {k: t.codomain for k, t in transforms.items()})
             self.constrain_fn = partial(transform_fn, transforms)
             self._check(energy)
         else:
@@ -195,7 +200,8 @@ class ScoreMatching(SVI):
                 self.optim,
                 self.loss,
             )
-            state = structure.init(rng_key, *args, init_params=init_params, **kwargs)
+            with InitParams(init_params):
+                state = structure.init(rng_key, *args, init_params=init_params, **kwargs)
             self.constrain_fn = structure.constrain_fn
         self._mutable = sorted(state.mutable_state or {})
         known = self.get_params(state)
@@ -207,7 +213,7 @@ class ScoreMatching(SVI):
     @layouts_kept()
     def run(
         self,
-        rng_key: Array | None = None,
+        rng_key: Key | None = None,
         *args: Any,
         num_steps: int | None = None,
         progress_bar: bool = True,
@@ -252,8 +258,8 @@ class ScoreMatching(SVI):
                 return svi.run(rng_key, *args, **options, **start, **kwargs)
 
             return calibrated_fit(self, run, init_state=init_state, init_params=init_params)
-        rng_key = jax.random.key(0) if rng_key is None else rng_key
-        check_key(rng_key)
+        rng_key = as_key(0 if rng_key is None else rng_key, RUN)
+        check_keywords(self.run, self.score_model, kwargs)
         if init_state is None or self.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state

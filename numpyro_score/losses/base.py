@@ -22,6 +22,7 @@ __all__ = [
     "declare_sites",
     "positive",
     "require_equal_rows",
+    "required",
     "row_losses",
     "rows_in_cache",
     "total_loss",
@@ -51,6 +52,12 @@ class Loss(Protocol):
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
         ...
+
+
+def required(owner: str, name: str, value: Any, what: str) -> None:
+    """Raises TypeError if a setting that has no default was left out, and says what it is and where to start."""
+    if value is None:
+        raise TypeError(f"{owner} needs {name}, got None: {what}.")
 
 
 def positive(owner: str, name: str, value: Any) -> None:

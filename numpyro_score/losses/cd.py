@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
 from numpyro_score.kernels.langevin import Chains, LogDensity
-from numpyro_score.losses.base import at_least_one
+from numpyro_score.losses.base import at_least_one, required
 from numpyro_score.losses.terms import require_flat
 
 __all__ = ["CD", "ChainKernel", "check_kernel", "run_chains"]
@@ -87,7 +87,7 @@ class CD:
 
     num_steps: int = 10
     _: KW_ONLY
-    kernel: ChainKernel
+    kernel: ChainKernel = None  # type: ignore[assignment]
 
     no_objective: ClassVar[str] = NO_OBJECTIVE
     no_posterior: ClassVar[str] = NO_OBJECTIVE
@@ -98,6 +98,12 @@ class CD:
     not_finite: ClassVar[str] = RUN_AWAY
 
     def __post_init__(self) -> None:
+        required(
+            "CD",
+            "kernel",
+            self.kernel,
+            "the step of its chains: start from CD(kernel=MALA(step_size=0.1 * float(x.var()))), in units of x²",
+        )
         at_least_one("CD", "num_steps", self.num_steps)
         check_kernel("CD", self.kernel)
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score import random
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import at_least_one, positive, rows_in_cache
+from numpyro_score.losses.base import at_least_one, positive, required, rows_in_cache
 from numpyro_score.losses.terms import require_flat
 
 __all__ = ["DSM", "geometric_levels"]
@@ -53,13 +53,20 @@ class DSM:
             `sigma` or its arguments give one already; for one level, if the model's `sigma` is left at its default.
     """
 
-    sigma: float | Array | tuple[float, ...]
+    sigma: float | Array | tuple[float, ...] = None  # type: ignore[assignment]
     control_variate: bool = True
     weighting: Callable[[Array], Array] | None = None
     levels: Literal["sampled", "all"] = "sampled"
     antithetic: bool = False
 
     def __post_init__(self) -> None:
+        required(
+            "DSM",
+            "sigma",
+            self.sigma,
+            "the noise level in the units of the data: start from a tenth of their standard deviation, e.g. "
+            "DSM(sigma=0.1 * float(x.std()))",
+        )
         if isinstance(self.sigma, Sequence | np.ndarray | jax.Array) and not isinstance(
             self.sigma, str | jax.core.Tracer
         ):

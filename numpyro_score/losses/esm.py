@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import AnyArray, Energy
-from numpyro_score.losses.base import positive
+from numpyro_score.losses.base import positive, required
 from numpyro_score.losses.terms import data_frame
 
 __all__ = ["ESM", "parzen_score"]
@@ -37,10 +37,17 @@ class ESM:
         ValueError: if it returns another shape.
     """
 
-    target_score: Callable[[Array], Array]
+    target_score: Callable[[Array], Array] = None  # type: ignore[assignment]
     boundary_weight: Callable[[Array], Array] | None = None
 
     def __post_init__(self) -> None:
+        required(
+            "ESM",
+            "target_score",
+            self.target_score,
+            "the known score of the law of the data, a function of rows: for data alone use ISM(), or start from "
+            "ESM(parzen_score(x, sigma))",
+        )
         if not callable(self.target_score):
             raise TypeError(f"ESM needs a target_score that is a function of rows, got {self.target_score!r}.")
 
@@ -63,6 +70,11 @@ class _ParzenScore:
     sigma: float
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        if x.ndim != 2:
+            raise ValueError(
+                f"The score of parzen_score takes rows of shape (N, {self.data.shape[-1]}), got {x.shape}: pass one "
+                "row as x[None]."
+            )
         if x.shape[-1] != self.data.shape[-1]:
             raise ValueError(
                 f"parzen_score was made of data with {self.data.shape[-1]} columns, and asked at rows with "

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score import random
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import at_least_one, positive
+from numpyro_score.losses.base import at_least_one, positive, required
 from numpyro_score.losses.terms import require_flat
 
 __all__ = ["KLContraction"]
@@ -43,11 +43,18 @@ class KLContraction:
         ValueError: for a setting out of range.
     """
 
-    time: float
+    time: float = None  # type: ignore[assignment]
     num_samples: int = 16
     stabiliser: float = 0.0
 
     def __post_init__(self) -> None:
+        required(
+            "KLContraction",
+            "time",
+            self.time,
+            "the variance of its noise in squared units of the data: start from a tenth of theirs, e.g. "
+            "KLContraction(time=0.1 * float(x.var()))",
+        )
         positive("KLContraction", "time", self.time)
         at_least_one("KLContraction", "num_samples", self.num_samples)
         if not (math.isfinite(self.stabiliser) and self.stabiliser >= 0):

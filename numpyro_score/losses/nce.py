@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float
 
 from numpyro_score.energy import Energy, innermost
-from numpyro_score.losses.base import at_least_one, require_equal_rows
+from numpyro_score.losses.base import at_least_one, require_equal_rows, required
 
 __all__ = ["LOG_PARTITION_SITE", "NCE"]
 
@@ -77,7 +77,7 @@ class NCE:
         True
     """
 
-    noise: dist.Distribution
+    noise: dist.Distribution = None
     num_noise: int = 1
 
     no_posterior: ClassVar[str] = "it estimates the log normaliser as a param, which would be frozen"
@@ -88,6 +88,13 @@ class NCE:
         return f"NCE(noise={law} of shape {self.noise.event_shape}, num_noise={self.num_noise})"
 
     def __post_init__(self) -> None:
+        required(
+            "NCE",
+            "noise",
+            self.noise,
+            "a normalised law of one row that covers the data: start from a normal of their mean and twice their "
+            "standard deviation, e.g. NCE(dist.Normal(x.mean(0), 2 * x.std(0)).to_event(1))",
+        )
         at_least_one("NCE", "num_noise", self.num_noise)
         if not isinstance(self.noise, dist.Distribution) or isinstance(self.noise, dist.ImproperUniform):
             raise TypeError(

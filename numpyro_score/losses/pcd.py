@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from numpyro.primitives import mutable
 
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import at_least_one, require_equal_rows
+from numpyro_score.losses.base import at_least_one, require_equal_rows, required
 from numpyro_score.losses.cd import NO_OBJECTIVE, RUN_AWAY, ChainKernel, check_kernel, run_chains
 from numpyro_score.losses.terms import require_flat
 
@@ -79,7 +79,7 @@ class PCD:
     num_chains: int = 100
     num_steps: int = 1
     _: KW_ONLY
-    kernel: ChainKernel
+    kernel: ChainKernel = None  # type: ignore[assignment]
     restart: float = 0.0
 
     no_objective: ClassVar[str] = NO_OBJECTIVE
@@ -87,6 +87,12 @@ class PCD:
     not_finite: ClassVar[str] = RUN_AWAY
 
     def __post_init__(self) -> None:
+        required(
+            "PCD",
+            "kernel",
+            self.kernel,
+            "the step of its chains: start from PCD(kernel=MALA(step_size=0.1 * float(x.var()))), in units of x²",
+        )
         at_least_one("PCD", "num_chains", self.num_chains)
         at_least_one("PCD", "num_steps", self.num_steps)
         check_kernel("PCD", self.kernel)

@@ -19,6 +19,7 @@ from numpyro_score.normaliser.coordinates import data_to_row, row_log_jacobian, 
 from numpyro_score.normaliser.partition import LogPartition
 from numpyro_score.normaliser.sampling import Kernel, run_chains
 from numpyro_score.normaliser.source import Source, density_of
+from numpyro_score.random import Key, as_key
 
 __all__ = ["EnergyDistribution"]
 
@@ -135,13 +136,13 @@ class EnergyDistribution(dist.Distribution):
         log_density = jax.vmap(one)(value.reshape(-1, *self.event_shape)).reshape(batch)
         return log_density - self.log_partition
 
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+    def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Approximate draws, (sample shape, event shape), by MCMC from rows of the energy's data."""
         n = math.prod(sample_shape)
         if n == 0:
             return jnp.zeros((*sample_shape, *self.event_shape), self.energy.dtype)
         chains = min(n, self.num_chains)
-        run_key, order_key = jax.random.split(key)
+        run_key, order_key = jax.random.split(as_key(key))
         rows, _ = run_chains(self.energy, run_key, self.kernel, -(-n // chains), chains, self.num_warmup)
         rows = jax.random.permutation(order_key, rows.reshape(-1, self.energy.dim))[:n]
         return jax.vmap(partial(self._event, self.energy))(rows).reshape(*sample_shape, *self.event_shape)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array
 
 from numpyro_score.normaliser.bridge import nce
 from numpyro_score.normaliser.coordinates import free_dim
@@ -15,6 +14,7 @@ from numpyro_score.normaliser.flow import flow
 from numpyro_score.normaliser.quadrature import MAX_DIM, quadrature
 from numpyro_score.normaliser.smc import smc
 from numpyro_score.normaliser.source import Source, density_of
+from numpyro_score.random import Key, as_key
 
 __all__ = ["LogPartition", "log_partition"]
 
@@ -52,7 +52,7 @@ class LogPartition(NamedTuple):
 
 
 def log_partition(
-    energy: Source, method: str | None = None, rng_key: Array | None = None, **settings: Any
+    energy: Source, method: str | None = None, rng_key: Key | None = None, **settings: Any
 ) -> LogPartition:
     r"""The log normaliser :math:`\log Z = \log \int \exp f(x)\,dx` of one row of a model.
 
@@ -97,5 +97,6 @@ def log_partition(
     chosen = method or ("quadrature" if free_dim(energy, "angles") <= MAX_DIM else "smc")
     if rng_key is None and chosen != "quadrature":
         raise TypeError(f"method='{chosen}' draws at random: pass rng_key=jax.random.key(...).")
-    value, stderr, diagnostics = METHODS[chosen](energy, rng_key, **settings)
+    key = None if rng_key is None else as_key(rng_key)
+    value, stderr, diagnostics = METHODS[chosen](energy, key, **settings)
     return LogPartition(value, stderr, chosen, diagnostics)

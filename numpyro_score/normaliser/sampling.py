@@ -20,6 +20,7 @@ from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import free_log_density, from_free, row_to_data, to_free
 from numpyro_score.normaliser.source import Source, density_of
+from numpyro_score.random import Key, as_key
 
 __all__ = ["Kernel", "run_chains", "sample"]
 
@@ -31,7 +32,7 @@ _MAX_R_HAT = 1.01  # Vehtari et al. 2021
 
 def sample(
     energy: Source,
-    rng_key: Array,
+    rng_key: Key,
     num_samples: int,
     *,
     kernel: Kernel = NUTS,
@@ -93,9 +94,10 @@ def sample(
             f"sample needs a function that makes a kernel, got {name}(...): write e.g. "
             f"functools.partial({name}, step_size=0.1)."
         )
+    key = as_key(rng_key, "write sample(fit, jax.random.key(0), 1000)")
     energy = density_of(energy)
     run = run_chains if progress_bar else _compiled_chains
-    x, stats = run(energy, rng_key, kernel, num_samples, num_chains, num_warmup, progress_bar)
+    x, stats = run(energy, key, kernel, num_samples, num_chains, num_warmup, progress_bar)
     if not jnp.isfinite(x).all():
         raise ValueError(
             "Draws are not finite: the density is not normalisable, or the kernel's step size is too large."

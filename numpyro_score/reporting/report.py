@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from numpyro_score.comparison.audit import _describe
 from numpyro_score.energy import plural
@@ -31,6 +30,7 @@ from numpyro_score.plots import (
 )
 from numpyro_score.plots.axes import data_columns, numbered, sample_columns
 from numpyro_score.plots.fits import loss_of, solved_at_once
+from numpyro_score.random import Key, as_key
 from numpyro_score.reporting.checks import Check, check_all, converged
 from numpyro_score.reporting.page import Markup, page, picture, table, tag
 from numpyro_score.version import __version__
@@ -43,7 +43,7 @@ _FIRST, _MOST = 10, 500  # numbers in the table of the first screen, and in that
 _WORDS = {"good": "✓ good", "look": "! look at this", "bad": "✗ bad", "unknown": "? not known"}
 
 
-def report(fit: Fit, path: str | Path, *, rng_key: Array | None = None, num_samples: int = 1000) -> Path:
+def report(fit: Fit, path: str | Path, *, rng_key: Key | None = None, num_samples: int = 1000) -> Path:
     """Writes all there is to know about a fit to one HTML file.
 
     The first screen says what was fitted and by which loss, whether it converged, the estimates with their standard
@@ -87,7 +87,7 @@ def report(fit: Fit, path: str | Path, *, rng_key: Array | None = None, num_samp
         raise ValueError(f"report needs a num_samples of at least 4, or 0 for no draws, got {num_samples}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("report needs Matplotlib: pip install 'numpyro-score[plots]'.")
-    sample_key, check_key = jax.random.split(jax.random.key(0) if rng_key is None else rng_key)
+    sample_key, check_key = jax.random.split(as_key(0 if rng_key is None else rng_key))
     # What is warned of on the way is part of the report.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

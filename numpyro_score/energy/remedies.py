@@ -1,0 +1,116 @@
+"""What to do about data that are not where their site says: told apart by what their values look like.
+
+Never to drop rows: those that lie outside are not a random part of the data, and what is left is biased.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpyro.distributions import constraints
+
+from numpyro_score.energy.supports import base_constraint
+
+__all__ = ["on_boundary", "outside_remedy"]
+
+_ROUNDED = 0.05  # sums and norms this near to one are rounded or incomplete, others are of another unit
+
+
+def outside_remedy(name: str, kind: str, constraint: constraints.Constraint, value: Any) -> str:
+    """What is seen of data outside of their support, and what to write instead.
+
+    Args:
+        name: of the data.
+        kind: of their support.
+        constraint: their support.
+        value: the values of the rows outside, (M, ...).
+    """
+    value, base = np.asarray(value, np.float64), base_constraint(constraint)
+    if not np.isfinite(value).all():
+        return "there are NaN or infinity among them, so correct or mask these rows with handlers.mask"
+    if kind == "sphere":
+        return _off_one(
+            name,
+            np.linalg.norm(value, axis=-1),
+            "norms on the unit sphere",
+            f"np.linalg.norm({name}, axis=-1, keepdims=True)",
+        )
+    if kind == "simplex":
+        if (value < 0).any():
+            return f"some shares are negative, at least {value.min():.3g}: correct them"
+        return _off_one(name, value.sum(-1), "sums on the simplex", f"{name}.sum(-1, keepdims=True)")
+    if isinstance(base, type(constraints.circular)):
+        if np.abs(value).max() > 4 * np.pi:
+            return (
+                f"angles up to {np.abs(value).max():.4g} look like degrees: write x = np.deg2rad({name}), then "
+                + _wrap("x")
+            )
+        return f"angles are to lie in [-π, π): write {_wrap(name)}"
+    lower, upper = (np.asarray(getattr(base, b, i), np.float64) for b, i in _ENDS)
+    if kind == "box":
+        if ((value >= lower) & (value <= upper)).all():
+            return _at_ends(lower, upper, value)
+        low = value < lower
+        seen = f"values from {value.min():.4g} to {value.max():.4g} lie beyond " + _interval(lower, upper)
+        if lower.size == upper.size == 1 and lower == 0 and upper == 1 and not low.any() and value.max() <= 100:
+            return f"{seen}: if they are percentages, write {name} / 100, else give the site the support they have"
+        return f"{seen}: correct their unit or origin, or give the site the support that they have"
+    ordered = type(base).__name__.strip("_").lower()
+    if "ordered" in ordered and (np.diff(value, axis=-1) >= 0).all() and (np.diff(value, axis=-1) == 0).any():
+        return "there are ties in rows that are to increase strictly: undo the rounding that made them"
+    return f"correct these values, or give the site the support that they have ({ordered} does not hold them)"
+
+
+_ENDS = (("lower_bound", -np.inf), ("upper_bound", np.inf))
+
+
+def on_boundary(kind: str, constraint: constraints.Constraint, value: Any) -> np.ndarray:
+    """Which rows of finite data (M, ...) touch the boundary of a bounded support or of a simplex, (M,)."""
+    value = np.asarray(value, np.float64)
+    if kind == "simplex":
+        touch = value == 0
+    elif kind == "box":
+        base = base_constraint(constraint)
+        lower, upper = (np.asarray(getattr(base, b, i), np.float64) for b, i in _ENDS)
+        touch = (value == lower) | (value == upper)
+    else:
+        return np.zeros(len(value), bool)
+    return touch.reshape(len(value), -1).any(-1)
+
+
+def _wrap(name: str) -> str:
+    return f"({name} + np.pi) % (2 * np.pi) - np.pi"
+
+
+def _interval(lower: np.ndarray, upper: np.ndarray) -> str:
+    return f"the bounds {lower.min():.4g} and {upper.max():.4g}" if lower.size else "the bounds"
+
+
+def _off_one(name: str, total: np.ndarray, what: str, divisor: str) -> str:
+    off = np.abs(total - 1).max()
+    if (total == 0).any():
+        return f"some {what} are zero: correct these rows, which have no direction or composition"
+    if off <= _ROUNDED:
+        return f"{what} are off one by up to {off:.2g}, as after rounding: divide the rows by them, {name} / {divisor}"
+    return (
+        f"{what} lie between {total.min():.4g} and {total.max():.4g} instead of at one: if only the proportions of a "
+        f"row matter, divide the rows by them, {name} / {divisor}"
+    )
+
+
+def _at_ends(lower: np.ndarray, upper: np.ndarray, value: np.ndarray) -> str:
+    """Of values that lie on the ends of an open interval."""
+    closed = "constraints.interval(low, high)" if np.isfinite(upper).all() else "constraints.greater_than_eq(low)"
+    if not np.isfinite(lower).all():
+        closed = "constraints.less_than_eq(high)"
+    elif (lower == 0).all():
+        closed = "constraints.nonnegative"
+        if np.isfinite(upper).all():
+            closed = "constraints.unit_interval" if (upper == 1).all() else "constraints.interval(0.0, high)"
+    at = np.unique(value[(value == lower) | (value == upper)])[:2]
+    return (
+        f"values lie exactly on the boundary, at {' and '.join(f'{v:.4g}' for v in at)}: if the density is finite "
+        f"there, write {closed}, under which they count; if they are small values rounded, put half of the smallest "
+        "step that is measured in their place; if such values occur with a probability of their own, model them apart"
+    )

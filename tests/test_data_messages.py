@@ -1,0 +1,124 @@
+"""Data that are not what the model's site says: each mistake has its own remedy, and dropping rows is none."""
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from models import improper
+from numpyro.distributions import constraints
+
+from numpyro_score import Energy
+
+X = np.random.default_rng(0).normal(size=(20, 3))
+SHARES = np.random.default_rng(1).dirichlet(4 * np.ones(3), 20)
+UNIT = X / np.linalg.norm(X, axis=-1, keepdims=True)
+ANGLES = np.linspace(0.1, 6.2, 20)
+GAMMA = np.r_[0.0, 0.0, np.linspace(0.2, 3.0, 18)]
+
+
+def on(support, *event, f=lambda x: -0.5 * x**2):
+    def model(x):
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(support, (), event), obs=x)
+            numpyro.factor("energy", f(x))
+
+    return model
+
+
+def last(x):
+    return x[..., -1]
+
+
+def with_zero(x):
+    x = x.copy()
+    x[:2, 0] = 0
+    return x / x.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "match"),
+    [
+        (on(constraints.circular, f=jnp.cos), ANGLES, r"write \(x \+ np.pi\) % \(2 \* np.pi\) - np.pi"),
+        (on(constraints.circular, f=jnp.cos), np.rad2deg(ANGLES), "degrees.*np.deg2rad"),
+        (on(constraints.simplex, 3, f=last), 0.99 * SHARES, "sums on the simplex are off one by up to 0.01.*x.sum"),
+        (on(constraints.simplex, 3, f=last), 100 * SHARES, "sums on the simplex lie between.*proportions.*x.sum"),
+        (on(constraints.simplex, 3, f=last), with_zero(SHARES), "rows 0, 1 .*share of zero.*half of the smallest"),
+        (on(constraints.simplex, 3, f=last), SHARES - [0.9, -0.9, 0], "negative"),
+        (on(constraints.sphere, 3, f=last), UNIT.round(2), "norms on the unit sphere are off one.*np.linalg.norm"),
+        (on(constraints.sphere, 3, f=last), 3 * UNIT, "norms on the unit sphere lie between.*np.linalg.norm"),
+        (on(constraints.positive), GAMMA, "rows 0, 1 .*boundary, at 0.*constraints.nonnegative"),
+        (on(constraints.open_interval(0.0, 3.0)), GAMMA, "at 0 and 3.*constraints.interval"),
+        (on(constraints.greater_than(1.0)), GAMMA, "from 0 to .* beyond the bounds 1 and inf.*unit or origin"),
+        (on(constraints.unit_interval), 90 * SHARES[:, 0], "percentages.*x / 100"),
+        (on(constraints.nonnegative, f=jnp.log), GAMMA, "rows 0, 1 .*on the boundary.*model these rows apart"),
+        (on(constraints.ordered_vector, 3, f=last), np.ones((20, 3)), "ties"),
+    ],
+)
+def test_outside_of_the_support(model, data, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        Energy(model, {}, data).check()
+    assert "drop" not in str(caught.value)
+
+
+def test_the_remedies_work():
+    """What the messages say to write is taken."""
+    wrapped = (ANGLES + np.pi) % (2 * np.pi) - np.pi
+    Energy(on(constraints.circular, f=jnp.cos), {}, wrapped).check()
+    rounded = UNIT.round(2)
+    Energy(on(constraints.sphere, 3, f=last), {}, rounded / np.linalg.norm(rounded, axis=-1, keepdims=True)).check()
+    Energy(on(constraints.nonnegative), {}, GAMMA).check()
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "match"),
+    [
+        (on(constraints.real_vector, 3, f=last), np.ones((20, 4)), r"'x'.*\(20, 4\).*rows of shape \(3,\)"),
+        (on(constraints.real_vector, 3, f=last), X.T, "transposed, so pass x.T"),
+        (on(constraints.real_vector, 3, f=last), X[:, 0], r"one row is x\[None\]"),
+        (on(constraints.real), X[:, :1], r"pass x\[:, 0\]"),
+        (on(constraints.real), X, "pass one column"),
+    ],
+)
+def test_data_of_another_shape(model, data, match):
+    with pytest.raises(ValueError, match=match):
+        Energy(model, {}, data)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (X[:, 0].tolist(), "'x' is a list.*np.asarray"),
+        ((v for v in X), "'x' is a generator.*array"),
+        (X.astype(object), "'x' is an array of Python objects.*np.asarray"),
+        (np.array(["a", "b"]), "'x' is an array of <U1"),
+    ],
+)
+def test_data_that_are_no_array(data, match):
+    with pytest.raises(TypeError, match=match):
+        Energy(on(constraints.real), {}, data)
+
+
+def test_an_observed_list():
+    def model(n):
+        with numpyro.plate("rows", n):
+            numpyro.sample("y", improper(), obs=[1.0, 2.0])
+
+    with pytest.raises(TypeError, match=r"'y' is observed at a list.*np.asarray"):
+        Energy(model, {}, 2)
+
+
+@pytest.mark.parametrize("names", [("xp", "yp"), ("left", "right")])
+def test_data_in_different_plates(names):
+    """No term is named as the one that stands outside."""
+
+    def model(x):
+        for site, plate in zip("xy", names, strict=True):
+            with numpyro.plate(plate, len(x)):
+                value = numpyro.sample(site, improper(), obs=x[:, "xy".index(site)])
+                numpyro.factor(f"e{site}", -(value**2))
+
+    first, second = names
+    match = rf"different plates .*'ex' in '{first}'.*'ey' in '{second}'.*one plate if.*a model for each"
+    with pytest.raises(ValueError, match=match):
+        Energy(model, {}, X)

@@ -1,0 +1,115 @@
+"""Natural mistakes with arguments, each with one sentence that says what to write."""
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from models import improper
+from numpyro.distributions import constraints
+
+from numpyro_score import (
+    CD,
+    DSM,
+    ESM,
+    ISM,
+    NCE,
+    PCD,
+    AdversarialDynamicsEmbedding,
+    Energy,
+    KLContraction,
+    ScoreMatching,
+    generalized_bayes,
+    parzen_score,
+    to_arviz,
+)
+from numpyro_score.random import as_key
+
+X = np.random.default_rng(0).normal(size=(20, 2))
+
+
+def model(x, sigma=1.0):
+    a = numpyro.param("a", 1.0, constraint=constraints.positive)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(2), obs=x)
+        numpyro.factor("energy", -0.5 * a * (x**2).sum(-1) / sigma)
+
+
+FIT = {}
+
+
+def fit():
+    if not FIT:
+        FIT["fit"] = ScoreMatching(model).run(0, X, progress_bar=False)
+    return FIT["fit"]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: DSM(), "DSM needs sigma.*DSM\\(sigma="),
+        (lambda: KLContraction(), "needs time.*KLContraction\\(time="),
+        (lambda: NCE(), "NCE needs noise.*dist.Normal"),
+        (lambda: ESM(), "needs target_score.*parzen_score"),
+        (lambda: CD(), "CD needs kernel.*MALA"),
+        (lambda: PCD(), "PCD needs kernel.*MALA"),
+        (lambda: ScoreMatching(model, ISM()), r"is a loss: write ScoreMatching\(model, loss=ISM"),
+        (lambda: ScoreMatching(model, None, DSM(0.5)), "is a loss.*loss=DSM"),
+        (lambda: AdversarialDynamicsEmbedding(model, ISM()), "takes no loss"),
+        (lambda: generalized_bayes(model), r"needs a loss.*ISM\(\)"),
+        (lambda: ScoreMatching(model).run(0, X, num_step=5), "no argument 'num_step'.*did you mean num_steps"),
+        (lambda: ScoreMatching(model).run(0, X, sigm=5), "did you mean sigma"),
+        (lambda: AdversarialDynamicsEmbedding(model).run(0, X, progres_bar=False), "did you mean progress_bar"),
+        (lambda: ScoreMatching(model).run(X), r"rng_key must be one random key.*run\(jax.random.key\(0\), x\)"),
+        (lambda: Energy(model, {"a": 1.0}, X).bind(sigma=np.ones(7)), r"sigma of shape \(7,\).*\(20,\)"),
+        (lambda: to_arviz(fit(), num_sample=8), "leave out 'num_sample'"),
+    ],
+)
+def test_types(make, match):
+    with pytest.raises(TypeError, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: ScoreMatching(model).init(0, X, init_params={"a": -1.0}), "a = -1.0.*(?i:constraint positive)"),
+        (lambda: parzen_score(X, 1.0)(X[0]), r"shape \(N, 2\), got \(2,\).*x\[None\]"),
+        (lambda: Energy(model, {"a": 1.0}, X).flatten(X[0]), r"'x' have shape \(2,\)"),
+        (lambda: fit().to_arviz(dims={"x": ["col"]}), "names 1 axes of 'x'.*has 2"),
+        (lambda: fit().to_arviz(coords={"c": "ab"}, dims={"x": ["row", "d"]}), "coords has \\['c'\\]"),
+        (lambda: fit().to_arviz(coords={"c": "abc"}, dims={"x": ["r", "c"]}), "3 labels for 'c'.*'x' has 2"),
+        (lambda: fit().to_arviz(dims={"y": ["row"]}), "dims has \\['y'\\]"),
+    ],
+)
+def test_values(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_names_of_axes():
+    found = fit().to_arviz(num_samples=8, coords={"col": ["u", "v"]}, dims={"x": ["r", "col"]})["observed_data"]["x"]
+    np.testing.assert_allclose(found.sel(col="v"), X[:, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, np.int64(7)])
+def test_integers_are_keys(seed):
+    assert jax.random.key_data(as_key(seed)).tolist() == jax.random.key_data(jax.random.key(int(seed))).tolist()
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0, None, jax.random.split(jax.random.key(0))])
+def test_other_values_are_no_keys(wrong):
+    with pytest.raises(TypeError, match="one random key or an integer"):
+        as_key(wrong)
+
+
+def test_legitimate_values_are_taken():
+    """Sizes in a list, a scalar observed over a plate, keywords passed on by **kwargs."""
+
+    def loose(x, sizes, **kwargs):
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("label", dist.Bernoulli(0.5), obs=0)
+            value = numpyro.sample("x", improper(2), obs=x)
+            numpyro.factor("energy", -sizes[0] * (value**2).sum(-1))
+
+    Energy(loose, {}, X, [2, 3], anything=1).check()
