@@ -40,7 +40,7 @@ from numpyro_score.inference.loop import (
     strongly_typed,
     take_steps,
 )
-from numpyro_score.inference.optim import default_optimizer, optax_optimizer
+from numpyro_score.inference.optim import PickledOptimizer, default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.losses import ISM, SSM, Loss
 from numpyro_score.losses.base import check_settings
@@ -148,9 +148,27 @@ class ScoreMatching(SVI):
         elif isinstance(optim, optax.GradientTransformation):
             optim = optax_optimizer(optim, getattr(loss, "no_objective", None))
         super().__init__(generalized, guide, optim, Trace_ELBO())
+        self._compile()
+
+    def _compile(self) -> None:
         # Compiled functions of this object: it traces its model once for arguments of the same shapes.
         self._evaluate = jax.jit(partial(evaluate_for_check))
         self._advance = jax.jit(self._advance_impl, static_argnames=("static", "stable_update"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_evaluate", "_advance")}
+        return {**state, "optim": None if self._default_optim else PickledOptimizer(self.optim)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.optim = default_optimizer(self.num_steps) if self._default_optim else self.optim.optimizer
+        self._compile()
+
+    def __copy__(self) -> ScoreMatching:
+        # Shares the compiled functions, unlike a copy by way of the pickled state.
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
 
     def at_learning_rate(self, learning_rate: float) -> ScoreMatching:
         """The same with another β. It shares the compiled steps, unless its guide holds the density."""
