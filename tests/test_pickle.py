@@ -68,7 +68,7 @@ def test_a_copy_of_a_fit_agrees_and_goes_on(fit, how):
 def test_a_fit_is_loaded_in_another_process(tmp_path):
     fit = run(ScoreMatching(precision))
     (tmp_path / "fit").write_bytes(pickle.dumps(fit))
-    quickly = jax.config.jax_disable_most_optimizations  # compiled alike, the two processes agree bit for bit
+    quickly = jax.config.values["jax_disable_most_optimizations"]  # compiled alike, the two processes agree bit for bit
     code = f"""
 import pickle, sys, jax
 sys.path.insert(0, {str(Path(__file__).parent)!r})
