@@ -72,9 +72,9 @@ def fit_and_print(key, x, names):
     return fit
 
 
-def posterior(key, x):
+def posterior(key, fit, x):
     heading("(b) NUTS on the generalised posterior")
-    kernel = NUTS(generalized_bayes(model, ISM()))
+    kernel = NUTS(generalized_bayes(model, ISM()), init_strategy=fit.init_strategy)
     mcmc = MCMC(kernel, num_warmup=300, num_samples=300, num_chains=2, chain_method="vectorized")
     mcmc.run(key, x, extra_fields=("potential_energy", "accept_prob", "num_steps", "diverging"))
     idata = to_arviz(mcmc, x)
@@ -165,7 +165,7 @@ def main() -> None:
     print(f"{len(x)} wines, {D} measurements, {len(ROWS)} possible edges; device {jax.devices()[0].device_kind}")
 
     fit = fit_and_print(keys[0], x, names)
-    idata = posterior(keys[1], x)
+    idata = posterior(keys[1], fit, x)
     held_out(keys[2], x)
     sample(keys[3], fit, x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -206,6 +207,7 @@ class ScoreData(xr.DataTree if hasattr(az, "convert_to_datatree") else az.Infere
 
 def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, xr.Dataset]:
     draws = mcmc.get_samples(group_by_chain=True)
+    _warn_of_lost_chains(mcmc, draws)
     groups = {"posterior": dataset(flat(draws), ("chain", "draw"))}
     if stats := sample_stats(mcmc.get_extra_fields(group_by_chain=True)):
         groups["sample_stats"] = dataset(stats, ("chain", "draw"))
@@ -217,6 +219,23 @@ def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
             )
         groups["observed_data"] = observed(mcmc.sampler.model.energy(*args, **kwargs))
     return groups
+
+
+def _warn_of_lost_chains(mcmc: MCMC, draws: dict[str, Any]) -> None:
+    """Warns of chains that left the finite numbers, as NumPyro's `run` ends without a word from its kernel."""
+    lost = np.zeros(mcmc.num_chains, bool)
+    for leaf in map(np.asarray, jax.tree.leaves(draws)):
+        if np.issubdtype(leaf.dtype, np.inexact):
+            lost |= ~np.isfinite(leaf.reshape(mcmc.num_chains, -1)).all(-1)
+    if not lost.any():
+        return
+    size = getattr(mcmc.sampler, "step_size", None)
+    advice = f"step_size={size / 10:.2g}" if isinstance(size, int | float) else "a smaller step size"
+    warnings.warn(
+        f"{lost.sum()} of {len(lost)} chains have draws that are NaN or infinite: they may have run away, so try "
+        f"{type(mcmc.sampler).__name__} with {advice}, or start them at a fit by init_strategy=fit.init_strategy.",
+        stacklevel=4,
+    )
 
 
 def sample_stats(fields: dict[str, Any]) -> dict[str, Any]:

@@ -110,17 +110,25 @@ def prior_model(
 
     With a loss its own sites are there, too. `inspect_energy` is called with the energy of every run.
     """
+    return _PriorModel(model, data, loss, inspect_energy)
 
-    @functools.wraps(model)
-    def prior(*args: Any, **kwargs: Any) -> Any:
-        value, energy = _run_parameters(model, data, args, kwargs)
-        if inspect_energy is not None:
-            inspect_energy(energy)
-        if loss is not None:
-            declare_sites(loss, energy)
+
+class _PriorModel:
+    """What :func:`prior_model` returns: a callable class, as a function made in a function cannot be pickled."""
+
+    def __init__(
+        self, model: Model, data: str | None, loss: Loss | None, inspect_energy: Callable[[Energy], None] | None
+    ) -> None:
+        self._model, self._data, self._loss, self._inspect_energy = model, data, loss, inspect_energy
+        functools.update_wrapper(self, model, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        value, energy = _run_parameters(self._model, self._data, args, kwargs)
+        if self._inspect_energy is not None:
+            self._inspect_energy(energy)
+        if self._loss is not None:
+            declare_sites(self._loss, energy)
         return value
-
-    return prior
 
 
 def point_guide(model: Model, data: str | None = None) -> AutoDelta:

@@ -23,6 +23,9 @@ class _Array:
     def __repr__(self) -> str:
         return "<array>"
 
+    def __reduce__(self) -> str:
+        return "_ARRAY"  # the one of this module, as it is compared by identity
+
 
 _ARRAY = _Array()
 

@@ -87,6 +87,15 @@ class ModelAtValues:
         new.__dict__.update(self.__dict__, **changes)
         return new
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The arguments themselves: JAX does not pickle the structure of a pytree of the user's own classes.
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_arrays", "_static")}
+        return {**state, "arguments": join_arrays(self._arrays, self._static)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._arrays, self._static = split_arrays(state.pop("arguments"))
+        self.__dict__.update(state)
+
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Parameters and arrays are leaves; the model, its other arguments and the layout are static."""
         children = (self.params, self._arrays, self._plates, self._pinned, self._rng_key)

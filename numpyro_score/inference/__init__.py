@@ -9,14 +9,13 @@ from numpyro_score.inference.loop import NonFiniteLossError
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.posterior import generalized_bayes
 from numpyro_score.inference.result import ScoreMatchingResult
-from numpyro_score.inference.score_matching import DefaultLoss, ScoreMatching
+from numpyro_score.inference.score_matching import ScoreMatching
 
 __all__ = [
     "AdversarialDynamicsEmbedding",
     "AdversarialResult",
     "AdversarialState",
     "AdversarialTerms",
-    "DefaultLoss",
     "DenoisingGenerator",
     "FitCost",
     "GeneratorResult",

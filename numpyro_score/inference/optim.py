@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from numpyro.optim import optax_to_numpyro
 
-__all__ = ["decaying_adam", "default_optimizer", "optax_optimizer"]
+__all__ = ["PickledOptimizer", "decaying_adam", "default_optimizer", "optax_optimizer"]
 
 _PEAK_RATE = 0.03
 
@@ -77,3 +78,44 @@ def optax_optimizer(transformation: optax.GradientTransformation, no_line_search
 
     optim.eval_and_update, optim.eval_and_stable_update = eval_and_update, eval_and_stable_update
     return optim
+
+
+class PickledOptimizer:
+    """Carries an optimiser through pickle, or, where it is made of functions that pickle refuses, a stand-in for it.
+
+    A fit needs no optimiser for its estimates and their errors, so it can be saved without. Optax's and NumPyro's are
+    made of local functions, and so never can be pickled. A deep copy shares the optimiser, which has no state.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def __deepcopy__(self, memo: Any) -> PickledOptimizer:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        try:
+            pickle.dumps(self.optimizer)
+        # What pickle raises for functions and objects that it refuses, by Python's version.
+        except (pickle.PicklingError, AttributeError, TypeError):
+            return {"optimizer": NotPickled(type(self.optimizer).__name__)}
+        return {"optimizer": self.optimizer}
+
+
+class NotPickled:
+    """Stands for the optimiser of a fit that was pickled without it.
+
+    Args:
+        name: of the optimiser's class.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"The optimiser ({self._name}) could not be pickled with this fit: give it again, e.g. "
+            "ScoreMatching(model, optim=optax.adam(1e-3), loss=loss).run(key, x, init_state=fit.state)."
+        )
+
+    init = update = get_params = eval_and_update = eval_and_stable_update = _refuse

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from numpyro import handlers
-from numpyro.infer import Predictive
+from numpyro.infer import Predictive, init_to_value
 from numpyro.infer.autoguide import AutoDelta, AutoGuide
 
 from numpyro_score.arviz import as_arviz
 from numpyro_score.energy import Energy
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.export import fit_groups
+from numpyro_score.inference.printed import values_with_errors
 from numpyro_score.losses import Loss
 from numpyro_score.normaliser import LogPartition
 from numpyro_score.random import Key, as_key
@@ -82,8 +84,18 @@ class ScoreMatchingResult:
     cost: FitCost | None = None
 
     def __repr__(self) -> str:
-        shapes = {k: jax.tree.map(jnp.shape, v) for k, v in self.params.items()}
-        return f"ScoreMatchingResult({len(self.losses)} steps, last loss {self.losses[-1]:.6g}, params {shapes})"
+        # Standard errors only where they are there: a printed form neither computes for long nor fails.
+        errors = None
+        if "curvature" in self.__dict__:
+            with contextlib.suppress(SandwichError):
+                errors = self.coordinates.stderr(self.curvature.covariance)
+        lines = values_with_errors(self.estimates if self.is_point else self.params, errors)
+        head = f"ScoreMatchingResult of {len(self.losses)} steps, last loss {self.losses[-1]:.6g}"
+        return "\n  ".join([head, *lines])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what is computed from the fields, some of which holds functions that cannot be pickled.
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def is_point(self) -> bool:
@@ -107,6 +119,17 @@ class ScoreMatchingResult:
             **self._latents,
             **{k: s["value"] for k, s in self.sites.items() if s["type"] == "param"},
         }
+
+    @property
+    def init_strategy(self) -> Callable[..., Any]:
+        """Starts NumPyro's MCMC at the fit: `NUTS(generalized_bayes(model, loss), init_strategy=fit.init_strategy)`.
+
+        NumPyro's `init_to_value` with the :attr:`estimates`: every chain starts there, so that none is caught in
+        a mode of little mass; R-hat then says nothing of modes far from the fit. Param sites are no part of a
+        posterior: MCMC holds them at the initial values that the model gives. To hold them at those of the fit, write
+        `handlers.substitute(generalized_bayes(model, loss), fit.params)`.
+        """
+        return init_to_value(values=self.estimates)
 
     @cached_property
     def energy(self) -> Energy:

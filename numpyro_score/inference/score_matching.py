@@ -6,7 +6,6 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import (
     AutoDAIS,
@@ -40,32 +39,14 @@ from numpyro_score.inference.loop import (
     strongly_typed,
     take_steps,
 )
-from numpyro_score.inference.optim import default_optimizer, optax_optimizer
+from numpyro_score.inference.optim import PickledOptimizer, default_optimizer, optax_optimizer
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart, being_traced
-from numpyro_score.losses import ISM, SSM, Loss
+from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
 from numpyro_score.random import RUN, Key, as_key
 
-__all__ = ["DefaultLoss", "ScoreMatching"]
-
-
-@dataclass(frozen=True)
-class DefaultLoss:
-    """:class:`~numpyro_score.ISM` up to 64 dimensions, and :class:`~numpyro_score.SSM` above."""
-
-    def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
-        """One value per row of the energy's data, (N,)."""
-        return self.of_dimension(energy.dim)(energy, rng_key)
-
-    def rows_per_chunk(self, energy: Energy) -> int | None:
-        """As of the loss chosen."""
-        return self.of_dimension(energy.dim).rows_per_chunk(energy)
-
-    @staticmethod
-    def of_dimension(dim: int) -> ISM | SSM:
-        """The loss for rows of so many numbers."""
-        return ISM() if dim <= 64 else SSM()
+__all__ = ["ScoreMatching"]
 
 
 class ScoreMatching(SVI):
@@ -103,6 +84,8 @@ class ScoreMatching(SVI):
         >>> bool(jnp.isclose(fit.estimates["tau"], 1 / jnp.mean(x**2), rtol=1e-4))  # the maximum likelihood estimate
         True
     """
+
+    optim: Any
 
     def __init__(
         self,
@@ -152,10 +135,28 @@ class ScoreMatching(SVI):
         elif isinstance(optim, optax.GradientTransformation):
             optim = optax_optimizer(optim, getattr(loss, "no_objective", None))
         super().__init__(generalized, guide, optim, Trace_ELBO())
+        self._compile()
+
+    def _compile(self) -> None:
         # Compiled functions of this object: it traces its model once for arguments of the same shapes.
         self._evaluate = jax.jit(partial(evaluate_for_check))
-        self._start = CompiledStart(model, data, self.score_loss, self.guide, self.optim)
         self._advance = jax.jit(self._advance_impl, static_argnames=("static", "stable_update"))
+        self._start = CompiledStart(self.score_model, self.data, self.score_loss, self.guide, self.optim)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_evaluate", "_advance", "_start")}
+        return {**state, "optim": None if self._default_optim else PickledOptimizer(self.optim)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.optim = default_optimizer(self.num_steps) if self._default_optim else self.optim.optimizer
+        self._compile()
+
+    def __copy__(self) -> ScoreMatching:
+        # Shares the compiled functions, unlike a copy by way of the pickled state.
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
 
     def at_learning_rate(self, learning_rate: float) -> ScoreMatching:
         """The same with another β. It shares the compiled steps, unless its guide holds the density."""

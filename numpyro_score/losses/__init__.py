@@ -8,6 +8,7 @@ and are not on this scale.
 
 from numpyro_score.losses.base import Loss, row_losses, total_loss
 from numpyro_score.losses.cd import CD
+from numpyro_score.losses.default import DefaultLoss
 from numpyro_score.losses.dsm import DSM, geometric_levels
 from numpyro_score.losses.esm import ESM, parzen_score
 from numpyro_score.losses.fsm import FSM
@@ -28,6 +29,7 @@ __all__ = [
     "NCE",
     "PCD",
     "SSM",
+    "DefaultLoss",
     "KLContraction",
     "Loss",
     "geometric_levels",

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_score.inference import AdversarialResult, DefaultLoss, ScoreMatchingResult
+from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
+from numpyro_score.losses import DefaultLoss
 from numpyro_score.plots.axes import BLACK, BLUE, GREY, ORANGE, VERMILION, as_axes, numbered
 
 __all__ = ["loss_of", "plot_influence", "plot_losses", "shares", "solved_at_once"]

@@ -1,0 +1,116 @@
+"""Fits that go through pickle, cloudpickle and deepcopy, and their printed forms."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import cloudpickle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from models import improper
+from numpyro.distributions import constraints
+from numpyro.infer import MCMC
+
+from numpyro_score import SGLD, ScoreMatching, to_arviz
+
+X = 2.0 * jax.random.normal(jax.random.key(0), (60,))
+COPIES = {
+    "pickle": lambda v: pickle.loads(pickle.dumps(v)),
+    "deepcopy": copy.deepcopy,
+    "cloudpickle": lambda v: cloudpickle.loads(cloudpickle.dumps(v)),
+}
+
+
+def precision(x):
+    tau = numpyro.param("tau", 1.0, constraint=constraints.positive)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(), obs=x)
+        numpyro.factor("energy", -0.5 * tau * x**2)
+
+
+def wave(x):
+    tau = numpyro.sample("tau", dist.Exponential(1.0))
+    b = numpyro.param("b", 0.1)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(), obs=x)
+        numpyro.factor("energy", -0.5 * tau * x**2 - 0.1 * jnp.cosh(b * x))
+
+
+def run(svi, state=None):
+    return svi.run(jax.random.key(1), X, num_steps=5, progress_bar=False, init_state=state)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module", params=["closed form", "Adam"])
+def fit(request):
+    return run(ScoreMatching(precision if request.param == "closed form" else wave))
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_a_fit_agrees_and_goes_on(fit, how):
+    estimates = fit.estimates  # what is computed from the fit need not be pickled
+    found = COPIES[how](fit)
+    same(estimates, found.estimates)
+    same(fit.energy.score(X[:, None]), found.energy.score(X[:, None]))
+    same(run(fit.svi, fit.state).params, run(found.svi, found.state).params)
+
+
+def test_a_fit_is_loaded_in_another_process(tmp_path):
+    fit = run(ScoreMatching(precision))
+    (tmp_path / "fit").write_bytes(pickle.dumps(fit))
+    quickly = jax.config.values["jax_disable_most_optimizations"]  # compiled alike, the two processes agree bit for bit
+    code = f"""
+import pickle, sys, jax
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+jax.config.update("jax_disable_most_optimizations", {quickly})
+print(float(pickle.load(open({str(tmp_path / "fit")!r}, "rb")).stderr()["tau"]))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(out.stdout) == float(fit.stderr()["tau"])
+
+
+def test_an_optimiser_that_cannot_be_pickled_is_asked_for():
+    fit = run(ScoreMatching(wave, optim=optax.adam(0.01)))
+    same(run(fit.svi, fit.state).params, run(copy.deepcopy(fit).svi, fit.state).params)
+    found = pickle.loads(pickle.dumps(fit))
+    same(fit.estimates, found.estimates)
+    with pytest.raises(ValueError, match="could not be pickled with this fit: give it again"):
+        run(found.svi, found.state)
+    again = ScoreMatching(wave, optim=optax.adam(0.01))
+    same(run(fit.svi, fit.state).params, run(again, found.state).params)
+
+
+def test_printed_fits_show_estimates_and_errors_once_computed():
+    fit = run(ScoreMatching(precision))
+    assert f"tau: {float(fit.estimates['tau']):.4g}" in repr(fit) and "±" not in repr(fit)
+    assert f"± {float(fit.stderr()['tau']):.2g}" in repr(fit) and "0x" not in repr(fit)
+
+
+def test_start_at_a_fit():
+    fit = run(ScoreMatching(wave))
+    trace_site = {"type": "sample", "is_observed": False, "name": "tau"}
+    same(fit.init_strategy(trace_site), fit.estimates["tau"])
+
+
+@pytest.mark.parametrize(("step_size", "lost"), [(0.1, False), (100.0, True)])
+def test_chains_that_run_away_are_told(step_size, lost):
+    mcmc = MCMC(
+        SGLD(potential_fn=lambda z: 0.25 * z**4, step_size=step_size), num_warmup=0, num_samples=50, num_chains=2,
+        chain_method="vectorized", progress_bar=False,
+    )  # fmt: skip
+    mcmc.run(jax.random.key(0), init_params=jnp.ones(2))
+    if not lost:
+        to_arviz(mcmc)  # warnings are errors
+    else:
+        with pytest.warns(UserWarning, match="2 of 2 chains have draws that are NaN or infinite.*step_size=10"):
+            to_arviz(mcmc)
