@@ -22,7 +22,6 @@ from numpyro_score.energy.dependence import depends_on_inputs, numbers_per_row, 
 from numpyro_score.energy.layout import (
     DataArray,
     Layout,
-    assemble,
     by_name,
     check_row_shape,
     coordinate_bounds,
@@ -32,6 +31,7 @@ from numpyro_score.energy.layout import (
     rows_first,
     sum_rows,
 )
+from numpyro_score.energy.rows import assemble
 from numpyro_score.energy.supports import Block, can_be_outside, outside
 from numpyro_score.energy.trace import is_observed_sample, term_log_prob
 
