@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,10 @@ def layouts_kept() -> Iterator[None]:
         _LAYOUTS.reset(token)
 
 
+# Not typing.Self, which beartype does not take in methods.
+M = TypeVar("M", bound="ModelAtValues")
+
+
 class ModelAtValues:
     """A pytree whose leaves are the parameters and the array arguments of a model, all else static.
 
@@ -49,7 +53,7 @@ class ModelAtValues:
 
     @classmethod
     def bound_to(
-        cls,
+        cls: type[M],
         model: Callable[..., Any],
         params: dict[str, Any],
         plates: dict[str, Array],
@@ -57,7 +61,7 @@ class ModelAtValues:
         data: str | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Self:
+    ) -> M:
         """The energy inside a run of the model: on the rows its plates drew, with a key for its random numbers."""
         new = object.__new__(cls)
         new._set(model, params, plates, rng_key, data, args, kwargs)
@@ -82,7 +86,7 @@ class ModelAtValues:
         self._rng_key = rng_key  # what `numpyro.prng_key()` in the model draws from
         self._layout = self._known_layout()
 
-    def _replace(self, **changes: Any) -> Self:
+    def _replace(self: M, **changes: Any) -> M:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__, **changes)
         return new
@@ -102,7 +106,7 @@ class ModelAtValues:
         return children, (self.model, self._static, self._choice, self._layout)
 
     @classmethod
-    def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> Self:
+    def tree_unflatten(cls: type[M], aux: tuple[Any, ...], children: tuple[Any, ...]) -> M:
         """The inverse of :meth:`tree_flatten`."""
         new = object.__new__(cls)
         new.params, new._arrays, new._plates, new._pinned, new._rng_key = children
@@ -118,7 +122,7 @@ class ModelAtValues:
         """Whether the model's argument `name` was given, or is at its default; None if there is none of this name."""
         return is_given(self.model, self._static, name)
 
-    def with_params(self, params: dict[str, Any]) -> Self:
+    def with_params(self: M, params: dict[str, Any]) -> M:
         """The same density at other values of the given sites, of the same shapes."""
         return self._replace(params={**self.params, **params})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,9 @@ from numpyro_score.energy.supports import Block, can_be_outside, outside
 from numpyro_score.energy.trace import is_observed_sample, term_log_prob
 
 __all__ = ["BoundModel"]
+
+
+M = TypeVar("M", bound="BoundModel")
 
 
 class BoundModel(ModelAtValues):
@@ -141,7 +144,7 @@ class BoundModel(ModelAtValues):
             }
         )
 
-    def usable(self) -> tuple[Self, Float[Array, "n"]]:
+    def usable(self: M) -> tuple[M, Float[Array, "n"]]:
         """The energy with the rows of weight zero moved to where a row of some weight is, and the weights.
 
         Such rows may hold NaN, which no later multiplication by zero would remove.
@@ -185,7 +188,7 @@ class BoundModel(ModelAtValues):
             found[a.name] = jnp.moveaxis(value, tuple(range(len(a.row_axes))), a.row_axes)
         return found
 
-    def bind(self, **kwargs: Any) -> Self:
+    def bind(self: M, **kwargs: Any) -> M:
         """The same density with other keyword arguments of the model, e.g. a noise level or covariates.
 
         Raises:
@@ -213,7 +216,7 @@ class BoundModel(ModelAtValues):
             ) from error
         return new
 
-    def at(self, x: Float[AnyArray, "n d"]) -> Self:
+    def at(self: M, x: Float[AnyArray, "n d"]) -> M:
         """The same density with `x` as its data; another number of rows needs :attr:`resizable`."""
         x = jnp.asarray(x, self.dtype)
         n = x.shape[0]
