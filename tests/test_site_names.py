@@ -106,9 +106,9 @@ def test_as_numpyro(body):
         Energy(body, params, X)
         handlers.seed(generalized_bayes(body, ISM()), 0)(X)
     else:
-        with pytest.raises(ValueError, match="named '(twice|x)'.* name of its own"):
+        with pytest.raises(ValueError, match=r"named '(twice|x)'.* name of its own"):
             Energy(body, params, X)
-        with pytest.raises((ValueError, AssertionError), match="twice|x"):
+        with pytest.raises((ValueError, AssertionError), match=r"twice|x"):
             handlers.seed(generalized_bayes(body, ISM()), 0)(X)
 
 

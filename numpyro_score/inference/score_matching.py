@@ -60,6 +60,10 @@ class DefaultLoss:
         """As of the loss chosen."""
         return self.of_dimension(energy.dim).rows_per_chunk(energy)
 
+    def check(self, energy: Energy) -> None:
+        """As of the loss chosen."""
+        check_settings(self.of_dimension(energy.dim), energy)
+
     @staticmethod
     def of_dimension(dim: int) -> ISM | SSM:
         """The loss for rows of so many numbers."""
