@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from numpyro_score.energy import Energy, plural
 from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.losses import DSM, FSM, ISM, SSM, Loss
+from numpyro_score.losses.base import refuse_kinks
 from numpyro_score.random import Key, as_key
 
 __all__ = ["Audit", "AuditRow", "audit"]
@@ -141,6 +142,8 @@ def audit(
     if not jax.tree.leaves(energy.params):
         raise ValueError("The model has no parameters, so a loss has no gradient to audit.")
     energy.check()
+    if not any(getattr(v, "allow_kinks", False) for v in losses):
+        refuse_kinks(ISM(), energy)  # what all are compared with
     energy, weights = energy.usable()
     total = energy.num_rows
     row_key, draw_key = jax.random.split(rng_key)

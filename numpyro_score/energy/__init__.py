@@ -9,6 +9,7 @@ from numpyro_score.energy.base import AnyArray, layouts_kept
 from numpyro_score.energy.check import evaluate_for_check
 from numpyro_score.energy.dependence import depends_on_inputs, is_constant, is_quadratic
 from numpyro_score.energy.energy import Energy
+from numpyro_score.energy.kinks import find_kink
 from numpyro_score.energy.layout import rows_first
 from numpyro_score.energy.score_terms import curl, score_factor
 from numpyro_score.energy.supports import base_constraint, base_law, innermost, make_frame
@@ -27,6 +28,7 @@ __all__ = [
     "curl",
     "depends_on_inputs",
     "evaluate_for_check",
+    "find_kink",
     "innermost",
     "is_constant",
     "is_quadratic",

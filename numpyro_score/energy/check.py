@@ -45,6 +45,12 @@ def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> N
             )
     used = weights[layout.terms[0]][:, 0] != 0
     names = ", ".join(f"'{a.name}'" for a in layout.arrays)
+    # A minibatch may by chance hold none of the rows that count.
+    if not used.any() and not any(p in energy._plates for p in layout.row_plates):
+        raise ValueError(
+            f"All rows of {names} have weight zero, so that nothing is left to fit: correct the handlers.mask or "
+            f"handlers.scale around {', '.join(repr(k) for k in layout.terms)}."
+        )
     for name, wrong in outside.items():
         if bad := rows_text(used & wrong):
             array, support, values = _seen(energy, name)

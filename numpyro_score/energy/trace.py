@@ -70,6 +70,22 @@ class _Pin(Messenger):
                 check_observed(msg)
 
 
+def keep(sites: dict[str, Site], msg: Site) -> None:
+    """Keeps a message under its name, as NumPyro's `trace` does: no later sample or deterministic site may take it.
+
+    Raises:
+        ValueError: for a second site of one name.
+    """
+    if (name := msg.get("name")) is None:
+        return
+    if name in sites and msg["type"] in ("sample", "deterministic"):
+        raise ValueError(
+            f"Two sites of the model are named '{name}', and only one of them would count: give each site, every "
+            "factor of a loop included, a name of its own."
+        )
+    sites[name] = msg
+
+
 class Parameters(Messenger):
     """Shows the handlers outside every site of a model but the observed ones, and keeps all of them.
 
@@ -95,8 +111,7 @@ class Parameters(Messenger):
             self._outside = msg
             if msg["type"] == "sample":
                 self.latent.add(msg["name"])
-        if msg.get("name") is not None:
-            self.sites[msg["name"]] = msg
+        keep(self.sites, msg)
 
     def postprocess_message(self, msg: Site) -> None:
         """Ends what handlers outside do with a site."""
@@ -129,8 +144,7 @@ class Recorder(Messenger):
 
     def postprocess_message(self, msg: Site) -> None:
         """Keeps the message."""
-        if msg.get("name") is not None:
-            self.sites[msg["name"]] = msg
+        keep(self.sites, msg)
 
     def origin(self, value: Any) -> Any:
         """What `numpyro.subsample` took `value` from, or `value` itself."""

@@ -13,7 +13,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, find_kink
 
 __all__ = [
     "Loss",
@@ -21,6 +21,7 @@ __all__ = [
     "check_settings",
     "declare_sites",
     "positive",
+    "refuse_kinks",
     "require_equal_rows",
     "required",
     "row_losses",
@@ -43,6 +44,10 @@ class Loss(Protocol):
     `energy.params` when the loss is called. If it has memory, `advance(energy, rng_key)` returns its new values,
     {site: value}, before each evaluation; no gradient passes through it. `settle(energy, rng_key)` may return the
     energy with a memory good enough for standard errors, after a fit.
+
+    A loss that a jump of the score in the data makes wrong says why in the attribute `no_kinks`, and one that only a
+    jump whose place depends on the parameters makes wrong in `no_moving_kinks`; :func:`check_settings` then looks for
+    one. It does not if the attribute `allow_kinks` is true.
 
     Four attributes hold text for error messages: `no_objective`, why its value is not what its gradient descends;
     `no_posterior`, why there is no posterior to sample from and no closed form; `no_curvature`, why its second
@@ -99,6 +104,24 @@ def declare_sites(loss: Loss, energy: Energy) -> dict[str, Any]:
 def check_settings(loss: Loss, energy: Energy) -> None:
     """Lets the loss look at the data's values, if it wants to."""
     getattr(loss, "check", lambda _: None)(energy)
+    refuse_kinks(loss, energy)
+
+
+def refuse_kinks(loss: Loss, energy: Energy) -> None:
+    """Raises ValueError where the density's slope jumps among the data, and the loss cannot have that."""
+    always, moving = getattr(loss, "no_kinks", None), getattr(loss, "no_moving_kinks", None)
+    if getattr(loss, "allow_kinks", False) or not (always or moving):
+        return
+    kink = find_kink(energy)
+    if kink is None or not (always or kink.moves):
+        return
+    name = type(loss).__name__
+    raise ValueError(
+        f"Site '{kink.site}' passes the data through '{kink.operation}', and the density or its slope seems to jump at "
+        f"or near them: {name} would be wrong, as {always or moving}. Use NCE, PCD, CD or KLContraction, or a smooth "
+        "form such as softplus, logcosh or sqrt(x**2 + eps)"
+        + (f"; if you know that the jump does no harm, write {name}(..., allow_kinks=True).")
+    )
 
 
 def rows_in_cache(energy: Energy, numbers_per_row: int = 1) -> int | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
+from numpyro_score.losses.base import check_settings
 from numpyro_score.losses.ism import ISM
 from numpyro_score.losses.ssm import SSM
 
@@ -24,6 +25,10 @@ class DefaultLoss:
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """As of the loss chosen."""
         return self.of_dimension(energy.dim).rows_per_chunk(energy)
+
+    def check(self, energy: Energy) -> None:
+        """As of the loss chosen."""
+        check_settings(self.of_dimension(energy.dim), energy)
 
     @staticmethod
     def of_dimension(dim: int) -> ISM | SSM:

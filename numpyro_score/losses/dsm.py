@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ class DSM:
         levels: with several levels, "sampled" gives each row one of them, every level equally likely, and multiplies
             by their number; "all" takes every row at every level.
         antithetic: take the third form instead.
+        allow_kinks: do not look for jumps of the score whose place depends on the parameters, which bias the gradient.
 
     Raises:
         ValueError, TypeError: if sigma is not made of positive numbers; for several levels, if the model takes no
@@ -58,6 +59,9 @@ class DSM:
     weighting: Callable[[Array], Array] | None = None
     levels: Literal["sampled", "all"] = "sampled"
     antithetic: bool = False
+    allow_kinks: bool = False
+
+    no_moving_kinks: ClassVar[str] = "its gradient leaves out that the jump moves with the parameters"
 
     def __post_init__(self) -> None:
         required(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ class ESM:
             the coordinates of :meth:`~numpyro_score.Energy.flatten`: on a simplex it is the score of √x, Jacobian
             included.
         boundary_weight: as in :class:`~numpyro_score.ISM`. It need not vanish at the boundary here.
+        allow_kinks: do not look for jumps of the score whose place depends on the parameters, which bias the gradient.
 
     Raises:
         TypeError: if target_score is not callable.
@@ -39,6 +41,9 @@ class ESM:
 
     target_score: Callable[[Array], Array] = None  # type: ignore[assignment]
     boundary_weight: Callable[[Array], Array] | None = None
+    allow_kinks: bool = False
+
+    no_moving_kinks: ClassVar[str] = "its gradient leaves out that the jump moves with the parameters"
 
     def __post_init__(self) -> None:
         required(

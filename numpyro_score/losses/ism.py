@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,16 @@ class ISM:
         boundary_weight: h, an increasing function of the distance to the boundary, zero at zero and with a finite
             limit. Default: the distance, at most 1. The estimates are consistent for any such h; their variance
             depends on it, and with data far from unit scale on the cap.
+        allow_kinks: do not look for jumps of the score among the data, which make the loss wrong.
 
     Raises:
         ValueError, TypeError: for a boundary_weight that does not vanish at zero, or is no function of JAX arrays.
     """
 
     boundary_weight: Callable[[Array], Array] | None = None
+    allow_kinks: bool = False
+
+    no_kinks: ClassVar[str] = "the trace of the score's derivative leaves the jump out"
 
     def __post_init__(self) -> None:
         check_boundary_weight("ISM", self.boundary_weight)

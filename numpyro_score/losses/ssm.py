@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -38,6 +38,7 @@ class SSM:
             libraries differ here by a factor D.
         variance_reduced: which of the two forms.
         boundary_weight: as in :class:`~numpyro_score.ISM`, for data with a boundary.
+        allow_kinks: do not look for jumps of the score among the data, which make the loss wrong.
 
     Raises:
         ValueError, TypeError: for fewer than one projection, an unknown law, or a boundary_weight as ISM refuses it.
@@ -47,6 +48,9 @@ class SSM:
     projection: Projection = "rademacher"
     variance_reduced: bool = True
     boundary_weight: Callable[[Array], Array] | None = None
+    allow_kinks: bool = False
+
+    no_kinks: ClassVar[str] = "the derivative of the score leaves the jump out"
 
     def __post_init__(self) -> None:
         check_projections("SSM", self.num_projections, self.projection)

@@ -1,0 +1,253 @@
+"""Finds where a density's slope in its data jumps, which derivatives of the score do not see.
+
+First the density's operations are read: those that can make a jump, and that the data reach. Only where there are any
+is it looked at with numbers, so a model without them compiles nothing for this.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jaxtyping import Array
+
+from numpyro_score.energy.bound import BoundModel
+from numpyro_score.energy.layout import sum_rows
+from numpyro_score.energy.trace import term_log_prob
+from numpyro_score.operators import value_score
+
+__all__ = ["Kink", "find_kink"]
+
+_DATA, _PARAMS = 1, 2
+_OPERATIONS = {
+    "abs": "abs",
+    "sign": "sign",
+    "max": "max",
+    "min": "min",
+    "reduce_max": "max",
+    "reduce_min": "min",
+    "cummax": "cummax",
+    "cummin": "cummin",
+    "clamp": "clip",
+    "select_n": "where",
+    "select_and_scatter_add": "max",
+    "reduce_window_max": "max",
+    "floor": "floor",
+    "ceil": "ceil",
+    "round": "round",
+    "rem": "mod",
+    "sort": "sort",
+    "convert_element_type": "a comparison or rounding",
+    "cond": "cond",
+    "while": "while_loop",
+    "sqrt": "sqrt",
+    "rsqrt": "sqrt",
+    "pow": "power",
+}
+_NAMED = {"relu", "relu6", "leaky_relu", "elu", "clip", "hard_tanh", "hard_sigmoid", "floor", "round", "sort"}
+# Functions of JAX whose parts have kinks, but not they themselves.
+_SMOOTH = {"logaddexp", "softplus", "logsumexp", "softmax", "log_softmax", "log_sigmoid"}
+
+
+class Kink(NamedTuple):
+    """A jump of the score or density between the data.
+
+    Attributes:
+        operation: what makes it, e.g. "abs".
+        site: the term of the density that it is in.
+        moves: whether its place may depend on the parameters.
+    """
+
+    operation: str
+    site: str
+    moves: bool
+
+
+def find_kink(energy: BoundModel) -> Kink | None:
+    """A jump of the score or density among the data or, if it may move with the parameters, further out; or None.
+
+    The rows are joined to their nearest neighbours by straight lines. On a line the score changes by the integral of
+    its derivative, unless there is a jump that the derivative leaves out: the trapezoidal rule's error then stays as
+    the line is halved, each time to the half with the larger error. Kinks that may move are looked for on lines to the
+    origin and out to ten times the data's spread as well, since a fit may bring them to the data.
+    """
+    found = _suspects(energy)
+    if not found:
+        return None
+    near, far = _lines(energy, np.asarray(jax.device_get(jax.jit(lambda e: e.usable()[0].data)(energy))))
+    for group, lines in ((found, near), ([k for k in found if k.moves], far)):
+        if group and lines is not None:
+            terms = tuple(dict.fromkeys(k.site for k in group))
+            if _jumps(jax.jit(functools.partial(_evaluate, energy, terms=terms)), *lines):
+                return group[0]
+    return None
+
+
+def _terms(energy: BoundModel, terms: Sequence[str], x: Array) -> Array:
+    """The sum of some terms of the log density of rows (N, D), (N,)."""
+    at = energy.at(x)
+    sites = at._run().sites
+    return functools.reduce(jnp.add, [sum_rows(term_log_prob(sites[k]), at._layout) for k in terms])
+
+
+# -- the operations ---------------------------------------------------------------------------------------------------
+
+
+def _suspects(energy: BoundModel) -> list[Kink]:
+    """Operations of each term that the data reach and that can make a jump, those that may move first."""
+    found = []
+    x = jax.ShapeDtypeStruct((energy.num_rows, energy.dim), energy.dtype)
+    for term in energy._layout.terms:
+
+        def of(x: Array, params: Any, term: str = term) -> Array:
+            return _terms(energy._replace(params=params), [term], x)
+
+        jaxpr = jax.make_jaxpr(of)(x, energy.params).jaxpr
+        marks: dict[str, int] = {}
+        _walk(jaxpr, [_DATA] + [_PARAMS] * (len(jaxpr.invars) - 1), marks, "")
+        found += [Kink(name, term, bool(mark & _PARAMS)) for name, mark in marks.items()]
+    return sorted(found, key=lambda k: not k.moves)
+
+
+def _walk(jaxpr: Jaxpr, inputs: Sequence[int], found: dict[str, int], inside: str) -> list[int]:
+    """What reaches each output; adds to `found` the operations on data, with what else reaches them."""
+    marks: dict[Var, int] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(v: Any) -> int:
+        return 0 if isinstance(v, Literal) else marks.get(v, 0)
+
+    for eqn in jaxpr.eqns:
+        into = [read(v) for v in eqn.invars]
+        joint = functools.reduce(int.__or__, into, 0)
+        out = [joint] * len(eqn.outvars)
+        called = str(eqn.params.get("name", ""))
+        bodies = _bodies(eqn)
+        if joint & _DATA and called not in _SMOOTH:
+            if (name := _operation(eqn, into)) is not None:
+                label = inside or name
+                found[label] = found.get(label, 0) | _reaching(eqn, into)
+            for body in bodies:
+                label = inside or (called if called in _NAMED else "")
+                same = len(body.invars) == len(into)
+                inner = _walk(body, into if same else [joint] * len(body.invars), found, label)
+                if same and len(bodies) == 1 and len(inner) == len(out) and eqn.primitive.name != "scan":
+                    out = inner
+        marks.update(zip(eqn.outvars, out, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _reaching(eqn: JaxprEqn, into: list[int]) -> int:
+    # Which branch is taken depends on the predicate; where the branches meet does not matter.
+    return into[0] if eqn.primitive.name in ("select_n", "cond") else functools.reduce(int.__or__, into, 0)
+
+
+def _operation(eqn: JaxprEqn, into: list[int]) -> str | None:
+    """The plain name of an operation that can make a jump, or None."""
+    name = eqn.primitive.name
+    if name in ("select_n", "cond") and not into[0] & _DATA:
+        return None
+    if name == "convert_element_type":
+        from_float = jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.inexact)  # type: ignore[attr-defined]
+        if from_float == jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
+            return None
+    return _OPERATIONS.get(name)
+
+
+def _bodies(eqn: JaxprEqn) -> list[Jaxpr]:
+    values = [w for p in eqn.params.values() for w in (p if isinstance(p, tuple | list) else (p,))]
+    return [p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in values if isinstance(p, ClosedJaxpr | Jaxpr)]
+
+
+# -- the numbers ------------------------------------------------------------------------------------------------------
+
+_ROWS, _NEIGHBOURS, _HALVINGS = 128, 4, 24  # lines cross a place where rows lie on both sides of it
+
+
+def _lines(energy: BoundModel, x: np.ndarray) -> tuple[Any, Any]:
+    """Pairs of ends (S, M, D) of lines between neighbours, and of lines further out, or None."""
+    rng = np.random.default_rng(0)
+    n, d = x.shape
+    spread = x.std(0) if n > 1 else np.full(d, x.std() or 1.0)
+    if n == 1:  # one point: about as far off as its numbers differ
+        near = (x, x + 0.3 * spread * rng.normal(size=(16, 1, d)))
+    else:
+        rows = rng.permutation(n)[:_ROWS]
+        starts = x[rows] if energy.resizable else x
+        distance = np.stack([((starts - x[r]) ** 2).sum(-1) for r in rows], axis=-1)
+        distance[distance == 0] = np.inf  # itself, and equal rows
+        order = np.argsort(distance, axis=-1)[:, : min(_NEIGHBOURS, len(rows) - 1)]
+        near = (starts, np.swapaxes(x[rows][order], 0, 1))
+    begin, end = np.broadcast_arrays(*(np.asarray(e, x.dtype) for e in near))
+    near = begin, end
+    if not energy.flat:  # further out may be outside of the support
+        return near, None
+    start = near[0][0]
+    away = 10 * np.where(spread > 0, spread, 1.0) * rng.normal(size=(4, *start.shape))
+    ends = np.concatenate([-np.broadcast_to(start, (1, *start.shape)), start + away])
+    return near, np.broadcast_arrays(start, ends.astype(x.dtype))
+
+
+def _jumps(evaluate: Any, start: np.ndarray, end: np.ndarray) -> bool:
+    """Whether the density or the score along one of the lines, (S, M) of them, jumps.
+
+    `evaluate` takes points and directions (S, M, D) to the density, the score along the direction and its derivative.
+    """
+    length = np.linalg.norm(end - start, axis=-1)
+    v = (end - start) / np.where(length == 0, 1.0, length)[..., None]
+    # What is too short for the digits of the data is halved no more.
+    least = 200 * np.finfo(start.dtype).eps * np.maximum(abs(start).max(-1), abs(end).max(-1))
+
+    def at(t: np.ndarray) -> np.ndarray:
+        values = np.asarray(evaluate(start + t[..., None] * (end - start), v), np.float64)
+        return np.where(np.isfinite(values), values, np.nan)
+
+    first, last = at(np.zeros_like(length)), at(np.ones_like(length))
+    for k in range(2):  # of the density, and of the score along the line
+        left, right, t, size = first, last, np.zeros_like(length), np.ones_like(length)
+        history, lost = np.full((5, *length.shape), np.inf), np.zeros(length.shape)
+        for _ in range(_HALVINGS):
+            size = size / 2
+            stop = size * length < least
+            middle = at(t + size)
+            width = size * length
+            low, high = (
+                abs(b[k] - a[k] - 0.5 * width * (a[k + 1] + b[k + 1])) for a, b in ((left, middle), (middle, right))
+            )
+            go = low >= high
+            left, right = np.where(stop | go, left, middle), np.where(stop | ~go, right, middle)
+            t, size = np.where(stop | go, t, t + size), np.where(stop, 2 * size, size)
+            lost = np.where(stop, lost, np.minimum(low, high))
+            history = np.where(stop, history, np.concatenate([np.maximum(low, high)[None], history[:-1]]))
+        known = np.isfinite(first).all(0) & np.isfinite(last).all(0) & np.isfinite(history[[0, -1]]).all(0)
+        if not known.any():
+            continue
+        values = np.stack([first[k], last[k]])[:, known]
+        scale = np.abs(values - np.median(values)).mean() if k == 0 else np.abs(values).mean()
+        error, before = history[0][known], history[-1][known]
+        # What falls as the line is halved is smooth; what both halves have is rounding.
+        if ((error > 0.5 * before) & (error > 5 * lost[known].max()) & (error > 1e-3 * scale)).any():
+            return True
+    return False
+
+
+def _evaluate(energy: BoundModel, x: Array, v: Array, *, terms: tuple[str, ...]) -> Array:
+    """The sum of some terms, its slope along v and the derivative of that, (3, S, M), at points (S, M, D)."""
+
+    def of(x: Array, v: Array) -> Array:
+        def slope(x: Array) -> tuple[Array, tuple[Array, Array]]:
+            value, score = value_score(lambda y: _terms(energy, terms, y), x)
+            along = jnp.sum(score * v, axis=-1)
+            return along.sum(), (value, along)
+
+        curvature, (value, along) = jax.grad(slope, has_aux=True)(x)
+        value = value if energy.has_density else jnp.zeros_like(along)
+        return jnp.stack([value, along, jnp.sum(curvature * v, axis=-1)])
+
+    if energy.resizable:
+        return of(x.reshape(-1, x.shape[-1]), v.reshape(-1, x.shape[-1])).reshape(3, *x.shape[:-1])
+    return jnp.moveaxis(jax.lax.map(lambda a: of(*a), (x, v)), 1, 0)

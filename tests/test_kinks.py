@@ -1,0 +1,208 @@
+"""Jumps of the score among the data are refused, and nothing else is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from models import energy_of, improper
+from numpyro import handlers
+from numpyro.infer import MCMC, NUTS
+
+from numpyro_score import DSM, FSM, ISM, NCE, SSM, Energy, ScoreMatching, audit, generalized_bayes
+from numpyro_score.energy import find_kink
+from numpyro_score.losses.base import check_settings
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(120, 2)).astype(np.float32)
+LINE = X[:, 0]
+NET = {"a": RNG.normal(size=(2, 12)), "b": RNG.normal(size=12), "c": RNG.normal(size=12)}
+NET = {k: v.astype(np.float32) for k, v in NET.items()}
+
+
+def q(x):
+    return -0.5 * jnp.sum(x**2, -1)
+
+
+def network(act):
+    return lambda t, x: q(x) + act(x @ t["a"] + t["b"]) @ t["c"]
+
+
+def tilted(g):
+    """q with the term −θ Σ g(x)."""
+    return lambda t, x: q(x) - t * g(x).sum(-1)
+
+
+JUMPS = {  # density, parameter, data, operation, whether it moves
+    "Laplace": (lambda t, x: -jnp.sum(jnp.abs(x - t), -1), 0.5, X, "abs", True),
+    "Laplace started far off": (lambda t, x: -jnp.sum(jnp.abs(x - t), -1), 0.0, X + 50, "abs", True),
+    "relu network": (network(jax.nn.relu), NET, X, "relu", True),
+    "relu of fixed features": (tilted(lambda x: jax.nn.relu(x - 0.3)), 0.7, X, "relu", False),
+    "leaky relu": (network(jax.nn.leaky_relu), NET, X, "leaky_relu", True),
+    "where": (tilted(lambda x: jnp.where(x > 0, 2 * x, -x)), 0.7, X, "where", False),
+    "where on a parameter": (lambda t, x: q(x) - jnp.where(x > t, x, t).sum(-1), 0.2, X, "where", True),
+    "max": (lambda t, x: q(x) - jnp.maximum(x[:, 0], t * x[:, 1]), 0.7, X, "max", True),
+    "clip": (tilted(lambda x: jnp.clip(x, -1, 1)), 0.7, X, "clip", False),
+    "floor": (tilted(jnp.floor), 0.7, X, "floor", False),
+    "root of a square": (tilted(lambda x: jnp.sqrt(x[:, :1] ** 2)), 0.7, X, "sqrt", False),
+    "sort": (lambda t, x: q(x) - t * jnp.sort(x, -1)[:, 0], 0.7, X, "sort", False),
+    "comparison": (tilted(lambda x: (x > 0.3).astype(x.dtype)), 0.7, X, "comparison", False),
+    "scan": (
+        lambda t, x: jax.lax.scan(lambda c, a: (c - jnp.abs(a - t), None), q(x), x.T)[0],
+        0.3,
+        X,
+        "abs",
+        True,
+    ),
+    "remat": (jax.checkpoint(lambda t, x: q(x) - jnp.abs(x[:, 0] - t)), 0.3, X, "abs", True),
+}
+SMOOTH = {
+    "guard of 0/0": (
+        tilted(lambda x: jnp.where(x == 0, 1.0, jnp.sin(x) / jnp.where(x == 0, 1.0, x))),
+        0.7,
+        X,
+    ),
+    "clip far off": (tilted(lambda x: jnp.clip(x, -30, 30)), 0.7, X),
+    "abs of a parameter": (lambda t, x: jnp.abs(t) * q(x), 0.7, X),
+    "max of a parameter": (lambda t, x: jnp.maximum(t, 0.1) * q(x), 0.7, X),
+    "logsumexp": (
+        lambda t, x: jax.nn.logsumexp(-0.5 * jnp.sum((x[:, None] - t) ** 2, -1), -1),
+        np.array([[0.0, 1.0], [2.0, -1.0]]),
+        X,
+    ),
+    "logaddexp": (lambda t, x: jnp.logaddexp(q(x - t), q(x + t)), 0.5, X),
+    "softmax": (lambda t, x: q(x) - t * jax.nn.softmax(x)[:, 0], 0.5, X),
+    "softplus": (network(jax.nn.softplus), NET, X),
+    "gelu": (network(jax.nn.gelu), NET, X),
+    "silu": (network(jax.nn.silu), NET, X),
+    "tanh": (network(jnp.tanh), NET, X),
+    "elu": (tilted(jax.nn.elu), 0.5, X),
+    "cube": (tilted(lambda x: jnp.abs(x) ** 3), 0.5, X),
+    "relu squared": (lambda t, x: q(x) - (jax.nn.relu(x - t) ** 2).sum(-1), 0.5, X),
+    "norm": (lambda t, x: q(x) - t * jnp.linalg.norm(x, axis=-1), 0.5, X),
+    "rounded root": (tilted(lambda x: jnp.sqrt(x**2 + 1e-2)), 0.5, X),
+    "Huber": (
+        lambda t, x: -jnp.where(jnp.abs(x - t) < 1, 0.5 * (x - t) ** 2, jnp.abs(x - t) - 0.5).sum(-1),
+        0.2,
+        X,
+    ),
+    "near a circle": (
+        lambda t, x: -t * (jnp.sum(x**2, -1) - 1) ** 2 + jnp.where(x[:, 0] > 900, 1.0, 0.0),
+        200.0,
+        X / np.linalg.norm(X, axis=-1, keepdims=True),
+    ),
+    "log determinant": (
+        lambda t, x: q(x) + t * jnp.linalg.slogdet(3 * jnp.eye(2) + x[:, :, None] * x[:, None])[1],
+        0.5,
+        X,
+    ),
+    "jump between far clusters": (
+        lambda t, x: q(x - jnp.where(x[:, :1] > 0, 8.0, -8.0)),
+        0.5,
+        X + np.where(np.arange(120) % 2, 8, -8)[:, None],
+    ),
+}
+LAWS = {
+    "Laplace": (lambda m: dist.Laplace(m, 1.5), LINE, True),
+    "asymmetric Laplace": (lambda m: dist.AsymmetricLaplaceQuantile(m, 1.0, 0.3), LINE, True),
+    "normal": (lambda m: dist.Normal(m, 1.0, validate_args=True), LINE, False),
+    "Student": (lambda m: dist.StudentT(3.0, m, 1.0), LINE, False),
+    "von Mises": (lambda m: dist.VonMises(m, 2.0), LINE, False),
+    "truncated": (lambda m: dist.TruncatedNormal(m, 1.0, low=-4.0, validate_args=True), LINE, False),
+    "half-normal": (lambda m: dist.HalfNormal(m, validate_args=True), abs(LINE), False),
+    "gamma": (lambda m: dist.Gamma(2.0, m, validate_args=True), abs(LINE), False),
+    "log-normal": (lambda m: dist.LogNormal(m, 1.0), abs(LINE), False),
+    "beta": (lambda m: dist.Beta(m, 1.2, validate_args=True), abs(LINE) % 1, False),
+    "logistic": (lambda m: dist.Logistic(m, 1.0), LINE, False),
+}
+
+
+def single(values):
+    return jax.tree.map(np.float32, values)
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_jumps_are_found(name):
+    """With the operation, and whether its place depends on a parameter, which is what DSM minds."""
+    f, theta, x, operation, moves = JUMPS[name]
+    kink = find_kink(energy_of(f, single(theta), np.float32(x)))
+    assert kink is not None and operation in kink.operation and kink.moves == moves
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_no_false_alarm(name):
+    f, theta, x = SMOOTH[name]
+    assert find_kink(energy_of(f, single(theta), np.float32(x))) is None
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_laws(name):
+    law, x, jumps = LAWS[name]
+
+    def model(x):
+        m = numpyro.param("m", 0.5)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", law(m), obs=x)
+
+    assert (find_kink(Energy(model, {"m": 0.5}, x)) is not None) == jumps
+
+
+def laplace(x):
+    mu, r = numpyro.sample("mu", dist.Normal(0, 3)), numpyro.sample("r", dist.LogNormal())
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", dist.Laplace(mu, 1 / r), obs=x)
+
+
+def test_who_refuses():
+    """ISM and SSM any jump, DSM one that moves; the fit, the model under NUTS, and the audit."""
+    moving, fixed = (energy_of(*JUMPS[k][:2], X) for k in ("Laplace", "clip"))
+    for loss, refused in (
+        (ISM(), (True, True)),
+        (SSM(), (True, True)),
+        (DSM(0.3), (True, False)),
+        (FSM(), (False,) * 2),
+    ):
+        for energy, wrong in zip((moving, fixed), refused, strict=True):
+            if wrong:
+                with pytest.raises(ValueError, match=r"'energy'.*'(abs|clip)'.*KLContraction.*allow_kinks=True"):
+                    check_settings(loss, energy)
+            else:
+                check_settings(loss, energy)
+    check_settings(ISM(allow_kinks=True), moving)
+    with pytest.raises(ValueError, match=r"'x'.*'abs'.*ISM"):
+        ScoreMatching(laplace).run(None, LINE, progress_bar=False)
+    with pytest.raises(ValueError, match=r"'x'.*'abs'.*DSM"):
+        ScoreMatching(laplace, loss=DSM(0.2)).run(None, LINE, progress_bar=False)
+    with pytest.raises(ValueError, match=r"'x'.*'abs'.*ISM"):
+        MCMC(NUTS(generalized_bayes(laplace, ISM())), num_warmup=1, num_samples=1, progress_bar=False).run(
+            jax.random.key(0), LINE
+        )
+    with pytest.raises(ValueError, match=r"'x'.*'abs'"):
+        audit(laplace, [FSM()], LINE)
+
+
+def test_nce_fits_laplace():
+    """What the error recommends finds location and rate: 0.5 and 0.66."""
+    x = np.random.default_rng(2).laplace(0.5, 1 / 0.66, 2000).astype(np.float32)
+    noise = dist.Normal(x.mean(), x.std())
+    fit = ScoreMatching(laplace, loss=NCE(noise, 4)).run(jax.random.key(0), x, progress_bar=False)
+    assert abs(fit.estimates["mu"] - 0.5) < 0.2 and abs(fit.estimates["r"] - 0.66) < 0.1
+
+
+@pytest.mark.parametrize(
+    "weigh", [lambda: handlers.mask(mask=False), lambda: handlers.mask(mask=np.zeros(len(X), bool))]
+)
+def test_all_rows_of_weight_zero(weigh):
+    """Nothing to fit: refused as empty data are, and not the start returned."""
+
+    def model(x):
+        mu = numpyro.param("mu", 0.3)
+        with numpyro.plate("rows", len(x)), weigh():
+            x = numpyro.sample("x", improper(2), obs=x)
+            numpyro.factor("energy", q(x - mu))
+
+    with pytest.raises(ValueError, match=r"rows of 'x' have weight zero.*'energy'"):
+        ScoreMatching(model).run(None, X, progress_bar=False)
+    with pytest.raises(ValueError, match="rows of 'x' have weight zero"):
+        handlers.seed(generalized_bayes(model, ISM()), 0)(X)
