@@ -14,7 +14,7 @@ from jaxtyping import Array
 from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.layout import row_weights
 from numpyro_score.energy.text import rows_text
-from numpyro_score.operators import value_score
+from numpyro_score.operators import full_precision, value_score
 
 __all__ = ["check", "evaluate_for_check"]
 
@@ -76,6 +76,7 @@ def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> N
         )
 
 
+@full_precision
 def evaluate_for_check(energy: BoundModel) -> tuple[Array, dict[str, Array], dict[str, Array], Array, Array, Array]:
     """What :func:`check` looks at, in one compiled call.
 
