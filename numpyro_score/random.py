@@ -1,7 +1,7 @@
 """The random numbers of `jax.random`, the same ones for the same key, drawn in about half the time on CPUs.
 
-There JAX runs its generator as a loop of five passes over whole arrays, which is half of the time that a Langevin step
-of a small energy takes. Here it is one pass.
+On CPUs JAX runs its generator as a loop of five passes over whole arrays, which is half of the time that a Langevin
+step of a small energy takes. Here it is one pass. Other platforms run JAX's own.
 """
 
 from __future__ import annotations
@@ -55,6 +55,13 @@ def bits(rng_key: Array, shape: tuple[Any, ...]) -> UInt32[Array, "..."]:
     known = all(isinstance(n, int) for n in shape)  # a shape may be symbolic in jax.export
     if not usual or not known or math.prod(shape) >= 2**32:  # more numbers than one word counts
         return jax.random.bits(rng_key, shape, jnp.uint32)
+    # XLA knows the platform, and keeps no branch. Elsewhere a loop costs more than it saves.
+    return jax.lax.platform_dependent(
+        key, cpu=lambda key: _one_pass(key, shape), default=lambda _: jax.random.bits(rng_key, shape, jnp.uint32)
+    )
+
+
+def _one_pass(key: UInt32[Array, "2"], shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     count = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
 
     def draw(_: Array, unused: Array) -> Array:

@@ -166,6 +166,23 @@ def test_steps_lost_to_rounding_are_refused():
         FSM(1e-4).check(energy_of(rugged, K, ROWS))
 
 
+@pytest.mark.parametrize("loss", [FSM(), FSM(sigma=0.5), KLContraction(0.1)])
+def test_differences_multiply_in_full_precision(loss):
+    """Forward and in the gradient, whatever the user's setting, which holds elsewhere."""
+
+    def product(k, x):
+        return -jnp.sum((x @ k) ** 2, -1)
+
+    def text(loss):
+        total = jax.grad(lambda k: jnp.sum(loss(energy_of(product, k, ROWS.astype(np.float32)), KEY())))
+        with jax.default_matmul_precision("bfloat16"):
+            return jax.jit(total).lower(np.eye(3, dtype=np.float32)).as_text()
+
+    products = [line for line in text(loss).splitlines() if "dot_general" in line]
+    assert products and all("HIGHEST" in line for line in products), products
+    assert "HIGHEST" not in text(SSM())
+
+
 # -- the KL contraction ----------------------------------------------------------------------------
 
 

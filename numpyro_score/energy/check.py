@@ -15,7 +15,7 @@ from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.layout import DataArray, row_weights
 from numpyro_score.energy.remedies import on_boundary, outside_remedy
 from numpyro_score.energy.text import rows_text
-from numpyro_score.operators import value_score
+from numpyro_score.operators import full_precision, value_score
 from numpyro_score.programs import run_compiled
 
 __all__ = ["check", "evaluate_for_check"]
@@ -103,6 +103,7 @@ def _seen(energy: BoundModel, name: str) -> tuple[DataArray, constraints.Constra
     return array, site["fn"].support, value.reshape(energy.num_rows, *value.shape[len(axes) :])
 
 
+@full_precision
 def evaluate_for_check(energy: BoundModel) -> tuple[Array, dict[str, Array], dict[str, Array], Array, Array, Array]:
     """What :func:`check` looks at, in one compiled call.
 

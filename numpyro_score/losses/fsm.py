@@ -14,6 +14,7 @@ from numpyro_score.energy import Energy
 from numpyro_score.losses.base import positive
 from numpyro_score.losses.ssm import Projection, check_projections, draw_directions
 from numpyro_score.losses.terms import require_flat
+from numpyro_score.operators import full_precision
 
 __all__ = ["FSM"]
 
@@ -32,7 +33,9 @@ class FSM:
     They cost 3 and 2 densities and one gradient of those in θ. Rounding in f is divided by ε² or ε: the default step
     balances it against the O(ε²), and is about 2 % of the data's spread in float32. In float64 it is about 1e-4 of it,
     and the values agree with those of derivatives to some 7 digits. The step is one for all columns, and the default
-    follows the one of least spread: standardise columns of very different units. Returns (N,) values, the mean over
+    follows the one of least spread: standardise columns of very different units. Matrices are multiplied in full
+    precision, whatever `jax.default_matmul_precision` says; a density that is itself computed in fewer bits than its
+    dtype, as in bfloat16, is not noticed, and needs a larger ε. Returns (N,) values, the mean over
     projections.
 
     Args:
@@ -59,6 +62,7 @@ class FSM:
             positive("FSM", "sigma", self.sigma)
         check_projections("FSM", self.num_projections, self.projection)
 
+    @full_precision
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
         require_flat(energy, "FSM")
@@ -80,6 +84,7 @@ class FSM:
         ahead, behind = jnp.split(f[1:] - f[0], 2)
         return jnp.mean((ahead + behind) / epsilon**2 + (ahead - behind) ** 2 / (8 * epsilon**2), axis=0)
 
+    @full_precision
     def check(self, energy: Energy) -> None:
         """Refuses a step that rounding destroys; needs concrete values.
 

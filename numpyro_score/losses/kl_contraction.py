@@ -13,6 +13,7 @@ from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one, positive, required
 from numpyro_score.losses.terms import require_flat
+from numpyro_score.operators import full_precision
 
 __all__ = ["KLContraction"]
 
@@ -60,6 +61,7 @@ class KLContraction:
         if not (math.isfinite(self.stabiliser) and self.stabiliser >= 0):
             raise ValueError(f"KLContraction needs a stabiliser of at least 0, got {self.stabiliser}.")
 
+    @full_precision
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
         require_flat(energy, "KLContraction")
