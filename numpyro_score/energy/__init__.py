@@ -7,7 +7,7 @@ shows; none of its modules is imported from outside.
 from numpyro_score.energy.arguments import join_arrays, refuse_empty, split_arrays
 from numpyro_score.energy.base import AnyArray
 from numpyro_score.energy.check import evaluate_for_check
-from numpyro_score.energy.dependence import depends_on_inputs, is_constant, is_quadratic
+from numpyro_score.energy.dependence import depends_on_inputs, is_constant, is_quadratic, varying_outputs
 from numpyro_score.energy.energy import Energy
 from numpyro_score.energy.layout import rows_first
 from numpyro_score.energy.score_terms import curl, score_factor
@@ -37,4 +37,5 @@ __all__ = [
     "rows_text",
     "score_factor",
     "split_arrays",
+    "varying_outputs",
 ]

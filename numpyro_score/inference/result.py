@@ -31,7 +31,7 @@ from numpyro_score.uncertainty import (
     curvature,
     diagonal_stderr,
     influence,
-    norm_of_columns,
+    stderr_of,
 )
 
 __all__ = ["Fitter", "ScoreMatchingResult"]
@@ -146,7 +146,8 @@ class ScoreMatchingResult:
             return diagonal_stderr(self._objective)
         if of is None:
             return self.coordinates.stderr(self.curvature.covariance)
-        return jax.tree.map(norm_of_columns, self.influence(of))
+        dense = self.curvature if len(self.coordinates.position) <= MAX_PARAMETERS else None
+        return stderr_of(self._objective, of, *(dense.hessian, dense.effects) if dense else (None, None))
 
     def influence(self, of: Function | None = None) -> Any:
         r"""How much each row moves the estimates: by site, (N, ...), in constrained space (delta method).
@@ -154,8 +155,8 @@ class ScoreMatchingResult:
         .. math:: I_n = -\sqrt{\tfrac{N}{N-1}}\, J H^{-1} \beta\, (g_n - \bar g), \quad g_n = w_n \nabla \ell_n,
 
         with J the Jacobian of the constrained values: the infinitesimal jackknife, scaled so that Σ_n I_n I_nᵀ is the
-        sandwich covariance. To first order in 1/N the estimates without row n are estimates − I_n; with a prior, they
-        are those in which row n's weight moves evenly to all rows.
+        sandwich covariance, of a hierarchy the rows' part of it. To first order in 1/N the estimates without row n are
+        estimates − I_n; with a prior, they are those in which row n's weight moves evenly to all rows.
 
         Args:
             of: a function of :attr:`estimates`; then the influence on what it returns, in the same structure, each
