@@ -11,9 +11,10 @@ from numpyro_score.uncertainty.objective import (
     prior_terms,
     site_blocks,
 )
-from numpyro_score.uncertainty.sandwich import MAX_PARAMETERS, Curvature, curvature
+from numpyro_score.uncertainty.sandwich import ARRIVED, MAX_PARAMETERS, Curvature, curvature
 
 __all__ = [
+    "ARRIVED",
     "MAX_PARAMETERS",
     "Curvature",
     "Objective",

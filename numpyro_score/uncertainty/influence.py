@@ -16,7 +16,7 @@ from numpyro.distributions.transforms import IndependentTransform
 
 from numpyro_score.uncertainty.hierarchy import sum_of_terms, ties
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError, norm_of_columns
-from numpyro_score.uncertainty.sandwich import check_rows, in_standard_errors, warn_if_not_converged
+from numpyro_score.uncertainty.sandwich import check_rows, distance_to_minimum, warn_if_not_converged
 
 __all__ = ["diagonal_stderr", "influence", "stderr_of"]
 
@@ -46,7 +46,7 @@ def influence(objective: Objective, of: Callable[[dict[str, Any]], Any], hessian
         TypeError: if `of` does not return floats.
 
     Warns:
-        UserWarning: if the minimum is further away than three standard errors.
+        UserWarning: if the minimum is further away than a tenth of a standard error.
     """
     return _influence(objective, of, hessian)[0]
 
@@ -101,16 +101,18 @@ def _influence(
         raise TypeError(f"of must return arrays of floats, differentiable in the estimates; it returned {values}.")
     jacobian = _jacobian(objective, of=of)
     if hessian is None:
-        directions, newton_step = _conjugate_gradients(objective, jacobian)
+        directions, gradient = _conjugate_gradients(objective, jacobian)
     else:  # whoever formed the Hessian has looked at the convergence
-        directions, newton_step = jnp.asarray(np.linalg.solve(hessian, jacobian.T).T, jacobian.dtype), None
+        directions, gradient = jnp.asarray(np.linalg.solve(hessian, jacobian.T).T, jacobian.dtype), None
     rows = -objective.learning_rate * _along(objective, directions)
     n = used.sum()
     rows = jnp.where(used[:, None], (rows - rows.sum(axis=0) / n) * (n / (n - 1)) ** 0.5, 0.0)
     unravel = ravel_pytree(values)[1]
-    if newton_step is not None:
+    if gradient is not None:
         errors = np.sqrt(np.sum(np.asarray(rows, np.float64) ** 2, axis=0))
-        warn_if_not_converged({"of": in_standard_errors(np.asarray(newton_step), errors)})
+        along = np.asarray(directions, np.float64)
+        distance = distance_to_minimum(objective, lambda g: along @ g, np.asarray(gradient, np.float64), errors)
+        warn_if_not_converged(objective, {"of": distance})
     return jax.vmap(unravel)(rows), directions
 
 
@@ -131,9 +133,9 @@ def _along(objective: Objective, directions: Float[Array, "k p"]) -> Float[Array
 
 def _conjugate_gradients(
     objective: Objective, jacobian: Float[Array, "k p"]
-) -> tuple[Float[Array, "k p"], Float[Array, "k"]]:
-    """H⁻¹ times each row of `jacobian`, and the Newton steps to the minimum along them."""
-    solutions, newton_step, curved, residual = _solve(objective, jacobian)
+) -> tuple[Float[Array, "k p"], Float[Array, "p"]]:
+    """H⁻¹ times each row of `jacobian`, and the gradient of the objective."""
+    solutions, gradient, curved, residual = _solve(objective, jacobian)
     if not bool(jnp.all(curved)):
         raise SandwichError(
             "The objective is not curved upwards at the estimates, as conjugate gradients found on the way: take more "
@@ -146,7 +148,7 @@ def _conjugate_gradients(
             f"asked, within {_MAX_STEPS} steps: the objective is nearly flat in some direction, so give the parameters "
             "a tighter prior, or enable double precision."
         )
-    return solutions, newton_step
+    return solutions, gradient
 
 
 def _tolerance(x: Array) -> float:
@@ -156,7 +158,7 @@ def _tolerance(x: Array) -> float:
 
 @jax.jit
 def _solve(objective: Objective, jacobian: Array) -> tuple[Array, Array, Array, Array]:
-    """Solutions (K, P), Newton steps (K,), whether the objective curves upwards (K,), and relative residuals (K,)."""
+    """Solutions (K, P), the gradient (P,), whether the objective curves upwards (K,), and relative residuals (K,)."""
     gradient = jax.grad(objective)
 
     def hessian(direction: Array) -> Array:
@@ -187,7 +189,7 @@ def _solve(objective: Objective, jacobian: Array) -> tuple[Array, Array, Array, 
         return size * scale * solution, jnp.all(jnp.isfinite(solution)), residual
 
     solutions, curved, residual = jax.lax.map(solve, jacobian)
-    return solutions, solutions @ gradient(objective.position), curved, residual
+    return solutions, gradient(objective.position), curved, residual
 
 
 def diagonal_stderr(objective: Objective) -> dict[str, Any]:
