@@ -118,10 +118,11 @@ class ScoreMatchingResult:
         """The sandwich covariance H⁻¹SH⁻¹ of the estimates, (P, P), in unconstrained space.
 
         The order of the P coordinates is that of `jax.flatten_util.ravel_pytree` of the sites' unconstrained values:
-        sites in alphabetical order. See :func:`numpyro_score.uncertainty.curvature` for the formula.
+        sites in alphabetical order. See :func:`numpyro_score.uncertainty.curvature` for the formula, also in hierarchies.
 
         Raises:
-            SandwichError: for more than 2,000 parameters, or if the objective is not curved upwards at the estimates.
+            SandwichError: for more than 2,000 parameters, if the objective is not curved upwards at the estimates, or
+                if the losses see two sites by their product alone.
         """
         return jnp.asarray(self.curvature.covariance, jnp.result_type(float))
 
