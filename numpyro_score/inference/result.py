@@ -118,7 +118,8 @@ class ScoreMatchingResult:
         """The sandwich covariance H⁻¹SH⁻¹ of the estimates, (P, P), in unconstrained space.
 
         The order of the P coordinates is that of `jax.flatten_util.ravel_pytree` of the sites' unconstrained values:
-        sites in alphabetical order. See :func:`numpyro_score.uncertainty.curvature` for the formula, also in hierarchies.
+        sites in alphabetical order. See :func:`numpyro_score.uncertainty.curvature` for the formula, which in a
+        hierarchy counts the spread of its effects.
 
         Raises:
             SandwichError: for more than 2,000 parameters, if the objective is not curved upwards at the estimates, or

@@ -98,17 +98,18 @@ def scale_pairs(
     """
     size = np.abs(gradients) @ np.maximum(np.abs(position), 1.0)
     tolerance = 100 * float(np.finfo(jnp.result_type(float)).eps) * size
-    along = {k: gradients[:, blocks[k]] @ position[blocks[k]] for k in real}
+    shift = {k: gradients[:, block].sum(axis=1) for k, block in blocks.items()}
+    scale = {k: gradients[:, block] @ position[block] for k, block in blocks.items()}
     found = []
     for s, block in blocks.items():
-        one = np.zeros(len(position))
-        one[block] = 1.0
         # Of a positive site the coordinate is the logarithm; a real one may be a scale or the logarithm of one.
-        for direction, step in ((one, _STEP), (one * position, np.expm1(_STEP)))[: 1 + (s in real)]:
-            slope = gradients @ direction
+        moves = [(shift[s], np.full(len(block), _STEP))]
+        moves += [(scale[s], np.expm1(_STEP) * position[block])] if s in real else []
+        for slope, step in moves:
             for z in sorted(real - {s}):
-                if (np.abs(slope) > tolerance).any() and (np.abs(slope - along[z]) <= tolerance).all():
-                    moved = position + step * direction
+                if (np.abs(slope) > tolerance).any() and (np.abs(slope - scale[z]) <= tolerance).all():
+                    moved = position.copy()
+                    moved[block] += step
                     moved[blocks[z]] *= np.exp(-_STEP)
                     found.append((s, z, moved))
     return found
@@ -131,6 +132,9 @@ def effects(objective: Objective, gradients: np.ndarray) -> tuple[str, ...]:
     """
     found = ties(objective)
     enters = (gradients != 0).astype(np.float32)
+    rows = enters.sum(axis=0)
+    if not ((rows > 0) & (rows < len(enters))).any():
+        return found
     if grouped := grouped_sites(enters.T @ enters > 0, objective.blocks()):
         latents = jax.eval_shape(objective.prior_terms, objective.unravel(objective.position))
         found += tuple(k for k in grouped if k in latents and k not in found)
