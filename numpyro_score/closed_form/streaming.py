@@ -20,6 +20,7 @@ from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import row_losses
 from numpyro_score.losses.base import check_settings
 from numpyro_score.random import Key, as_key
+from numpyro_score.uncertainty import grouped_sites, nested_terms, prior_terms, site_blocks
 
 __all__ = ["GradientSpread", "QuadraticFit", "QuadraticLoss"]
 
@@ -56,6 +57,7 @@ class QuadraticLoss:
         data: Γ, g and c of the rows; calling it with θ gives Σ_n w_n ℓ_n times β.
         prior: those of minus the log prior, without the absolute values of Laplace priors.
         penalties: w, (P,): 1/scale of a coordinate's Laplace prior, 0 where it has none.
+        between: the part of the prior's Γ whose terms tie sites to each other, such as `mu ~ Normal(m, 1)`, (P, P).
         num_rows: N, the rows whose weight is not zero.
         coordinates: which site each coordinate belongs to.
         learning_rate: β.
@@ -79,6 +81,7 @@ class QuadraticLoss:
     data: Quadratic
     prior: Quadratic
     penalties: Float[np.ndarray, "p"]
+    between: Float[np.ndarray, "p p"]
     num_rows: int
     coordinates: Coordinates
     learning_rate: Any = 1.0
@@ -105,7 +108,9 @@ class QuadraticLoss:
         energy.check(_evaluate)
         check_settings(target.loss, energy)
         expansion = expand(target, coordinates, energy, as_key(rng_key), args, kwargs)
-        return cls(expansion.data, expansion.prior, expansion.penalties, _rows_used(energy), coordinates, rate)
+        between = _tied(target, coordinates, expansion.prior, args, kwargs)
+        rows = _rows_used(energy)
+        return cls(expansion.data, expansion.prior, expansion.penalties, between, rows, coordinates, rate)
 
     def __add__(self, other: QuadraticLoss) -> QuadraticLoss:
         if not isinstance(other, QuadraticLoss):
@@ -152,6 +157,9 @@ class QuadraticLoss:
     def covariance(self, spread: GradientSpread) -> Float[np.ndarray, "p p"]:
         """The sandwich covariance H⁻¹SH⁻¹ of θ̂, (P, P), in constrained coordinates, with S = N cov_n(β w_n ∇ℓ_n).
 
+        In a hierarchy the prior of its effects adds its own part to S, as in
+        :func:`~numpyro_score.uncertainty.curvature`.
+
         Args:
             spread: of the rows' gradients at the estimates, from a second pass over the batches, or over as many of
                 them as determine a covariance.
@@ -161,7 +169,13 @@ class QuadraticLoss:
         """
         self._require_no_penalties()
         bread = self.total.solver(self.coordinates.site_of)(np.eye(self.coordinates.size))
-        return bread @ (self.num_rows * spread.covariance()) @ bread
+        blocks, between = site_blocks(self.coordinates.unravel, self.coordinates.size), self.between.copy()
+        # Coordinates that never enter the same row have products of exactly zero.
+        for name in grouped_sites(spread.outer != 0, blocks):
+            block = np.ix_(blocks[name], blocks[name])
+            if not between[block].any():
+                between[block] = self.prior.hessian[block]
+        return bread @ (self.num_rows * spread.covariance() + between) @ bread
 
     def stderr(self, spread: GradientSpread) -> dict[str, Any]:
         """Sandwich standard errors by site, in constrained space."""
@@ -222,6 +236,25 @@ class GradientSpread:
 
 
 _evaluate = jax.jit(partial(evaluate_for_check))
+
+
+def _tied(
+    target: GeneralizedModel, coordinates: Coordinates, prior: Quadratic, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> np.ndarray:
+    """The Hessian of the terms of a quadratic prior that tie sites to each other, (P, P)."""
+    tied = prior.hessian.copy()
+    for block in site_blocks(coordinates.unravel, coordinates.size).values():
+        tied[np.ix_(block, block)] = 0.0
+    if not tied.any():
+        return tied
+    terms = partial(prior_terms, prior_model(target.model, target.data), args, kwargs)
+    names = nested_terms(terms, coordinates.values)
+
+    def total(theta: Array) -> Array:
+        values = terms(coordinates.unravel(theta))
+        return sum((values[k] for k in names), start=jnp.zeros(()))
+
+    return np.asarray(jax.jit(jax.hessian(total))(coordinates.ravel()), np.float64)
 
 
 def _start(target: GeneralizedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Coordinates, Energy]:

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-__all__ = ["depends_on_inputs", "is_constant", "is_quadratic", "numbers_per_row", "treats_rows_alike"]
+__all__ = [
+    "depends_on_inputs",
+    "is_constant",
+    "is_quadratic",
+    "numbers_per_row",
+    "treats_rows_alike",
+    "varying_outputs",
+]
 
 # How an input reaches a value: not at all, through differentiable operations, or also through one whose derivative JAX
 # takes to be zero, or leaves out, although the value changes.
@@ -47,6 +54,11 @@ def is_constant(f: Callable[[Any], Any], x: Any) -> bool:
     """Whether nothing that `f` returns varies with the pytree `x`."""
     jaxpr = jax.make_jaxpr(f)(x).jaxpr
     return not any(_marks(jaxpr, [_SMOOTH] * len(jaxpr.invars)))
+
+
+def varying_outputs(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """Which outputs vary with the marked inputs, followed into calls and loops."""
+    return [mark != _NO for mark in _marks(jaxpr, [_SMOOTH if i else _NO for i in inputs])]
 
 
 def _marks(jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:

@@ -34,7 +34,7 @@ from numpyro_score.uncertainty import (
     curvature,
     diagonal_stderr,
     influence,
-    norm_of_columns,
+    stderr_of,
 )
 
 __all__ = ["Fitter", "ScoreMatchingResult"]
@@ -142,10 +142,12 @@ class ScoreMatchingResult:
         """The sandwich covariance H⁻¹SH⁻¹ of the estimates, (P, P), in unconstrained space.
 
         The order of the P coordinates is that of `jax.flatten_util.ravel_pytree` of the sites' unconstrained values:
-        sites in alphabetical order. See :func:`numpyro_score.uncertainty.curvature` for the formula.
+        sites in alphabetical order. See :func:`numpyro_score.uncertainty.curvature` for the formula, which in a
+        hierarchy counts the spread of its effects.
 
         Raises:
-            SandwichError: for more than 2,000 parameters, or if the objective is not curved upwards at the estimates.
+            SandwichError: for more than 2,000 parameters, if the objective is not curved upwards at the estimates, or
+                if the losses see two sites by their product alone.
         """
         return jnp.asarray(self.curvature.covariance, jnp.result_type(float))
 
@@ -170,7 +172,8 @@ class ScoreMatchingResult:
             return diagonal_stderr(self._objective)
         if of is None:
             return self.coordinates.stderr(self.curvature.covariance)
-        return jax.tree.map(norm_of_columns, self.influence(of))
+        dense = self.curvature if len(self.coordinates.position) <= MAX_PARAMETERS else None
+        return stderr_of(self._objective, of, *(dense.hessian, dense.effects) if dense else (None, None))
 
     def influence(self, of: Function | None = None) -> Any:
         r"""How much each row moves the estimates: by site, (N, ...), in constrained space (delta method).
@@ -178,8 +181,8 @@ class ScoreMatchingResult:
         .. math:: I_n = -\sqrt{\tfrac{N}{N-1}}\, J H^{-1} \beta\, (g_n - \bar g), \quad g_n = w_n \nabla \ell_n,
 
         with J the Jacobian of the constrained values: the infinitesimal jackknife, scaled so that Σ_n I_n I_nᵀ is the
-        sandwich covariance. To first order in 1/N the estimates without row n are estimates − I_n; with a prior, they
-        are those in which row n's weight moves evenly to all rows.
+        sandwich covariance, of a hierarchy the rows' part of it. To first order in 1/N the estimates without row n are
+        estimates − I_n; with a prior, they are those in which row n's weight moves evenly to all rows.
 
         Args:
             of: a function of :attr:`estimates`; then the influence on what it returns, in the same structure, each

@@ -28,8 +28,7 @@ from numpyro.optim import Minimize
 from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minimise
 from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, layouts_kept, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
-from numpyro_score.inference.arguments import InitParams, check_inside, check_keywords, is_loss
-from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
+bafrom numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
 from numpyro_score.inference.loop import (
@@ -250,6 +249,9 @@ class ScoreMatching(SVI):
         Raises:
             NonFiniteLossError: the loss became NaN or infinite; the exception holds the last finite state.
             SandwichError: if the learning rate is to be calibrated and cannot be.
+
+        Warns:
+            UserWarning: if the loss was still falling at the end.
         """
         num_steps = check_num_steps(self.num_steps if num_steps is None else num_steps)
         if isinstance(self.learning_rate, str):
@@ -298,6 +300,8 @@ class ScoreMatching(SVI):
             )  # fmt: skip
 
         state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite)
+        if not interrupted and not hasattr(self.score_loss, "no_objective"):
+            warn_if_still_falling(losses, self._shape[1])
         return ScoreMatchingResult(self.get_params(state), state, losses, self, args, kwargs, interrupted=interrupted)
 
     def _solve(self, start: ScoreMatchingResult) -> tuple[Any, float]:

@@ -109,7 +109,8 @@ def plot_influence(
 
     The height of row n is the largest :math:`|I_{nj}| / \sqrt{\sum_m I_{mj}^2}` over parameters j, with the influence
     I of :meth:`fit.influence() <numpyro_score.ScoreMatchingResult.influence>`. Its square is the share of the row in
-    the sandwich variance of that estimate. The line is at 1/√N, where all rows would be if their shares were equal.
+    the sandwich variance of that estimate, in a hierarchy in the rows' part of it. The line is at 1/√N, where all rows
+    would be if their shares were equal.
 
     Args:
         fit: a fit.

@@ -1,18 +1,20 @@
 """Standard errors of estimates, the influence of rows on them, and learning rates that match them."""
 
 from numpyro_score.uncertainty.calibration import calibrated_learning_rate
-from numpyro_score.uncertainty.influence import diagonal_stderr, influence
-from numpyro_score.uncertainty.sandwich import (
-    MAX_PARAMETERS,
-    Curvature,
+from numpyro_score.uncertainty.hierarchy import grouped_sites, nested_terms
+from numpyro_score.uncertainty.influence import diagonal_stderr, influence, stderr_of
+from numpyro_score.uncertainty.objective import (
     Objective,
     Parametrisation,
     SandwichError,
-    curvature,
     norm_of_columns,
+    prior_terms,
+    site_blocks,
 )
+from numpyro_score.uncertainty.sandwich import ARRIVED, MAX_PARAMETERS, Curvature, curvature
 
 __all__ = [
+    "ARRIVED",
     "MAX_PARAMETERS",
     "Curvature",
     "Objective",
@@ -21,6 +23,11 @@ __all__ = [
     "calibrated_learning_rate",
     "curvature",
     "diagonal_stderr",
+    "grouped_sites",
     "influence",
+    "nested_terms",
     "norm_of_columns",
+    "prior_terms",
+    "site_blocks",
+    "stderr_of",
 ]

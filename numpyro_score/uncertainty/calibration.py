@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_score.uncertainty.sandwich import Curvature, SandwichError
+from numpyro_score.uncertainty.objective import SandwichError
+from numpyro_score.uncertainty.sandwich import Curvature
 
 __all__ = ["calibrated_learning_rate"]
 

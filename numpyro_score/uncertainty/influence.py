@@ -14,15 +14,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from numpyro.distributions.transforms import IndependentTransform
 
-from numpyro_score.uncertainty.sandwich import (
-    Objective,
-    SandwichError,
-    check_rows,
-    in_standard_errors,
-    warn_if_not_converged,
-)
+from numpyro_score.uncertainty.hierarchy import sum_of_terms, ties
+from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError, norm_of_columns
+from numpyro_score.uncertainty.sandwich import check_rows, distance_to_minimum, warn_if_not_converged
 
-__all__ = ["diagonal_stderr", "influence"]
+__all__ = ["diagonal_stderr", "influence", "stderr_of"]
 
 _MAX_STEPS = 10_000  # of conjugate gradients
 
@@ -35,8 +31,8 @@ def influence(objective: Objective, of: Callable[[dict[str, Any]], Any], hessian
 
     for the N rows whose weight is not zero, and 0 for the others, with H the Hessian of the whole objective and g the
     function: the infinitesimal jackknife [Jaeckel 1972; Efron 1982], scaled so that :math:`\sum_n I_n I_n^\top` is the
-    sandwich covariance. It costs one solve with H for each number that `of` returns, and one derivative of the losses
-    along its solution.
+    sandwich covariance; in a hierarchy, the rows' part of it. It costs one solve with H for each number that `of`
+    returns, and one derivative of the losses along its solution.
 
     Args:
         objective: at its minimum.
@@ -50,25 +46,74 @@ def influence(objective: Objective, of: Callable[[dict[str, Any]], Any], hessian
         TypeError: if `of` does not return floats.
 
     Warns:
-        UserWarning: if the minimum is further away than three standard errors.
+        UserWarning: if the minimum is further away than a tenth of a standard error.
     """
+    return _influence(objective, of, hessian)[0]
+
+
+def stderr_of(
+    objective: Objective,
+    of: Callable[[dict[str, Any]], Any],
+    hessian: np.ndarray | None,
+    effects: tuple[str, ...] | None = None,
+) -> Any:
+    """Standard errors of what `of` returns, in its structure: of the rows' influence, and a hierarchy's own part.
+
+    Args:
+        objective: at its minimum.
+        of: from estimates by site to an array, or a pytree of them.
+        hessian: of the objective, or None, as for :func:`influence`, which also says what is raised.
+        effects: the terms of the prior that are part of the law of the data; if None, those that tie sites to each
+            other. See :func:`~numpyro_score.uncertainty.curvature`.
+    """
+    rows, directions = _influence(objective, of, hessian)
+    variances, unravel = ravel_pytree(jax.tree.map(lambda v: jnp.sum(v**2, axis=0), rows))
+    errors = ravel_pytree(jax.tree.map(norm_of_columns, rows))[0]
+    if effects := ties(objective) if effects is None else effects:
+        variances += _quadratic_forms(objective, directions, names=effects)
+        if not bool(jnp.all(variances >= 0)):
+            raise SandwichError(
+                f"The prior of site '{effects[0]}' depends on other sites, and at the joint mode of all of them it "
+                f"leaves a variance that is negative. {USE_NUTS}"
+            )
+        errors = jnp.sqrt(variances)
+    return unravel(errors)
+
+
+@partial(jax.jit, static_argnames="names")
+def _quadratic_forms(objective: Objective, directions: Float[Array, "k p"], *, names: tuple[str, ...]) -> Array:
+    """dᵀBd of each direction, with B the Hessian of some terms of the prior."""
+    gradient = jax.grad(partial(sum_of_terms, objective, names))
+
+    def form(direction: Array) -> Array:
+        return direction @ jax.jvp(gradient, (objective.position,), (direction,))[1]
+
+    return jax.lax.map(form, directions)
+
+
+def _influence(
+    objective: Objective, of: Callable[[dict[str, Any]], Any], hessian: np.ndarray | None
+) -> tuple[Any, Float[Array, "k p"]]:
+    """The influence of rows, and H⁻¹∇g for each number that `of` returns."""
     used = jnp.asarray(check_rows(objective))
     values = of(objective.constrain(objective.position))
     if not all(jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in jax.tree.leaves(values)):
         raise TypeError(f"of must return arrays of floats, differentiable in the estimates; it returned {values}.")
     jacobian = _jacobian(objective, of=of)
     if hessian is None:
-        directions, newton_step = _conjugate_gradients(objective, jacobian)
+        directions, gradient = _conjugate_gradients(objective, jacobian)
     else:  # whoever formed the Hessian has looked at the convergence
-        directions, newton_step = jnp.asarray(np.linalg.solve(hessian, jacobian.T).T, jacobian.dtype), None
+        directions, gradient = jnp.asarray(np.linalg.solve(hessian, jacobian.T).T, jacobian.dtype), None
     rows = -objective.learning_rate * _along(objective, directions)
     n = used.sum()
     rows = jnp.where(used[:, None], (rows - rows.sum(axis=0) / n) * (n / (n - 1)) ** 0.5, 0.0)
     unravel = ravel_pytree(values)[1]
-    if newton_step is not None:
+    if gradient is not None:
         errors = np.sqrt(np.sum(np.asarray(rows, np.float64) ** 2, axis=0))
-        warn_if_not_converged({"of": in_standard_errors(np.asarray(newton_step), errors)})
-    return jax.vmap(unravel)(rows)
+        along = np.asarray(directions, np.float64)
+        distance = distance_to_minimum(objective, lambda g: along @ g, np.asarray(gradient, np.float64), errors)
+        warn_if_not_converged(objective, {"of": distance})
+    return jax.vmap(unravel)(rows), directions
 
 
 @partial(jax.jit, static_argnames="of")
@@ -88,9 +133,9 @@ def _along(objective: Objective, directions: Float[Array, "k p"]) -> Float[Array
 
 def _conjugate_gradients(
     objective: Objective, jacobian: Float[Array, "k p"]
-) -> tuple[Float[Array, "k p"], Float[Array, "k"]]:
-    """H⁻¹ times each row of `jacobian`, and the Newton steps to the minimum along them."""
-    solutions, newton_step, curved, residual = _solve(objective, jacobian)
+) -> tuple[Float[Array, "k p"], Float[Array, "p"]]:
+    """H⁻¹ times each row of `jacobian`, and the gradient of the objective."""
+    solutions, gradient, curved, residual = _solve(objective, jacobian)
     if not bool(jnp.all(curved)):
         raise SandwichError(
             "The objective is not curved upwards at the estimates, as conjugate gradients found on the way: take more "
@@ -103,7 +148,7 @@ def _conjugate_gradients(
             f"asked, within {_MAX_STEPS} steps: the objective is nearly flat in some direction, so give the parameters "
             "a tighter prior, or enable double precision."
         )
-    return solutions, newton_step
+    return solutions, gradient
 
 
 def _tolerance(x: Array) -> float:
@@ -113,7 +158,7 @@ def _tolerance(x: Array) -> float:
 
 @jax.jit
 def _solve(objective: Objective, jacobian: Array) -> tuple[Array, Array, Array, Array]:
-    """Solutions (K, P), Newton steps (K,), whether the objective curves upwards (K,), and relative residuals (K,)."""
+    """Solutions (K, P), the gradient (P,), whether the objective curves upwards (K,), and relative residuals (K,)."""
     gradient = jax.grad(objective)
 
     def hessian(direction: Array) -> Array:
@@ -144,7 +189,7 @@ def _solve(objective: Objective, jacobian: Array) -> tuple[Array, Array, Array, 
         return size * scale * solution, jnp.all(jnp.isfinite(solution)), residual
 
     solutions, curved, residual = jax.lax.map(solve, jacobian)
-    return solutions, solutions @ gradient(objective.position), curved, residual
+    return solutions, gradient(objective.position), curved, residual
 
 
 def diagonal_stderr(objective: Objective) -> dict[str, Any]:
@@ -158,7 +203,7 @@ def diagonal_stderr(objective: Objective) -> dict[str, Any]:
         SandwichError: for data of one row, or if some H_jj is not positive.
     """
     check_rows(objective)
-    curvature, spread = _diagonals(objective)
+    curvature, spread = _diagonals(objective, names=ties(objective))
     worst = {k: float(jnp.min(ravel_pytree(v)[0], initial=jnp.inf)) for k, v in objective.unravel(curvature).items()}
     name = min(worst, key=lambda k: worst[k])
     if not worst[name] > 0:
@@ -166,14 +211,19 @@ def diagonal_stderr(objective: Objective) -> dict[str, Any]:
             f"The objective is not curved upwards at the estimates in site '{name}' (second derivative "
             f"{worst[name]:.3g}): take more steps, or drop or shrink parameters that the data do not determine."
         )
+    low = {k: float(jnp.min(ravel_pytree(v)[0], initial=0.0)) for k, v in objective.unravel(spread).items()}
+    if low[name := min(low, key=lambda k: low[k])] < 0:
+        raise SandwichError(
+            f"The prior of site '{name}' depends on other sites and curves downwards at the estimates. {USE_NUTS}"
+        )
     errors = objective.unravel(jnp.sqrt(spread) / curvature)
     at = objective.unravel(objective.position)
     return {k: _through(objective.transforms[k], at[k], errors[k]) for k in at}
 
 
-@jax.jit
-def _diagonals(objective: Objective) -> tuple[Float[Array, "p"], Float[Array, "p"]]:
-    """The diagonals of H and S."""
+@partial(jax.jit, static_argnames="names")
+def _diagonals(objective: Objective, *, names: tuple[str, ...]) -> tuple[Float[Array, "p"], Float[Array, "p"]]:
+    """The diagonals of H and S, with the Hessian of some terms of the prior in S."""
     position, used = objective.position, objective.used()
 
     def of(index: Array) -> tuple[Array, Array]:
@@ -186,7 +236,10 @@ def _diagonals(objective: Objective) -> tuple[Float[Array, "p"], Float[Array, "p
         beta = objective.learning_rate
         curvature = beta * jnp.sum(seconds) + twice(objective.penalty)[1]
         n = jnp.sum(used)
-        return curvature, n * beta**2 * jnp.var(gradients, where=used) * n / (n - 1)
+        spread = n * beta**2 * jnp.var(gradients, where=used) * n / (n - 1)
+        if names:
+            spread += twice(partial(sum_of_terms, objective, names))[1]
+        return curvature, spread
 
     return jax.lax.map(of, jnp.arange(len(position)), batch_size=8)
 

@@ -4,145 +4,72 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
-from numpyro import handlers
-from numpyro.distributions import biject_to, constraints
-from numpyro.infer.util import log_density, transform_fn
+import scipy.stats
+from jaxtyping import Array
 
-from numpyro_score.energy import Energy, join_arrays, split_arrays
-from numpyro_score.losses import Loss, row_losses
+from numpyro_score.uncertainty.hierarchy import between, effects, refuse_products, ties
+from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
 
-__all__ = ["MAX_PARAMETERS", "Curvature", "Objective", "Parametrisation", "SandwichError", "curvature"]
-
-
-class SandwichError(ValueError):
-    """The sandwich covariance of a fit does not exist or is too large to form."""
-
+__all__ = [
+    "ARRIVED",
+    "MAX_PARAMETERS",
+    "Curvature",
+    "check_rows",
+    "curvature",
+    "distance_to_minimum",
+    "warn_if_not_converged",
+]
 
 MAX_PARAMETERS = 2000
 """Above this many parameters the dense (P, P) matrices are not formed."""
 
 
-@dataclass(frozen=True)
-class Parametrisation:
-    """The map between constrained values by site and one unconstrained vector of P numbers."""
-
-    transforms: dict[str, Any]
-    position: Float[Array, "p"]  # of the estimates
-    unravel: Callable[[Array], dict[str, Any]]
-
-    @classmethod
-    def of_sites(cls, sites: dict[str, Any]) -> Parametrisation:
-        """From the latent and param sites of a traced model, at their values there."""
-        transforms, values = {}, {}
-        for name, site in sites.items():
-            if site["type"] == "param":
-                constraint = site["kwargs"].get("constraint", constraints.real)
-            elif site["type"] == "sample" and not site["is_observed"]:
-                constraint = site["fn"].support
-            else:
-                continue
-            transforms[name] = biject_to(constraint)
-            values[name] = transforms[name].inv(site["value"])
-        position, unravel = ravel_pytree(values)
-        return cls(transforms, position, unravel)
-
-    def constrain(self, vector: Float[Array, "p"]) -> dict[str, Any]:
-        """Constrained values by site."""
-        return transform_fn(self.transforms, self.unravel(vector))
-
-    def stderr(self, covariance: np.ndarray) -> dict[str, Any]:
-        """Standard errors in constrained space by the delta method, in the sites' own shapes."""
-        root = _root(covariance)
-        return _delta_method(self.position, self.transforms, jnp.asarray(root, self.position.dtype), self.unravel)
-
-    def draw(self, rng_key: Array, covariance: np.ndarray, n: int) -> dict[str, Any]:
-        """N draws from N(position, covariance), constrained: {site: (n, ...)}."""
-        root = jnp.asarray(_root(covariance), self.position.dtype)
-        return _draws(rng_key, self.position, self.transforms, root, self.unravel, n)
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("position", "transforms", "energy", "arrays", "learning_rate", "rng_key"),
-    meta_fields=("unravel", "loss", "prior", "static"),
-)
-@dataclass(frozen=True)
-class Objective:
-    r"""What a fit minimises, :math:`\beta\sum_n w_n \ell_n(\theta) - \log\pi_0(\theta)`, of one unconstrained vector.
-
-    A pytree, so that compiled functions of it serve all data of the same shapes. A stochastic loss is taken at the
-    random numbers of one key.
-    """
-
-    position: Any  # of the estimates, (P,)
-    transforms: Any
-    energy: Any
-    arrays: Any
-    learning_rate: Any
-    rng_key: Any
-    unravel: Any
-    loss: Any
-    prior: Any
-    static: Any
-
-    @classmethod
-    def of(
-        cls,
-        energy: Energy,
-        coordinates: Parametrisation,
-        loss: Loss,
-        learning_rate: Any,
-        prior: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        rng_key: Array,
-    ) -> Objective:
-        """At the estimates; `prior` is the model's parameters alone, as :func:`prior_model` makes it."""
-        arrays, static = split_arrays((args, kwargs))
-        c = coordinates
-        return cls(c.position, c.transforms, energy, arrays, learning_rate, rng_key, c.unravel, loss, prior, static)
-
-    def constrain(self, vector: Array) -> dict[str, Any]:
-        """Constrained values by site."""
-        return Parametrisation(self.transforms, self.position, self.unravel).constrain(vector)
-
-    def rows(self, vector: Array) -> Array:
-        """The weighted loss of each row, w_n ℓ_n, (N,): without β."""
-        values, weights = row_losses(self.loss, self.energy.with_params(self.constrain(vector)), self.rng_key)
-        return weights * values
-
-    def used(self) -> Array:
-        """Which rows have a weight, (N,): the others, masked ones for instance, are no data."""
-        return self.energy.usable()[1] != 0
-
-    def penalty(self, vector: Array) -> Array:
-        """The log prior, negative."""
-        args, kwargs = join_arrays(self.arrays, self.static)
-        seeded = handlers.seed(self.prior, jax.random.key(0))
-        return -jnp.asarray(log_density(seeded, args, kwargs, self.constrain(vector))[0])
-
-    def __call__(self, vector: Array) -> Array:
-        """The value of the objective."""
-        return self.learning_rate * jnp.sum(self.rows(vector)) + self.penalty(vector)
-
-
-class Curvature(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Curvature:
     """Second-order facts of an objective at its minimum, in unconstrained coordinates and double precision."""
 
     hessian: np.ndarray  # (P, P), of the whole objective: β Σ w_n ∇²ℓ_n − ∇² log π₀
     loss_hessian: np.ndarray  # (P, P), of the losses alone, without β: Σ w_n ∇²ℓ_n
     root: np.ndarray  # (min(N, P), P): rootᵀ root = S = N cov_n(w_n ∇ℓ_n), without β
     size: np.ndarray  # (P,), root mean square of w_n ∇ℓ_n times √N: what `root` is small or large against
-    covariance: np.ndarray  # (P, P), the sandwich β² H⁻¹SH⁻¹
+    learning_rate: float  # β
+    between: np.ndarray | None  # (P, P), Hessian of the prior's terms that are part of the law of the data, if any
+    effects: tuple[str, ...]  # the names of these terms
+    distance: np.ndarray  # (P,), of the minimum from the estimates, in standard errors; see distance_to_minimum
+
+    @cached_property
+    def covariance(self) -> np.ndarray:
+        """The sandwich H⁻¹(β²S + B)H⁻¹, (P, P), with B = `between`.
+
+        Raises:
+            SandwichError: if a variance is negative, as it may be where a hierarchy's scale collapses.
+        """
+        covariance = _sandwich(self.hessian, self.learning_rate * self.root, self.between)
+        if self.between is not None:
+            lower = np.linalg.cholesky(self.hessian)
+            lowest = float(np.linalg.eigvalsh(lower.T @ covariance @ lower)[0])
+            if lowest < -1e-4:
+                raise SandwichError(
+                    f"The prior of site '{self.effects[0]}' depends on other sites, and at the joint mode of all of "
+                    "them it leaves a variance that is negative: the learning rate is far too small, or groups are "
+                    f"too few or too alike for a point fit. {USE_NUTS}"
+                )
+        return covariance
+
+
+def _sandwich(hessian: np.ndarray, root: np.ndarray, between: np.ndarray | None) -> np.ndarray:
+    half = np.linalg.solve(hessian, root.T)
+    if between is None:
+        return half @ half.T
+    inverse = np.linalg.inv(hessian)
+    return half @ half.T + inverse @ between @ inverse
 
 
 def curvature(objective: Objective) -> Curvature:
@@ -157,12 +84,20 @@ def curvature(objective: Objective) -> Curvature:
     this is the H⁻¹SH⁻¹/N of per-row means. The prior bends H but, as it is not random, adds nothing to S. A stochastic
     loss is taken at the random numbers of the objective's `rng_key`, whose noise S then contains. Costs P gradients.
 
+    In a hierarchy rows are independent given all sites, but not given the hyperparameters φ. The prior π(u | φ) of the
+    effects u is then part of the law of the data, and the Hessian of −log π(u | φ) is added to S: to first order the
+    errors are those with which φ is estimated and u predicted, when u is drawn anew with the rows [Kackar & Harville
+    1984]. Where β is calibrated and the rows' losses are a likelihood they are those of the Laplace approximation, H⁻¹.
+    This is done for terms of the prior that tie sites to each other, and for sites whose elements enter the rows of one
+    group each, beside other sites. The minimum is the joint mode: scales of effects come out too small, the more so the
+    fewer rows a group has, and with them the errors.
+
     Raises:
-        SandwichError: for more than MAX_PARAMETERS parameters, fewer than two rows, or an H that is not positive
-            definite.
+        SandwichError: for more than MAX_PARAMETERS parameters, fewer than two rows, an H that is not positive
+            definite, or losses that see two sites by their product alone.
 
     Warns:
-        UserWarning: if the minimum is further away than three standard errors.
+        UserWarning: if the minimum is further away than a tenth of a standard error; see :func:`distance_to_minimum`.
     """
     p = len(objective.position)
     if p > MAX_PARAMETERS:
@@ -180,15 +115,26 @@ def curvature(objective: Objective) -> Curvature:
         raise SandwichError(
             f"The objective is not curved upwards at the estimates (lowest eigenvalue of its Hessian {lowest:.3g} for "
             f"{p} parameters): take more steps, or drop or shrink parameters that the data do not determine."
+            + _why_not_curved(objective)
         )
     g = np.asarray(gradients, np.float64)[used]
     gradient = beta * g.sum(axis=0) + np.asarray(prior_gradient, np.float64)
     root = np.linalg.qr(g - g.mean(axis=0), mode="r") * (len(g) / (len(g) - 1)) ** 0.5
-    half = beta * np.linalg.solve(hessian, root.T)
-    covariance = half @ half.T
-    distance = in_standard_errors(np.linalg.solve(hessian, gradient), np.sqrt(np.diag(covariance)))
-    warn_if_not_converged(objective.unravel(jnp.asarray(distance, objective.position.dtype)))
-    return Curvature(hessian, loss_hessian, root, np.sqrt(np.sum(g**2, axis=0)), covariance)
+    refuse_products(objective, g)
+    names = effects(objective, g)
+    spread = np.asarray(between(objective, names=names), np.float64) if names else None
+    errors = np.sqrt(np.maximum(np.diag(_sandwich(hessian, beta * root, spread)), 0.0))
+    distance = distance_to_minimum(objective, lambda g: np.linalg.solve(hessian, g), gradient, errors)
+    warn_if_not_converged(objective, objective.unravel(jnp.asarray(distance, objective.position.dtype)))
+    size = np.sqrt(np.sum(g**2, axis=0))
+    return Curvature(hessian, loss_hessian, root, size, beta, spread, names, distance)
+
+
+def _why_not_curved(objective: Objective) -> str:
+    names = ties(objective)
+    if not names:
+        return ""
+    return f" The prior of site '{names[0]}' depends on other sites; its scale may have collapsed. {USE_NUTS}"
 
 
 def check_rows(objective: Objective) -> np.ndarray:
@@ -207,61 +153,68 @@ def check_rows(objective: Objective) -> np.ndarray:
 _used = jax.jit(Objective.used)
 
 
-def in_standard_errors(newton_step: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """How far the minimum is, element by element; 0 where there is no error."""
-    return np.abs(newton_step) / np.where(errors > 0, errors, np.inf)
+def distance_to_minimum(
+    objective: Objective, newton_step: Callable[[np.ndarray], np.ndarray], gradient: np.ndarray, errors: np.ndarray
+) -> np.ndarray:
+    """How far the minimum is by a Newton step, in standard errors; 0 where there is no error.
 
-
-def warn_if_not_converged(distance: dict[str, Any]) -> None:
-    """Standard errors are those of the minimum. A stochastic loss leaves a fit within about one of them.
+    A stochastic loss has its minimum elsewhere at each key, up to about one standard error away, and the fit seeks the
+    minimum of their mean. So where the step at the objective's own key is not short, the mean step of 64 other keys is
+    taken, less what its Monte Carlo error could be: noise alone would exceed that in one of 10,000 fits.
 
     Args:
+        objective: at the estimates.
+        newton_step: from a gradient (P,) to the numbers (K,) that the standard errors are of.
+        gradient: at the objective's own key.
+        errors: standard errors, (K,).
+    """
+
+    def in_errors(step: np.ndarray) -> np.ndarray:
+        return np.abs(step) / np.where(errors > 0, errors, np.inf)
+
+    own = newton_step(gradient)
+    distance = in_errors(own)
+    if np.max(distance, initial=0.0) <= ARRIVED:
+        return distance
+    steps: list[np.ndarray] = []
+    first = np.asarray(_gradient(objective, objective.rng_key), np.float64)
+    for key in jax.random.split(objective.rng_key, _KEYS):
+        other = np.asarray(_gradient(objective, key), np.float64)
+        if not steps and np.array_equal(other, first):  # nothing is random
+            return distance
+        steps.append(newton_step(other))
+    noise = np.std(steps, axis=0, ddof=1) / _KEYS**0.5
+    quantile = float(scipy.stats.t.ppf(1 - 0.5e-4 / len(errors), _KEYS - 1))
+    return in_errors(np.maximum(np.abs(np.mean(steps, axis=0)) - quantile * noise, 0.0))
+
+
+ARRIVED = 0.1  # standard errors from the minimum up to which a fit is as good as there
+_KEYS = 64
+
+
+@jax.jit
+def _gradient(objective: Objective, rng_key: Array) -> Array:
+    return jax.grad(replace(objective, rng_key=rng_key))(objective.position)
+
+
+def warn_if_not_converged(objective: Objective, distance: dict[str, Any]) -> None:
+    """Standard errors are those of the minimum, and say nothing of the way to it.
+
+    Args:
+        objective: whose loss it is.
         distance: of the minimum by site, in standard errors.
     """
     furthest = {
         k: max((float(np.max(v, initial=0.0)) for v in jax.tree.leaves(d)), default=0.0) for k, d in distance.items()
     }
     name = max(furthest, key=lambda k: furthest[k])
-    if furthest[name] > 3:
+    # The draws that a loss with chains settles on are others than those of the fit, with noise that no key shows.
+    if furthest[name] > (3.0 if hasattr(objective.loss, "settle") else ARRIVED):
         warnings.warn(
-            f"The fit has not converged: the minimum is {furthest[name]:.1f} standard errors away in site '{name}'. "
+            f"The fit has not converged: the minimum is {furthest[name]:.2g} standard errors away in site '{name}'. "
             "Take more steps, or another optimiser such as optax.lbfgs().",
             stacklevel=5,
         )
-
-
-def _root(covariance: np.ndarray) -> np.ndarray:
-    """R with R Rᵀ the covariance, in double precision, as variances may be beyond the range of single."""
-    covariance = np.asarray(covariance, np.float64)
-    scale = np.sqrt(np.diag(covariance))
-    scale = np.where(scale > 0, scale, 1.0)
-    # Not Cholesky: where the data leave a direction free, the covariance is singular.
-    variances, axes = np.linalg.eigh(covariance / np.outer(scale, scale))
-    return scale[:, None] * axes * np.sqrt(np.maximum(variances, 0.0))
-
-
-@partial(jax.jit, static_argnames="unravel")
-def _delta_method(position: Array, transforms: Any, root: Array, unravel: Any) -> dict[str, Any]:
-    constrain = Parametrisation(transforms, position, unravel).constrain
-
-    def row(direction: Array) -> Array:
-        return jax.jvp(lambda v: ravel_pytree(constrain(v))[0], (position,), (direction,))[1]
-
-    images = jax.lax.map(row, root.T, batch_size=64)  # (P, Q), of the covariance's principal axes
-    return ravel_pytree(constrain(position))[1](norm_of_columns(images))
-
-
-@partial(jax.jit, static_argnames=("unravel", "n"))
-def _draws(rng_key: Array, position: Array, transforms: Any, root: Array, unravel: Any, n: int) -> dict[str, Any]:
-    draws = position + jax.random.normal(rng_key, (n, len(position)), position.dtype) @ root.T
-    return jax.vmap(Parametrisation(transforms, position, unravel).constrain)(draws)
-
-
-def norm_of_columns(x: Float[Array, "n *columns"]) -> Float[Array, "*columns"]:
-    """Euclidean norms over the first axis, also of numbers whose squares are out of the range of floats."""
-    largest = jnp.max(jnp.abs(x), axis=0)
-    largest = jnp.where(largest > 0, largest, 1.0)
-    return largest * jnp.sqrt(jnp.sum((x / largest) ** 2, axis=0))
 
 
 @jax.jit

@@ -1,0 +1,186 @@
+"""Which terms of a prior are part of the law of the data, and what they add to the spread of estimates.
+
+Rows are independent given all parameters, but not given the hyperparameters alone: the rows of one group share its
+effect. Effects u with a prior π(u | φ) are drawn anew with every data set, so the gradient of −log π(u | φ) spreads, as
+those of the rows do, and by the information identity its covariance is the expectation of the Hessian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+from numpyro.distributions.transforms import IdentityTransform, IndependentTransform
+
+from numpyro_score.energy import varying_outputs
+from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
+
+__all__ = ["between", "effects", "grouped_sites", "nested_terms", "refuse_products", "sum_of_terms", "ties"]
+
+Terms = Callable[[dict[str, Any]], dict[str, Array]]
+
+
+def nested_terms(terms: Terms, values: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the prior's terms that tie one site to another.
+
+    These are priors of latent sites with parameters that are sites themselves, such as `mu ~ Normal(m, s)`, and factors
+    whose gradient in one site varies with another.
+
+    Args:
+        terms: from values by site to the prior's terms, by the name of the latent site or factor.
+        values: some.
+    """
+    if len(values) < 2:
+        return ()
+    sites = [k for k in sorted(values) for _ in jax.tree.leaves(values[k])]  # of each input
+    closed, shapes = jax.make_jaxpr(terms, return_shape=True)(values)
+    depends = {b: varying_outputs(closed.jaxpr, [k == b for k in sites]) for b in values}
+
+    def factor_ties(name: str) -> bool:
+        slope = jax.make_jaxpr(jax.grad(lambda v: terms(v)[name]))(values).jaxpr
+        return any(
+            any(
+                moves and a != b
+                for a, moves in zip(sites, varying_outputs(slope, [k == b for k in sites]), strict=True)
+            )
+            for b in values
+        )
+
+    found = []
+    for i, name in enumerate(sorted(shapes)):
+        others = [b for b in values if b != name and depends[b][i]]
+        if (name in values and others) or (len(others) > 1 and factor_ties(name)):
+            found.append(name)
+    return tuple(found)
+
+
+def grouped_sites(overlap: Bool[np.ndarray, "p p"], blocks: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """The sites whose elements each enter the rows of one group alone, where other sites enter several groups.
+
+    Args:
+        overlap: whether two coordinates enter a common row.
+        blocks: the coordinates of each site.
+    """
+    found = []
+    for name, block in blocks.items():
+        index = block[np.diag(overlap)[block]]
+        together = overlap[np.ix_(index, index)]
+        groups = np.unique(together, axis=0)
+        # Groups that share no row: each element is in one of them.
+        if len(groups) < 2 or (groups.sum(axis=0) != 1).any():
+            continue
+        others = np.setdiff1d(np.flatnonzero(np.diag(overlap)), block)
+        if (((overlap[np.ix_(others, index)][:, None, :] & groups).any(axis=-1)).sum(axis=-1) > 1).any():
+            found.append(name)
+    return tuple(found)
+
+
+def scale_pairs(
+    gradients: np.ndarray, position: np.ndarray, blocks: dict[str, np.ndarray], real: set[str]
+) -> list[tuple[str, str, np.ndarray]]:
+    """Pairs of sites of which the losses may see the product alone, such as s and z in m + s z.
+
+    Then each row's loss has the same derivative in log s and along z: to first order, so look again at the loss itself.
+
+    Args:
+        gradients: of the rows, (N, P).
+        position: of the estimates, (P,).
+        blocks: the coordinates of each site.
+        real: the sites whose coordinates are their values.
+
+    Returns:
+        The name of a scale, that of what it multiplies, and a position (P,) with the same product.
+    """
+    size = np.abs(gradients) @ np.maximum(np.abs(position), 1.0)
+    tolerance = 100 * float(np.finfo(jnp.result_type(float)).eps) * size
+    shift = {k: gradients[:, block].sum(axis=1) for k, block in blocks.items()}
+    scale = {k: gradients[:, block] @ position[block] for k, block in blocks.items()}
+    found = []
+    for s, block in blocks.items():
+        # Of a positive site the coordinate is the logarithm; a real one may be a scale or the logarithm of one.
+        moves = [(shift[s], np.full(len(block), _STEP))]
+        moves += [(scale[s], np.expm1(_STEP) * position[block])] if s in real else []
+        for slope, step in moves:
+            for z in sorted(real - {s}):
+                if (np.abs(slope) > tolerance).any() and (np.abs(slope - scale[z]) <= tolerance).all():
+                    moved = position.copy()
+                    moved[block] += step
+                    moved[blocks[z]] *= np.exp(-_STEP)
+                    found.append((s, z, moved))
+    return found
+
+
+_STEP = 0.3  # of the logarithm of a scale
+
+
+def ties(objective: Objective) -> tuple[str, ...]:
+    """The terms of an objective's prior that tie sites to each other."""
+    return nested_terms(objective.prior_terms, objective.unravel(objective.position))
+
+
+def effects(objective: Objective, gradients: np.ndarray) -> tuple[str, ...]:
+    """The terms of the prior that are part of the law of the data, by name.
+
+    Args:
+        objective: at its minimum.
+        gradients: of the rows, (N, P).
+    """
+    found = ties(objective)
+    enters = (gradients != 0).astype(np.float32)
+    rows = enters.sum(axis=0)
+    if not ((rows > 0) & (rows < len(enters))).any():
+        return found
+    if grouped := grouped_sites(enters.T @ enters > 0, objective.blocks()):
+        latents = jax.eval_shape(objective.prior_terms, objective.unravel(objective.position))
+        found += tuple(k for k in grouped if k in latents and k not in found)
+    return found
+
+
+def refuse_products(objective: Objective, gradients: np.ndarray) -> None:
+    """Raises SandwichError where the losses see two sites by their product alone, as a non-centred hierarchy's."""
+    position = np.asarray(objective.position, np.float64)
+    real = {k for k, t in objective.transforms.items() if isinstance(_innermost(t), IdentityTransform)}
+    pairs = scale_pairs(gradients, position, objective.blocks(), real)
+    if not pairs:
+        return
+    rows = _rows(objective, objective.position)
+    for scale, name, moved in pairs:
+        new = _rows(objective, jnp.asarray(moved, objective.position.dtype))
+        if bool(jnp.all(jnp.abs(new - rows) <= 1e4 * jnp.finfo(rows.dtype).eps * jnp.max(jnp.abs(rows)))):
+            raise SandwichError(
+                f"The losses see sites '{scale}' and '{name}' by their product alone, as of a non-centred prior, so "
+                "that the spread of rows is not that of each: declare the product itself with a prior that has "
+                f"'{scale}' as its scale. {USE_NUTS}"
+            )
+
+
+_rows = jax.jit(Objective.rows)
+
+
+def _innermost(transform: Any) -> Any:
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return transform
+
+
+@partial(jax.jit, static_argnames="names")
+def between(objective: Objective, *, names: tuple[str, ...]) -> Array:
+    """The Hessian of some terms of the prior, (P, P)."""
+    gradient = jax.grad(partial(sum_of_terms, objective, names))
+
+    def along(direction: Array) -> Array:
+        return jax.jvp(gradient, (objective.position,), (direction,))[1]
+
+    hessian = jax.lax.map(along, jnp.eye(len(objective.position)), batch_size=8)
+    return 0.5 * (hessian + hessian.T)
+
+
+def sum_of_terms(objective: Objective, names: tuple[str, ...], vector: Array) -> Array:
+    """Some terms of the prior, of one unconstrained vector."""
+    terms = objective.prior_terms(objective.unravel(vector))
+    return sum((terms[k] for k in names), start=jnp.zeros(()))
