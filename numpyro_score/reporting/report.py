@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_score.comparison.audit import _describe
+from numpyro_score.divergences.columns import data_columns, numbered, sample_columns
 from numpyro_score.energy import plural
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.normaliser import sample
@@ -29,7 +30,6 @@ from numpyro_score.plots import (
     plot_marginals,
     plot_score_field,
 )
-from numpyro_score.plots.axes import data_columns, numbered, sample_columns
 from numpyro_score.plots.fits import loss_of, solved_at_once
 from numpyro_score.reporting.checks import Check, check_all, converged
 from numpyro_score.reporting.page import Markup, page, picture, table, tag
