@@ -36,7 +36,7 @@ def test_statistics_by_numpy():
     """Without far rows; differences of means are those of a pooled t-test."""
     rng = np.random.default_rng(0)
     x, y = rng.uniform(-1, 1, (300, 2)), rng.uniform(-1, 1, (4, 100, 2))
-    x[:, 0], y[..., 0] = x[:, 0] + 5e4, y[..., 0] + 5e4 + 0.3
+    x[:, 0], y[..., 0] = x[:, 0] + 5e4, y[..., 0] + 5e4 + 0.5
     found = moment_test(energy(np.float32(x)), draws(y), KEY)
     assert found.names[:3] == ["mean of x[0]", "mean of x[1]", "variance of x[0]"]
     assert found.names[4:] == ["skewness of x[0]", "skewness of x[1]", "correlation of x[0] and x[1]"]

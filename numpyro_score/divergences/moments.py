@@ -97,7 +97,7 @@ def moment_test(energy: Energy, samples: Any, rng_key: Array) -> MomentTest:
 
 def _kept(energy: Energy, rng_key: Array) -> np.ndarray:
     """Which rows of some weight are used: by their weights, and not more than are of use."""
-    weights = np.asarray(energy.weights, np.float64)
+    weights = np.asarray(energy.data_and_weights()[1], np.float64)
     weights = weights[weights != 0]
     chance = np.asarray(jax.random.uniform(rng_key, (2, len(weights))))
     kept = np.flatnonzero(chance[0] < weights / weights.max(initial=0.0)) if len(weights) else np.arange(0)
@@ -148,7 +148,8 @@ def permutation_test(
     features = _standardised(_linear(_standardised(table), paired)).astype(np.float32)
     scale = (1 / n + 1 / m) ** 0.5
     first = (np.arange(n + m) < n).astype(np.float32)
-    z, reached = -scale * (first @ features), []
+    z = -scale * (first @ features)
+    reached: list[float] = []
     while len(reached) < num_permutations:
         chosen = rng.permuted(np.tile(first, (min(_BATCH, num_permutations - len(reached)), 1)), axis=1)
         reached += list(scale * np.abs(chosen @ features).max(axis=-1))

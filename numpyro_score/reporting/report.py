@@ -48,8 +48,8 @@ def report(fit: Fit, path: str | Path, *, rng_key: Array | None = None, num_samp
 
     The first screen says what was fitted and by which loss, whether it converged, the estimates with their standard
     errors, and the checks that bear on trust: the gradient and the trend of the loss at the end, the eigenvalues of the
-    sandwich, the row of most influence, a kernel Stein test of the data against the model, and R-hat of the model's
-    draws. Below are pictures, tables, versions and the machine. What cannot be computed is reported with its reason.
+    sandwich, the row of most influence, a kernel Stein test of the data against the model, moments of the model's draws
+    beside those of the data, and R-hat of the draws. Below are pictures, tables, versions and the machine. What cannot be computed is reported with its reason.
     The file needs no script, no other file and no network.
 
     Args:
