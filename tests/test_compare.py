@@ -92,6 +92,8 @@ def test_the_planted_better_model_wins_under_both():
     # The goodness of fit: the wrong ones are found out, and the draws are good.
     assert (table.loc[["narrow", "shifted"], "ksd_pvalue"] < 0.01).all()
     assert table.loc["shifted", "mmd"] > table.loc["fit", "mmd"] + 2 * table.loc["shifted", "mmd_stderr"]
+    assert table.loc["fit", "moments_pvalue"] > 0.01 > 0.002 > table.loc[["narrow", "shifted"], "moments_pvalue"].max()
+    assert list(table.loc[["narrow", "shifted"], "moments_furthest"]) == ["variance of x[0]", "mean of x[0]"]
     assert (table["r_hat"] < 1.05).all() and (table["ess"] > 100).all()
 
 

@@ -137,7 +137,7 @@ def test_first_lines_answer(read):
     assert read.answer("By which loss").startswith("ISM(): Implicit score matching, ½‖s(x)‖²")
     assert read.answer("By which loss").endswith("In closed form, learning rate β = 1.")
     assert read.answer("Did it converge?").startswith("Yes: the objective is quadratic in the parameters")
-    assert read.answer("Can it be trusted?") == "Nothing speaks against it: 6 of 6 checks are good."
+    assert read.answer("Can it be trusted?") == "Nothing speaks against it: 7 of 7 checks are good."
 
 
 def test_checks_are_in_the_table(read):
@@ -149,6 +149,7 @@ def test_checks_are_in_the_table(read):
         "Sandwich eigenvalues",
         "Row of most influence",
         "Data against model (KSD)",
+        "Moments of data and draws",
         "Draws of the model",
     ]
     assert {r[2] for r in rows} == {"✓ good"}
@@ -291,6 +292,29 @@ def test_one_row_that_carries_an_estimate():
     square = x[:, 1].astype(float) ** 2 - np.mean(x[:, 1].astype(float) ** 2)  # 1/k̂ is the mean of squares
     share = np.abs(square[17]) / np.linalg.norm(square)
     np.testing.assert_allclose(float(found.split()[5]), share, rtol=0.02)
+
+
+def test_the_largest_of_a_long_tail_is_no_outlier():
+    """Third powers of normal rows, one of which is moved further and further out."""
+    rng = np.random.default_rng(0)
+    pvalues = [checks.beyond_the_tail(v, int(np.argmax(np.abs(v)))) for v in rng.normal(size=(1000, 400)) ** 3]
+    assert np.mean(np.less(pvalues, 0.01)) < 0.01 + 3.1 * (0.01 * 0.99 / 1000) ** 0.5
+    values = rng.normal(size=400) ** 3
+    found = [checks.beyond_the_tail(np.append(values, far**3), 400) for far in (4.0, 8.0, 16.0)]
+    assert found[0] > 0.01 > 1e-3 > found[1] > found[2]
+    assert checks.beyond_the_tail(np.ones(50), 0) == 1
+
+
+def test_moments_of_draws_that_are_not_the_datas():
+    """Draws of the fit agree, and those with the second column moved or stretched are found out."""
+    fit, one = fitted(), np.array([0.0, 1.0])
+    for change, name in ((lambda x: x, None), (lambda x: x + one, "mean"), (lambda x: x * (one + 1), "variance")):
+        draws = change(np.random.default_rng(1).normal(X.mean(0), X.std(0), (4, 250, 2)))
+        samples = {"posterior": numpyro_score.arviz.dataset({"x": draws}, ("chain", "draw"))}
+        found, verdict, _ = checks._moments(fit, samples, KEY)
+        assert verdict == ("good" if name is None else "bad")
+        assert name is None or f"furthest is the {name} of x[1]" in found
+    assert checks._moments(fit, "none were drawn", KEY)[1] == "unknown"
 
 
 class Draws(NamedTuple):

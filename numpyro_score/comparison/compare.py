@@ -29,6 +29,7 @@ from numpyro_score.comparison.verdict import (
     told_apart,
 )
 from numpyro_score.divergences.mmd import mmd
+from numpyro_score.divergences.moments import moment_test
 from numpyro_score.divergences.stein import closed_sites, kernel_stein_discrepancy
 from numpyro_score.energy import Energy
 from numpyro_score.inference import AdversarialResult, FitCost, ScoreMatchingResult
@@ -57,6 +58,9 @@ class Comparison:
             - `ksd`, `ksd_pvalue`: squared kernel Stein discrepancy of the data from the fit, and its test; missing on
               spheres and circles, which have no kernel here;
             - `mmd`, `mmd_stderr`: squared MMD between the data and draws of the fit;
+            - `moments_pvalue`: of a permutation test that means, variances, skewnesses and correlations of the data and
+              of the draws agree, for the largest difference of all; `moments_furthest` says in which statistic it is;
+              missing for fewer than 10 rows or 50 independent draws;
             - `ess`, `r_hat`: the worst of these draws' coordinates;
             - `seconds`, `compile_seconds`, `gradient_evaluations`, `peak_memory` (bytes), `device`: of the run, as
               :class:`~numpyro_score.inference.FitCost` defines them; missing where they were not measured.
@@ -100,6 +104,8 @@ _CELLS = [
     ("KSD²", "ksd", None),
     ("  p-value", "ksd_pvalue", None),
     ("MMD²", "mmd", "mmd_stderr"),
+    ("moments, p-value", "moments_pvalue", None),
+    ("  furthest", "moments_furthest", None),
     ("ESS of draws", "ess", None),
     ("R-hat of draws", "r_hat", None),
     ("seconds", "seconds", None),
@@ -193,7 +199,7 @@ def compare(
         order_kl = tuple(table.index)
     found = {}
     for k, fit in fits.items():
-        found[k] = _against_data(k, own[k], data, keys[k], num_samples) | _cost(fit)
+        found[k] = _against_data(k, own[k], energies[k], data, keys[k], num_samples) | _cost(fit)
     record = pd.DataFrame(columns, names).join(pd.DataFrame.from_dict(found, orient="index"))
     sentence = None
     if likelihoods is not None:
@@ -296,12 +302,14 @@ def _compared_by_arviz(likelihoods: Rows) -> pd.DataFrame:
     return az.compare(elpds, **({"round_to": "none"} if hasattr(az, "ELPDDataLOO") else {}))
 
 
-def _against_data(name: str, energy: Energy, data: Any, keys: Array, num_samples: int) -> dict[str, Any]:
-    """What the data say of one fit without another to compare with."""
+def _against_data(
+    name: str, energy: Energy, at_data: Energy, data: Any, keys: Array, num_samples: int
+) -> dict[str, Any]:
+    """What the data say of one fit without another to compare with; `at_data` is its energy at the new rows."""
     found: dict[str, Any] = {}
     if not closed_sites(energy):
-        test = kernel_stein_discrepancy(data, energy, keys[1])
-        found |= {"ksd": test.value, "ksd_pvalue": test.pvalue}
+        stein = kernel_stein_discrepancy(data, energy, keys[1])
+        found |= {"ksd": stein.value, "ksd_pvalue": stein.pvalue}
     if not energy.has_density:
         return found
     with warnings.catch_warnings(record=True) as caught:
@@ -310,6 +318,11 @@ def _against_data(name: str, energy: Energy, data: Any, keys: Array, num_samples
     for warning in caught:
         warnings.warn(f"Draws of fit '{name}': {warning.message}", warning.category, stacklevel=3)
     distance = mmd(data, (energy, draws))
+    try:
+        test = moment_test(at_data, draws, keys[2])
+        found |= {"moments_pvalue": test.pvalue, "moments_furthest": test.names[test.furthest]}
+    except ValueError:  # too few rows or draws
+        pass
     return found | {
         "mmd": distance.value,
         "mmd_stderr": distance.stderr,

@@ -228,7 +228,7 @@ def thin(draws: Draws) -> Float[Array, "n d"]:
     rows = draws.rows
     if not draws.independent:
         x = np.asarray(rows, np.float64)
-        x -= x.mean((0, 1))
+        x = x - x.mean((0, 1))  # not in place: in double precision this is a view of the rows
         ess = effective_sample_size(np.concatenate([x, x**2], axis=-1))
         if not np.isfinite(ess).all():
             raise ValueError("The chains do not move in some coordinate: draw longer chains.")

@@ -28,7 +28,9 @@ from numpyro.optim import Minimize
 from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minimise
 from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, layouts_kept, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
-bafrom numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
+from numpyro_score.inference.arguments import InitParams, check_inside, check_keywords, is_loss
+from numpyro_score.inference.arrival import warn_if_still_falling
+from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
 from numpyro_score.inference.loop import (

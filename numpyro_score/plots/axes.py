@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_score.energy import Energy, rows_first
+from numpyro_score.divergences.columns import numbered
+from numpyro_score.energy import Energy
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 
 __all__ = [
@@ -19,12 +20,9 @@ __all__ = [
     "VERMILION",
     "as_axes",
     "choose_columns",
-    "data_columns",
     "energy_of",
-    "numbered",
     "require_plane",
     "row_columns",
-    "sample_columns",
 ]
 
 # Colours that colour-blind readers tell apart [Okabe & Ito 2008]; no plot relies on colour alone.
@@ -94,31 +92,6 @@ def row_columns(energy: Energy) -> tuple[list[str], np.ndarray, np.ndarray]:
         names += numbered(label, tuple(s for i, s in enumerate(shape) if i not in a.row_axes))
     x, weights = (np.asarray(v, np.float64) for v in jax.device_get(energy.data_and_weights()))
     return names, x[weights != 0], weights[weights != 0]
-
-
-def data_columns(energy: Energy) -> tuple[list[str], np.ndarray]:
-    """Names of the numbers of one datum in the sites' own units, and the data of some weight, (N, K)."""
-    x, weights = energy.data_and_weights()
-    values = energy.unflatten(x)
-    names: list[str] = []
-    for a in energy.arrays:
-        names += numbered(a.name, tuple(s for i, s in enumerate(a.shape) if i not in a.row_axes))
-    columns = [np.asarray(rows_first(values[a.name], a.row_axes), np.float64) for a in energy.arrays]
-    return names, np.concatenate(columns, axis=1)[np.asarray(weights) != 0]
-
-
-def sample_columns(energy: Energy, samples: Any) -> np.ndarray:
-    """The numbers of each draw of the data, (M, K), from ArviZ data."""
-    missing = [a.name for a in energy.arrays if a.name not in samples["posterior"]]
-    if missing:
-        raise ValueError(f"The samples have no site '{missing[0]}': pass what sample(fit, key, 1000) returns.")
-    sites = [samples["posterior"][a.name].values for a in energy.arrays]
-    return np.concatenate([v.reshape(v.shape[0] * v.shape[1], -1) for v in sites], axis=1)
-
-
-def numbered(name: str, shape: tuple[int, ...]) -> list[str]:
-    """A name for each number of an array: "x[0, 0]", ..., or "x" if it is one."""
-    return [f"{name}[{', '.join(map(str, i))}]" if i else name for i in np.ndindex(*shape)]
 
 
 def choose_columns(owner: str, names: list[str], columns: Any, most: int) -> list[int]:

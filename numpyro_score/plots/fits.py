@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from numpyro_score.divergences.columns import numbered
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses import DefaultLoss
-from numpyro_score.plots.axes import BLACK, BLUE, GREY, ORANGE, VERMILION, as_axes, numbered
+from numpyro_score.plots.axes import BLACK, BLUE, GREY, ORANGE, VERMILION, as_axes
 
 __all__ = ["loss_of", "plot_influence", "plot_losses", "shares", "solved_at_once"]
 
@@ -127,7 +128,7 @@ def plot_influence(
     """
     if not isinstance(fit, ScoreMatchingResult):
         raise TypeError(f"plot_influence takes a fit of ScoreMatching, got {type(fit).__name__}.")
-    names, share = shares(fit, of)
+    names, share, _ = shares(fit, of)
     largest, parameter = share.max(axis=1), share.argmax(axis=1)
     n = len(largest)
     (axes,) = as_axes("plot_influence", ax).ravel()
@@ -145,17 +146,20 @@ def plot_influence(
     return axes
 
 
-def shares(fit: ScoreMatchingResult, of: Callable[[dict[str, Any]], Any] | None = None) -> tuple[list[str], np.ndarray]:
-    """Names of the parameters that the data move, and |influence| of rows in standard errors: (Q,) and (N, Q)."""
+def shares(
+    fit: ScoreMatchingResult, of: Callable[[dict[str, Any]], Any] | None = None
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Parameters that the data move, |influence| of rows in standard errors, and its signs: (Q,), (N, Q), (N, Q)."""
     names, columns = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(fit.influence(of)):
         site = jax.tree_util.keystr(path, simple=True, separator=".") or "of"
         names += numbered(site, leaf.shape[1:])
         columns.append(np.asarray(leaf, np.float64).reshape(len(leaf), -1))
-    influence = np.abs(np.concatenate(columns, axis=1))
+    signed = np.concatenate(columns, axis=1)
+    influence = np.abs(signed)
     moved = influence.max(axis=0) > 0
     if not moved.any():
         raise ValueError("No row moves any estimate: the data do not enter the objective.")
     influence, names = influence[:, moved], [k for k, m in zip(names, moved, strict=True) if m]
     influence = influence / influence.max(axis=0)  # whose squares are in the range of floats
-    return names, influence / np.linalg.norm(influence, axis=0)
+    return names, influence / np.linalg.norm(influence, axis=0), np.sign(signed[:, moved])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_score.divergences.columns import data_columns, sample_columns
 from numpyro_score.energy import Energy
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.normaliser import log_partition as find_log_partition
@@ -21,11 +22,9 @@ from numpyro_score.plots.axes import (
     VERMILION,
     as_axes,
     choose_columns,
-    data_columns,
     energy_of,
     require_plane,
     row_columns,
-    sample_columns,
 )
 
 __all__ = ["plot_density", "plot_marginals", "plot_score_field"]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_score.comparison.audit import _describe
+from numpyro_score.divergences.columns import data_columns, numbered, sample_columns
 from numpyro_score.energy import plural
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.normaliser import sample
@@ -28,7 +29,6 @@ from numpyro_score.plots import (
     plot_marginals,
     plot_score_field,
 )
-from numpyro_score.plots.axes import data_columns, numbered, sample_columns
 from numpyro_score.plots.fits import loss_of, solved_at_once
 from numpyro_score.random import Key, as_key
 from numpyro_score.reporting.checks import Check, check_all, converged
@@ -48,9 +48,9 @@ def report(fit: Fit, path: str | Path, *, rng_key: Key | None = None, num_sample
 
     The first screen says what was fitted and by which loss, whether it converged, the estimates with their standard
     errors, and the checks that bear on trust: the gradient and the trend of the loss at the end, the eigenvalues of the
-    sandwich, the row of most influence, a kernel Stein test of the data against the model, and R-hat of the model's
-    draws. Below are pictures, tables, versions and the machine. What cannot be computed is reported with its reason.
-    The file needs no script, no other file and no network.
+    sandwich, the row of most influence, a kernel Stein test of the data against the model, moments of the model's draws
+    beside those of the data, and R-hat of the draws. Below are pictures, tables, versions and the machine. What cannot
+    be computed is reported with its reason. The file needs no script, no other file and no network.
 
     Args:
         fit: a fit of :class:`~numpyro_score.ScoreMatching` or

@@ -1,0 +1,43 @@
+"""The numbers of data and of draws in columns, in the sites' own units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from numpyro_score.energy import Energy, rows_first
+
+__all__ = ["chain_columns", "data_columns", "numbered", "sample_columns"]
+
+
+def data_columns(energy: Energy) -> tuple[list[str], np.ndarray]:
+    """Names of the numbers of one datum in the sites' own units, and the data of some weight, (N, K)."""
+    x, weights = energy.data_and_weights()
+    values = energy.unflatten(x)
+    names: list[str] = []
+    for a in energy.arrays:
+        names += numbered(a.name, tuple(s for i, s in enumerate(a.shape) if i not in a.row_axes))
+    columns = [np.asarray(rows_first(values[a.name], a.row_axes), np.float64) for a in energy.arrays]
+    return names, np.concatenate(columns, axis=1)[np.asarray(weights) != 0]
+
+
+def sample_columns(energy: Energy, samples: Any) -> Float[np.ndarray, "m k"]:
+    """The numbers of each draw of the data, from ArviZ data."""
+    columns = chain_columns(energy, samples)
+    return columns.reshape(-1, columns.shape[-1])
+
+
+def chain_columns(energy: Energy, samples: Any) -> Float[np.ndarray, "chain draw k"]:
+    """The same, chain by chain."""
+    missing = [a.name for a in energy.arrays if a.name not in samples["posterior"]]
+    if missing:
+        raise ValueError(f"The samples have no site '{missing[0]}': pass what sample(fit, key, 1000) returns.")
+    sites = [samples["posterior"][a.name].values for a in energy.arrays]
+    return np.concatenate([v.reshape(*v.shape[:2], -1) for v in sites], axis=-1)
+
+
+def numbered(name: str, shape: tuple[int, ...]) -> list[str]:
+    """A name for each number of an array: "x[0, 0]", ..., or "x" if it is one."""
+    return [f"{name}[{', '.join(map(str, i))}]" if i else name for i in np.ndindex(*shape)]

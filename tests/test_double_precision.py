@@ -1,0 +1,61 @@
+"""Diagnostics end to end in double precision, where NumPy's arrays are views of JAX's that cannot be written to."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+from models import improper
+
+from numpyro_score import Energy, ScoreMatching, compare, kernel_stein_discrepancy, mmd, report, sample
+
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.filterwarnings("ignore:Draws of fit:UserWarning")]
+
+KEY = jax.random.key(0)
+X = np.random.default_rng(0).normal(0.3, 1.2, (60, 2))
+
+
+def model(x):
+    k = numpyro.param("k", lambda _: jnp.ones(2))
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(2), obs=x)
+        numpyro.factor("energy", -0.5 * jnp.sum(k * (x - 0.3) ** 2, axis=-1))
+
+
+@functools.cache
+def fitted():
+    """The fit, and draws of it."""
+    fit = ScoreMatching(model).run(KEY, X, progress_bar=False)
+    return fit, sample(fit, KEY, 100)
+
+
+def test_divergences_from_draws():
+    """MMD and the Stein test, of chains that are thinned."""
+    fit, draws = fitted()
+    assert draws["posterior"]["x"].dtype == np.float64
+    assert abs(mmd(X, (fit, draws)).value) < 0.1
+    test = kernel_stein_discrepancy((fit, draws), Energy(model, {"k": 9 * fit.estimates["k"]}, X), KEY)
+    assert test.pvalue < 0.01
+
+
+def test_rows_are_left_as_they_were():
+    """What is computed from draws does not write into them."""
+    fit, draws = fitted()
+    before = draws["posterior"]["x"].values.copy()
+    mmd((fit, draws), X)
+    np.testing.assert_array_equal(draws["posterior"]["x"].values, before)
+
+
+def test_fits_beside_each_other():
+    fit, _ = fitted()
+    table = compare({"fit": fit, "narrow": fit.energy.with_params({"k": 4 * fit.estimates["k"]})}, X, rng_key=KEY,
+                    num_samples=100).table  # fmt: skip
+    assert table.index[0] == "fit" and (table["r_hat"] < 1.1).all()
+
+
+def test_report(tmp_path):
+    fit, _ = fitted()
+    page = report(fit, tmp_path / "fit.html", num_samples=100).read_text()
+    assert "float64" in page and "read-only" not in page
