@@ -221,7 +221,7 @@ def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return groups
 
 
-def _warn_of_lost_chains(mcmc: MCMC, draws: dict[str, Any]) -> None:
+def _warn_of_lost_chains(mcmc: MCMC, draws: Any) -> None:
     """Warns of chains that left the finite numbers, as NumPyro's `run` ends without a word from its kernel."""
     lost = np.zeros(mcmc.num_chains, bool)
     for leaf in map(np.asarray, jax.tree.leaves(draws)):

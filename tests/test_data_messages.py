@@ -10,6 +10,9 @@ from numpyro.distributions import constraints
 
 from numpyro_score import Energy
 
+# The package's own errors, which the checks of annotations would come before.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 X = np.random.default_rng(0).normal(size=(20, 3))
 SHARES = np.random.default_rng(1).dirichlet(4 * np.ones(3), 20)
 UNIT = X / np.linalg.norm(X, axis=-1, keepdims=True)

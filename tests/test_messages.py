@@ -25,6 +25,9 @@ from numpyro_score import (
 )
 from numpyro_score.random import as_key
 
+# The package's own errors, which the checks of annotations would come before.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 X = np.random.default_rng(0).normal(size=(20, 2))
 
 

@@ -142,7 +142,9 @@ class ScoreMatching(SVI):
         # Compiled functions of this object: it traces its model once for arguments of the same shapes.
         self._evaluate = jax.jit(partial(evaluate_for_check))
         self._advance = jax.jit(self._advance_impl, static_argnames=("static", "stable_update"))
-        self._start = CompiledStart(self.score_model, self.data, self.score_loss, self.guide, self.optim)
+        self._start = None
+        if self._default_guide:
+            self._start = CompiledStart(self.score_model, self.data, self.score_loss, self.guide, self.optim)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k not in ("_evaluate", "_advance", "_start")}
@@ -187,7 +189,7 @@ class ScoreMatching(SVI):
         """
         check_keywords(self.init, self.score_model, kwargs)
         rng_key, found = as_key(rng_key), None
-        if self._default_guide and not being_traced((rng_key, args, kwargs, init_params)):
+        if self._start is not None and not being_traced((rng_key, args, kwargs, init_params)):
             found = self._start(rng_key, init_params, args, kwargs)
         if found is not None:
             state, transforms, energy = found

@@ -72,9 +72,11 @@ class CompiledStart:
             return twin._init_locs, {k: {n: s[n] for n in ("fn", "value")} for k, s in sites if s["type"] == "sample"}
 
         locs, found = _jit_once(run)(rng_key, arrays)
-        sites = {k: {**s, **found[k]} if k in found else s for k, s in twin.prototype_trace.items()}
-        if any(s["type"] == "sample" and s["is_observed"] for s in sites.values()):
+        if any(s["type"] == "sample" and s["is_observed"] for s in twin.prototype_trace.values()):
             return False
+        # What else a site holds is traced, or holds traced values.
+        kept = ("type", "name", "is_observed", "cond_indep_stack")
+        sites = {k: {n: s.get(n) for n in kept} | found.get(k, {}) for k, s in twin.prototype_trace.items()}
         self.guide.__dict__.update(twin.__dict__, prototype_trace=sites, _init_locs=locs)
         # These hold traced values, and nothing asks for them after the first run.
         self.guide.__dict__.update(dict.fromkeys(("_potential_fn_gen", "_potential_fn", "_postprocess_fn")))

@@ -27,8 +27,8 @@ _RAYS = 16  # of one compiled call
 class Tails(NamedTuple):
     """What is seen along rays; each (..., ray)."""
 
-    improper: Bool[Array, "*batch ray"]  # mass does not fall as far as floats go
-    suspect: Bool[Array, "*batch ray"]  # nor between 30 and 3,000 scales, and it is not small there
+    improper: Bool[Array, "... ray"]  # mass does not fall as far as floats go
+    suspect: Bool[Array, "... ray"]  # nor between 30 and 3,000 scales, and it is not small there
 
 
 class Place(NamedTuple):
@@ -129,9 +129,7 @@ def _neighbours(energy: Energy, place: Place, rays: Int[Array, "k"]) -> Tails:
     return jax.tree.map(lambda a, b: a.all(0) | b.all(0), tube, cone)
 
 
-def _tails(
-    energy: Energy, place: Place, shift: Float[Array, "*#batch p"], v: Float[Array, "*batch p"], power: int
-) -> Tails:
+def _tails(energy: Energy, place: Place, shift: Float[Array, "... p"], v: Float[Array, "... p"], power: int) -> Tails:
     """Of f along c + δ + r v, in units of the scales: whether r^power exp f does not fall."""
     radii = jnp.asarray(_RADII, v.dtype)
     u = place.centre + place.scale * (shift[..., None, :] + radii[:, None] * v[..., None, :])  # (..., radius, p)
