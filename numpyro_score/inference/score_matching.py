@@ -39,7 +39,8 @@ from numpyro_score.inference.loop import (
     strongly_typed,
     take_steps,
 )
-from numpyro_score.inference.optim import PickledOptimizer, default_optimizer, optax_optimizer
+from numpyro_score.inference.optim import default_optimizer, optax_optimizer
+from numpyro_score.inference.pickling import Compiling
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart, being_traced
 from numpyro_score.losses import DefaultLoss, Loss
@@ -49,7 +50,7 @@ from numpyro_score.random import RUN, Key, as_key
 __all__ = ["ScoreMatching"]
 
 
-class ScoreMatching(SVI):
+class ScoreMatching(Compiling, SVI):
     """Fits an unnormalised model by score matching.
 
     This is :class:`numpyro.infer.SVI` over `generalized_bayes(model, loss)`: `init`, `update`, `evaluate` and
@@ -86,6 +87,8 @@ class ScoreMatching(SVI):
     """
 
     optim: Any
+    _compiled = ("_evaluate", "_advance", "_start")
+    _optimizers = ("optim",)
 
     def __init__(
         self,
@@ -142,15 +145,6 @@ class ScoreMatching(SVI):
         self._evaluate = jax.jit(partial(evaluate_for_check))
         self._advance = jax.jit(self._advance_impl, static_argnames=("static", "stable_update"))
         self._start = CompiledStart(self.score_model, self.data, self.score_loss, self.guide, self.optim)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_evaluate", "_advance", "_start")}
-        return {**state, "optim": None if self._default_optim else PickledOptimizer(self.optim)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.optim = default_optimizer(self.num_steps) if self._default_optim else self.optim.optimizer
-        self._compile()
 
     def __copy__(self) -> ScoreMatching:
         # Shares the compiled functions, unlike a copy by way of the pickled state.

@@ -65,14 +65,16 @@ class CompiledStart:
         """Runs the guide a first time, as `SVI.init` would, and gives it what it has found; False with penalties."""
         twin = point_guide(self.model, self.data)
 
-        def run(rng_key: Array, arrays: list[Any]) -> tuple[Any, dict[str, Any]]:
+        def run(rng_key: Array, arrays: list[Any]) -> tuple[Any, dict[int, Array]]:
             args, kwargs = join_arrays(arrays, static)
             handlers.seed(twin, jax.random.split(rng_key, 3)[2])(*args, **kwargs)
-            sites = twin.prototype_trace.items()
-            return twin._init_locs, {k: {n: s[n] for n in ("fn", "value")} for k, s in sites if s["type"] == "sample"}
+            leaves = jax.tree.leaves(twin.prototype_trace)
+            return twin._init_locs, {i: v for i, v in enumerate(leaves) if isinstance(v, jax.Array)}
 
         locs, found = _jit_once(run)(rng_key, arrays)
-        sites = {k: {**s, **found[k]} if k in found else s for k, s in twin.prototype_trace.items()}
+        # The sites themselves hold traced values.
+        leaves, treedef = jax.tree.flatten(twin.prototype_trace)
+        sites = treedef.unflatten([found.get(i, v) for i, v in enumerate(leaves)])
         if any(s["type"] == "sample" and s["is_observed"] for s in sites.values()):
             return False
         self.guide.__dict__.update(twin.__dict__, prototype_trace=sites, _init_locs=locs)
