@@ -1,7 +1,6 @@
 """MCMC that starts at a fit, of the posterior that a fit is of."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -29,7 +28,7 @@ def hierarchy(x, group):
 
 
 def tilted(x):
-    tau = numpyro.param("tau", 1.0, constraint=constraints.positive)
+    tau = numpyro.param("tau", 3.0, constraint=constraints.positive)
     mu = numpyro.sample("mu", dist.Normal(0.0, 10.0))
     with numpyro.plate("rows", len(x)):
         x = numpyro.sample("x", improper(), obs=x)
@@ -47,6 +46,24 @@ def test_chains_of_a_hierarchy_that_start_at_the_fit_agree(sd):
     mcmc.run(jax.random.key(2), x, GROUP, extra_fields=("potential_energy",))
     draws = mcmc.get_samples(group_by_chain=True)
     potential = np.asarray(mcmc.get_extra_fields(group_by_chain=True)["potential_energy"]).mean(axis=1)
-    print("R", {k: np.max(gelman_rubin(np.asarray(v))) for k, v in draws.items()}, potential, fit.losses[-1], fit)
     assert max(np.max(gelman_rubin(np.asarray(v))) for v in draws.values()) < 1.05
     assert np.ptp(potential) < 5.0
+
+
+def test_param_sites_stay_where_the_model_or_the_fit_has_them():
+    """A param moves the posterior of mu, whose sd is 1/tau: MCMC itself leaves it at the model's initial value."""
+    x = 0.5 + np.asarray(jax.random.normal(jax.random.key(0), (50,)))
+    fit = ScoreMatching(tilted).run(jax.random.key(1), x, progress_bar=False)
+    law = generalized_bayes(tilted, ISM())
+
+    def sd(model):
+        kernel = NUTS(model, init_strategy=fit.init_strategy)
+        mcmc = MCMC(kernel, num_warmup=200, num_samples=1000, progress_bar=False)
+        mcmc.run(jax.random.key(2), x)
+        return float(mcmc.get_samples()["mu"].std())
+
+    # The loss of a row is half the square of tau (x - mu), less tau.
+    tau = float(fit.params["tau"])
+    assert abs(np.log(tau / 3.0)) > 0.5  # so that the two can be told apart
+    np.testing.assert_allclose(sd(law), 1 / (3.0 * np.sqrt(50)), rtol=0.12)
+    np.testing.assert_allclose(sd(handlers.substitute(law, fit.params)), 1 / (tau * np.sqrt(50)), rtol=0.12)

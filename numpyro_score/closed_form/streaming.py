@@ -19,6 +19,7 @@ from numpyro_score.energy import Energy, evaluate_for_check, split_arrays
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import row_losses
 from numpyro_score.losses.base import check_settings
+from numpyro_score.printed import num_numbers, values_with_errors
 from numpyro_score.random import Key, as_key
 
 __all__ = ["GradientSpread", "QuadraticFit", "QuadraticLoss"]
@@ -37,6 +38,9 @@ class QuadraticFit:
     estimates: dict[str, Any]
     value: float
     vector: Float[np.ndarray, "p"]
+
+    def __repr__(self) -> str:
+        return "\n  ".join([f"QuadraticFit, objective {self.value:.6g}", *values_with_errors(self.estimates, None)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +86,9 @@ class QuadraticLoss:
     num_rows: int
     coordinates: Coordinates
     learning_rate: Any = 1.0
+
+    def __repr__(self) -> str:
+        return f"QuadraticLoss of {self.num_rows:,} rows, {self.coordinates}"
 
     @classmethod
     def of(cls, target: GeneralizedModel, rng_key: Key, *args: Any, **kwargs: Any) -> QuadraticLoss:
@@ -180,6 +187,9 @@ class GradientSpread:
     outer: Float[np.ndarray, "p p"]
     total: Float[np.ndarray, "p"]
     num_rows: int
+
+    def __repr__(self) -> str:
+        return f"GradientSpread of {self.num_rows:,} rows, {num_numbers(self.total)}"
 
     @classmethod
     def of(

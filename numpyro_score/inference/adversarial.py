@@ -33,6 +33,7 @@ from numpyro_score.inference.loop import (
 from numpyro_score.inference.optim import decaying_adam, default_optimizer, optax_optimizer
 from numpyro_score.inference.pickling import Compiling
 from numpyro_score.losses.terms import require_flat
+from numpyro_score.printed import name_of, settings
 from numpyro_score.random import RUN, Key, as_key
 
 __all__ = ["AdversarialDynamicsEmbedding"]
@@ -134,6 +135,10 @@ class AdversarialDynamicsEmbedding(Compiling):
         # Only to find the parameters, their constraints and the optimiser's interface.
         self._svi = _PickledSVI(prior, point_guide(model, data), optim, Trace_ELBO())
         self._compile()
+
+    def __repr__(self) -> str:
+        flow = "" if self.flow is None else f", flow={settings(self.flow)}"
+        return f"AdversarialDynamicsEmbedding({name_of(self.model)}{flow}, num_steps={self.num_steps})"
 
     def _compile(self) -> None:
         self._evaluate = jax.jit(partial(evaluate_for_check))

@@ -23,6 +23,7 @@ from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.score_matching import ScoreMatching
 from numpyro_score.losses import DSM
 from numpyro_score.losses.base import at_least_one, positive
+from numpyro_score.printed import name_of, num_numbers
 from numpyro_score.random import Key, as_key
 
 __all__ = ["DenoisingGenerator", "GeneratorResult", "GeneratorState"]
@@ -51,6 +52,10 @@ class GeneratorResult:
     params: Any
     state: GeneratorState
     divergences: np.ndarray
+
+    def __repr__(self) -> str:
+        last = f"last Fisher divergence {self.divergences[-1]:.4g}"
+        return f"GeneratorResult of {len(self.divergences)} steps, {last}, {num_numbers(self.params)}"
 
 
 class DenoisingGenerator(Compiling):
@@ -121,6 +126,9 @@ class DenoisingGenerator(Compiling):
         self.critic = ScoreMatching(model, optim=critic_optim or adam(3e-3), loss=DSM(sigma))
         self.critic_steps, self.batch_size = critic_steps, batch_size
         self._compile()
+
+    def __repr__(self) -> str:
+        return f"DenoisingGenerator({name_of(self.model)}, {name_of(self.generator)}, sigma={self.sigma})"
 
     def _compile(self) -> None:
         self._advance = jax.jit(self._scan, static_argnums=2)

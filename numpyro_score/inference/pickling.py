@@ -1,4 +1,4 @@
-"""Pickles of fits: without compiled functions, which are made again, and with optimisers as far as pickle takes them."""
+"""Pickles of fits: without compiled functions, which are made again, and with optimisers where pickle takes them."""
 
 from __future__ import annotations
 

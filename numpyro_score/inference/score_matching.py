@@ -45,6 +45,7 @@ from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart, being_traced
 from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
+from numpyro_score.printed import name_of, settings
 from numpyro_score.random import RUN, Key, as_key
 
 __all__ = ["ScoreMatching"]
@@ -139,6 +140,14 @@ class ScoreMatching(Compiling, SVI):
             optim = optax_optimizer(optim, getattr(loss, "no_objective", None))
         super().__init__(generalized, guide, optim, Trace_ELBO())
         self._compile()
+
+    def __repr__(self) -> str:
+        options = [name_of(self.score_model), f"loss={settings(self.score_loss)}"]
+        if not self._default_guide:
+            options.append(f"guide={name_of(self.guide)}")
+        if self.learning_rate != 1.0:
+            options.append(f"learning_rate={self.learning_rate}")
+        return f"ScoreMatching({', '.join(options)}, num_steps={self.num_steps})"
 
     def _compile(self) -> None:
         # Compiled functions of this object: it traces its model once for arguments of the same shapes.

@@ -74,7 +74,7 @@ class CompiledStart:
         locs, found = _jit_once(run)(rng_key, arrays)
         # The sites themselves hold traced values.
         leaves, treedef = jax.tree.flatten(twin.prototype_trace)
-        sites = treedef.unflatten([found.get(i, v) for i, v in enumerate(leaves)])
+        sites = jax.tree.unflatten(treedef, [found.get(i, v) for i, v in enumerate(leaves)])
         if any(s["type"] == "sample" and s["is_observed"] for s in sites.values()):
             return False
         self.guide.__dict__.update(twin.__dict__, prototype_trace=sites, _init_locs=locs)
