@@ -93,8 +93,9 @@ class CalibratedRate:
         # Inside of the compiled parts of a sampler too these are numbers, and no handler around is to see the fit.
         with Sealed(None), jax.ensure_compile_time_eval():
             now = args, kwargs, observed()
-            (old, old_tree), (new, new_tree) = jax.tree.flatten(self._seen), jax.tree.flatten(now)
-            if old_tree != new_tree or not all(map(_same, old, new)):
+            structures: list[Any] = [jax.tree.structure(self._seen), jax.tree.structure(now)]
+            same = structures[0] == structures[1] and all(map(_same, jax.tree.leaves(self._seen), jax.tree.leaves(now)))
+            if not same:
                 self._rate = self.fit(args, kwargs)
                 self._seen = jax.tree.map(lambda v: np.copy(v) if isinstance(v, np.ndarray) else v, now)
         return self._rate
