@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Protocol, runtime_checkable
 
 import arviz as az
@@ -224,16 +225,22 @@ def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 def _warn_of_lost_chains(mcmc: MCMC, draws: Any) -> None:
     """Warns of chains that left the finite numbers, as NumPyro's `run` ends without a word from its kernel."""
     lost = np.zeros(mcmc.num_chains, bool)
+    latents = attrgetter(mcmc.sampler.sample_field)(mcmc.last_state)
+    if isinstance(latents, dict):  # a deterministic site may be NaN where the chain is sound
+        draws = {k: v for k, v in draws.items() if k in latents}
     for leaf in map(np.asarray, jax.tree.leaves(draws)):
         if np.issubdtype(leaf.dtype, np.inexact):
             lost |= ~np.isfinite(leaf.reshape(mcmc.num_chains, -1)).all(-1)
     if not lost.any():
         return
-    size = getattr(mcmc.sampler, "step_size", None)
+    size, model = (getattr(mcmc.sampler, k, None) for k in ("step_size", "model"))
     advice = f"step_size={size / 10:.2g}" if isinstance(size, int | float) else "a smaller step size"
+    start = "by other init_params" if model is None else "by another init_strategy"
+    if isinstance(model, GeneralizedModel):
+        start = "at a fit by init_strategy=fit.init_strategy"
     warnings.warn(
         f"{lost.sum()} of {len(lost)} chains have draws that are NaN or infinite: they may have run away, so try "
-        f"{type(mcmc.sampler).__name__} with {advice}, or start them at a fit by init_strategy=fit.init_strategy.",
+        f"{type(mcmc.sampler).__name__} with {advice}, or start them {start}.",
         stacklevel=4,
     )
 

@@ -19,6 +19,7 @@ from numpyro.primitives import Messenger
 from numpyro_score.energy import Energy, Parameters, Site, base_law, check_arguments
 from numpyro_score.losses import Loss
 from numpyro_score.losses.base import check_settings, declare_sites, positive, total_loss_and_memory
+from numpyro_score.printed import name_of, settings
 from numpyro_score.programs import run_compiled
 
 __all__ = ["LOSS_SITE", "GeneralizedModel", "point_guide", "prior_model"]
@@ -64,6 +65,10 @@ class GeneralizedModel:
         self.data, self.rng_key = data, rng_key
         self._find_rate = find_rate
         functools.update_wrapper(self, model, updated=())  # its name and docstring, not its attributes
+
+    def __repr__(self) -> str:
+        rate = repr(self.learning_rate) if isinstance(self.learning_rate, str) else self.learning_rate
+        return f"generalized_bayes({name_of(self.model)}, {settings(self.loss)}, learning_rate={rate})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the loss is a factor of its own."""
@@ -121,6 +126,9 @@ class _PriorModel:
     ) -> None:
         self._model, self._data, self._loss, self._inspect_energy = model, data, loss, inspect_energy
         functools.update_wrapper(self, model, updated=())
+
+    def __repr__(self) -> str:
+        return f"prior_model({name_of(self._model)})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         value, energy = _run_parameters(self._model, self._data, args, kwargs)

@@ -12,6 +12,7 @@ ROOMS = [
     "operators",
     "random",
     "programs",
+    "printed",
     "energy",
     "kernels",
     "flows",

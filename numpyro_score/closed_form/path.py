@@ -31,6 +31,10 @@ class SparsePath:
     vectors: Float[np.ndarray, "l p"]
     coordinates: Coordinates
 
+    def __repr__(self) -> str:
+        first, last = self.penalties[0], self.penalties[-1]
+        return f"SparsePath of {len(self.penalties)} knots, penalties {first:.4g} to {last:.4g}, {self.coordinates}"
+
     def vector(self, penalty: float) -> Float[np.ndarray, "p"]:
         """The minimiser at λ, (P,); above the largest knot all that is penalised is zero.
 

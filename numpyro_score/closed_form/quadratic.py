@@ -21,6 +21,7 @@ from numpyro_score.closed_form.gram import score_gram
 from numpyro_score.energy import Energy, base_constraint, base_law, is_constant, is_quadratic, join_arrays, split_arrays
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import Loss, total_loss
+from numpyro_score.printed import num_numbers
 
 __all__ = ["MAX_PARAMETERS", "ClosedFormError", "Coordinates", "FlatObjectiveError", "Quadratic", "expand", "minimise"]
 
@@ -44,6 +45,9 @@ class Coordinates:
 
     supports: dict[str, constraints.Constraint]
     values: dict[str, Any]  # somewhere inside the supports
+
+    def __repr__(self) -> str:
+        return f"{num_numbers(self.values)}: {', '.join(sorted(self.supports))}"
 
     @classmethod
     def of_sites(cls, sites: dict[str, Any]) -> Coordinates:

@@ -19,6 +19,7 @@ from numpyro_score.energy import Energy, evaluate_for_check, split_arrays
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import row_losses
 from numpyro_score.losses.base import check_settings
+from numpyro_score.printed import num_numbers, values_with_errors
 from numpyro_score.random import Key, as_key
 from numpyro_score.uncertainty import grouped_sites, nested_terms, prior_terms, site_blocks
 
@@ -38,6 +39,9 @@ class QuadraticFit:
     estimates: dict[str, Any]
     value: float
     vector: Float[np.ndarray, "p"]
+
+    def __repr__(self) -> str:
+        return "\n  ".join([f"QuadraticFit, objective {self.value:.6g}", *values_with_errors(self.estimates, None)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +89,9 @@ class QuadraticLoss:
     num_rows: int
     coordinates: Coordinates
     learning_rate: Any = 1.0
+
+    def __repr__(self) -> str:
+        return f"QuadraticLoss of {self.num_rows:,} rows, {self.coordinates}"
 
     @classmethod
     def of(cls, target: GeneralizedModel, rng_key: Key, *args: Any, **kwargs: Any) -> QuadraticLoss:
@@ -194,6 +201,9 @@ class GradientSpread:
     outer: Float[np.ndarray, "p p"]
     total: Float[np.ndarray, "p"]
     num_rows: int
+
+    def __repr__(self) -> str:
+        return f"GradientSpread of {self.num_rows:,} rows, {num_numbers(self.total)}"
 
     @classmethod
     def of(

@@ -19,6 +19,7 @@ from numpyro_score.energy import Energy, plural
 from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.losses import DSM, FSM, ISM, SSM, Loss
 from numpyro_score.losses.base import refuse_kinks
+from numpyro_score.printed import settings
 from numpyro_score.random import Key, as_key
 
 __all__ = ["Audit", "AuditRow", "audit"]
@@ -52,7 +53,7 @@ class AuditRow:
     cost: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
     """What :func:`audit` returns; print it.
 
@@ -70,9 +71,9 @@ class Audit:
     num_draws: int
     total_rows: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         head = ("loss", "bias", "±", "spread", "gradient bias", "signal/noise", "inflation", "cost")
-        cells = [head, *((_describe(r.loss), *map(_figure, dataclasses.astuple(r)[1:])) for r in self.rows)]
+        cells = [head, *((settings(r.loss), *map(_figure, dataclasses.astuple(r)[1:])) for r in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
         lines = [
             "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
@@ -193,14 +194,14 @@ class _Bench:
         if isinstance(loss, SSM):
             own = (found.inflation**2 - 1) * loss.num_projections
             enough = max(math.ceil(own / 0.1025), 1)  # √1.1025 = 1.05
-            return f"{_describe(loss)}: {plural(enough, 'projection')} would widen standard errors by at most 5 %."
+            return f"{settings(loss)}: {plural(enough, 'projection')} would widen standard errors by at most 5 %."
         if isinstance(loss, FSM):
             best = self._best_step(loss)
-            return f"{_describe(loss)}: the gradient is most exact at an epsilon of about {best:.2g}."
+            return f"{settings(loss)}: the gradient is most exact at an epsilon of about {best:.2g}."
         if isinstance(loss, DSM) and not isinstance(loss.sigma, tuple):
             best = self._best_noise(loss)
             return (
-                f"{_describe(loss)}: bias and noise of the gradient together are least at a sigma of about {best:.2g}."
+                f"{settings(loss)}: bias and noise of the gradient together are least at a sigma of about {best:.2g}."
             )
         return None
 
@@ -274,16 +275,6 @@ def _mean_density(energy: Energy) -> Array:
 def _flops(of: Callable[..., Any], *args: Any) -> float:
     analysis = jax.jit(of).lower(*args).compile().cost_analysis()
     return float((analysis or {}).get("flops", math.nan))
-
-
-def _describe(loss: Loss) -> str:
-    """The loss with those of its settings that are not the defaults."""
-    if not dataclasses.is_dataclass(loss):
-        return repr(loss)
-    settings = [
-        f"{f.name}={value!r}" for f in dataclasses.fields(loss) if (value := getattr(loss, f.name)) != f.default
-    ]
-    return f"{type(loss).__name__}({', '.join(settings)})"
 
 
 def _figure(value: float) -> str:

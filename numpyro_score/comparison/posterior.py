@@ -102,8 +102,12 @@ def _from_draws(
                 f"draws of '{k}' have shape {np.shape(v)}, where a value has {np.shape(energy.params[k])}: pass "
                 "{site: (draws, ...)} or {site: (chains, draws, ...)}."
             )
-        if not bool(jnp.isfinite(v).all()):
-            raise ValueError(f"draws of '{k}' are not finite.")
+        bad = int((~jnp.isfinite(v)).reshape(*lead, -1).any(axis=-1).sum())
+        if bad:
+            raise ValueError(
+                f"{bad} of {int(np.prod(lead))} draws of '{k}' are not finite: the chains may have run away, so run "
+                "them again with a smaller step size, or start them at a fit by init_strategy=fit.init_strategy."
+            )
     chains = lead[0] if len(lead) == 2 else 1
     if int(np.prod(lead)) < MIN_DRAWS or lead[-1] < 4:
         raise ValueError(f"There are {lead} draws: take at least {MIN_DRAWS}, and 4 of each chain.")

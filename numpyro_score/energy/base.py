@@ -15,6 +15,7 @@ from jaxtyping import Array
 from numpyro_score.energy.arguments import check_arguments, is_given, join_arrays, split_arrays
 from numpyro_score.energy.layout import Layout
 from numpyro_score.energy.trace import Recorder, run_model
+from numpyro_score.printed import name_of
 
 __all__ = ["AnyArray", "ModelAtValues", "layouts_kept"]
 
@@ -90,6 +91,9 @@ class ModelAtValues:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__, **changes)
         return new
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({name_of(self.model)} at {', '.join(sorted(self.params)) or 'no parameters'})"
 
     def __getstate__(self) -> dict[str, Any]:
         # The arguments themselves: JAX does not pickle the structure of a pytree of the user's own classes.

@@ -98,6 +98,10 @@ class DynamicsFlow(dist.Distribution):
             self._refuse("annealing", self.annealing, lambda a: (a >= 0) & (a <= 1), "between 0 and 1")
         super().__init__(base.batch_shape, (num_rows, base.event_shape[0]), validate_args=validate_args)
 
+    def __repr__(self) -> str:
+        batch = f", batch shape {self.batch_shape}" if self.batch_shape else ""
+        return f"{type(self).__name__} of {self.num_steps} steps, event shape {self.event_shape}{batch}"
+
     @property
     def dim(self) -> int:
         """D, the numbers in one row."""

@@ -21,6 +21,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro_score.energy import depends_on_inputs
 from numpyro_score.flows.dynamics import DynamicsFlow, LogDensity, Trajectory, as_pytree
 from numpyro_score.flows.hamiltonian import HamiltonianFlow
+from numpyro_score.printed import values_with_errors
 from numpyro_score.random import Key, as_key
 
 __all__ = ["FlowFit", "FlowFunction", "LearnedFlow", "build_flow", "fit_flow", "flow_params", "flow_step"]
@@ -35,6 +36,10 @@ class FlowFit(NamedTuple):
     flow: DynamicsFlow
     bounds: np.ndarray  # (S,), of every step, each an unbiased estimate of E[log w]
     params: dict[str, Any]  # constrained values of the flow's param sites
+
+    def __repr__(self) -> str:
+        head = f"FlowFit of {len(self.bounds)} steps, last bound {self.bounds[-1]:.4g}: {self.flow}"
+        return "\n  ".join([head, *values_with_errors(self.params, None)])
 
 
 @dataclass(frozen=True)

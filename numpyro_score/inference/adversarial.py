@@ -31,13 +31,15 @@ from numpyro_score.inference.loop import (
     take_steps,
 )
 from numpyro_score.inference.optim import decaying_adam, default_optimizer, optax_optimizer
+from numpyro_score.inference.pickling import Compiling
 from numpyro_score.losses.terms import require_flat
+from numpyro_score.printed import name_of, settings
 from numpyro_score.random import RUN, Key, as_key
 
 __all__ = ["AdversarialDynamicsEmbedding"]
 
 
-class AdversarialDynamicsEmbedding:
+class AdversarialDynamicsEmbedding(Compiling):
     r"""Maximum likelihood of an unnormalised model against a flow along its own score [Dai et al. 2019].
 
     The mean log likelihood :math:`\mathrm{E}_{\mathrm{data}} f_\theta - \log Z(\theta)` is at most
@@ -90,6 +92,9 @@ class AdversarialDynamicsEmbedding:
         True
     """
 
+    _compiled = ("_evaluate", "_advance")
+    _optimizers = ("flow_optim",)
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -128,7 +133,14 @@ class AdversarialDynamicsEmbedding:
             optim = optax_optimizer(optim)
         prior = prior_model(model, data, inspect_energy=self._check)
         # Only to find the parameters, their constraints and the optimiser's interface.
-        self._svi = SVI(prior, point_guide(model, data), optim, Trace_ELBO())
+        self._svi = _PickledSVI(prior, point_guide(model, data), optim, Trace_ELBO())
+        self._compile()
+
+    def __repr__(self) -> str:
+        flow = "" if self.flow is None else f", flow={settings(self.flow)}"
+        return f"AdversarialDynamicsEmbedding({name_of(self.model)}{flow}, num_steps={self.num_steps})"
+
+    def _compile(self) -> None:
         self._evaluate = jax.jit(partial(evaluate_for_check))
         self._advance = jax.jit(self._advance_impl, static_argnames="static")
 
@@ -341,6 +353,12 @@ class AdversarialDynamicsEmbedding:
             )
         if energy.is_concrete:
             energy.check(self._evaluate)
+
+
+class _PickledSVI(Compiling, SVI):
+    """SVI whose pickles hold the optimiser as far as can be."""
+
+    _optimizers = ("optim",)
 
 
 def _data_term(energy: Energy) -> tuple[Float[Array, ""], Float[Array, ""]]:

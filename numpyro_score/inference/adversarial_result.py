@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from numpyro_score.energy import Energy
 from numpyro_score.flows.dynamics import DynamicsFlow
 from numpyro_score.inference.cost import FitCost
+from numpyro_score.printed import values_with_errors
 
 __all__ = ["AdversarialResult", "AdversarialState", "AdversarialTerms"]
 
@@ -62,6 +63,10 @@ class AdversarialResult:
     flow: DynamicsFlow
     interrupted: bool = False
     cost: FitCost | None = None
+
+    def __repr__(self) -> str:
+        head = f"AdversarialResult of {len(self.losses)} steps, last loss {self.losses[-1]:.6g}"
+        return "\n  ".join([head, *values_with_errors(self.estimates, None)])
 
     @cached_property
     def estimates(self) -> dict[str, Any]:

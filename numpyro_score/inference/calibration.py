@@ -72,7 +72,7 @@ class CalibratedRate:
 
     def __init__(self, fit: Callable[[tuple[Any, ...], dict[str, Any]], float]) -> None:
         self.fit = fit
-        self._seen: tuple[Any, list[Any]] | None = None
+        self._seen: Any = None  # the arguments and the data
         self._rate = 0.0
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], observed: Callable[[], Any]) -> float:
@@ -84,8 +84,7 @@ class CalibratedRate:
             TypeError: if an argument is traced.
             SandwichError: if no rate can be calibrated.
         """
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             raise TypeError(
                 "learning_rate='calibrated' needs the values of the model's arguments, and they are traced by jit, "
                 "grad or vmap: take the number from fit.calibrated_learning_rate() of a ScoreMatching fit outside, and "
@@ -93,10 +92,12 @@ class CalibratedRate:
             )
         # Inside of the compiled parts of a sampler too these are numbers, and no handler around is to see the fit.
         with Sealed(None), jax.ensure_compile_time_eval():
-            leaves.append(observed())
-            if self._seen is None or self._seen[0] != treedef or not all(map(_same, self._seen[1], leaves)):
+            now = args, kwargs, observed()
+            structures: list[Any] = [jax.tree.structure(self._seen), jax.tree.structure(now)]
+            same = structures[0] == structures[1] and all(map(_same, jax.tree.leaves(self._seen), jax.tree.leaves(now)))
+            if not same:
                 self._rate = self.fit(args, kwargs)
-                self._seen = treedef, [np.copy(v) if isinstance(v, np.ndarray) else v for v in leaves]
+                self._seen = jax.tree.map(lambda v: np.copy(v) if isinstance(v, np.ndarray) else v, now)
         return self._rate
 
 

@@ -16,6 +16,7 @@ from numpyro_score.losses import row_losses
 from numpyro_score.normaliser import LogPartition
 from numpyro_score.normaliser.coordinates import row_log_jacobian
 from numpyro_score.normaliser.ratios import partition_ratios
+from numpyro_score.printed import without_addresses
 from numpyro_score.uncertainty import SandwichError
 
 __all__ = ["fit_groups"]
@@ -29,7 +30,7 @@ def fit_groups(
     details = dataset({"loss": fit.losses}, ("step",))
     details = details.merge(dataset({"pointwise_loss": losses, "weight": weights}, ("row",)))
     details.attrs |= {
-        "loss_function": repr(fit.svi.score_loss),
+        "loss_function": without_addresses(fit.svi.score_loss),
         "learning_rate": float(fit.svi.learning_rate),
     }
     groups = {"observed_data": observed(fit.energy), "score_matching": details}

@@ -17,10 +17,13 @@ from numpyro.infer.svi import SVIState
 from tqdm.auto import tqdm
 
 from numpyro_score.energy import Energy
+from numpyro_score.inference.optim import adam
+from numpyro_score.inference.pickling import Compiling
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.score_matching import ScoreMatching
 from numpyro_score.losses import DSM
 from numpyro_score.losses.base import at_least_one, positive
+from numpyro_score.printed import name_of, num_numbers
 from numpyro_score.random import Key, as_key
 
 __all__ = ["DenoisingGenerator", "GeneratorResult", "GeneratorState"]
@@ -50,8 +53,12 @@ class GeneratorResult:
     state: GeneratorState
     divergences: np.ndarray
 
+    def __repr__(self) -> str:
+        last = f"last Fisher divergence {self.divergences[-1]:.4g}"
+        return f"GeneratorResult of {len(self.divergences)} steps, {last}, {num_numbers(self.params)}"
 
-class DenoisingGenerator:
+
+class DenoisingGenerator(Compiling):
     r"""Fits a generator of samples to a denoising density estimator [Bigdeli et al. 2020].
 
     The target is an energy fitted to data by denoising score matching at σ, so that it is log p_σ up to a constant. A
@@ -89,6 +96,9 @@ class DenoisingGenerator:
         True
     """
 
+    _compiled = ("_advance",)
+    _optimizers = ("optim",)
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -112,9 +122,15 @@ class DenoisingGenerator:
                 "e.g. dist.Normal(0, 1).expand([2]).to_event(1)."
             )
         self.model, self.generator, self.sigma, self.base = model, generator, sigma, base
-        self.optim = optax.adam(1e-3) if optim is None else optim
-        self.critic = ScoreMatching(model, optim=critic_optim or optax.adam(3e-3), loss=DSM(sigma))
+        self.optim = adam(1e-3) if optim is None else optim
+        self.critic = ScoreMatching(model, optim=critic_optim or adam(3e-3), loss=DSM(sigma))
         self.critic_steps, self.batch_size = critic_steps, batch_size
+        self._compile()
+
+    def __repr__(self) -> str:
+        return f"DenoisingGenerator({name_of(self.model)}, {name_of(self.generator)}, sigma={self.sigma})"
+
+    def _compile(self) -> None:
         self._advance = jax.jit(self._scan, static_argnums=2)
 
     def init(self, rng_key: Key, params: Any) -> GeneratorState:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from numpyro.optim import optax_to_numpyro
 
-__all__ = ["PickledOptimizer", "decaying_adam", "default_optimizer", "optax_optimizer"]
+__all__ = ["adam", "decaying_adam", "default_optimizer", "optax_optimizer"]
 
 _PEAK_RATE = 0.03
 
@@ -23,12 +23,29 @@ def default_optimizer(num_steps: Any, start: Any = 0) -> Any:
 
 def decaying_adam(num_steps: Any, start: Any = 0) -> optax.GradientTransformation:
     """Adam whose rate falls from 0.03 to zero along half a cosine, over `num_steps` steps after step `start`."""
+    return adam(partial(_falling_rate, num_steps, start))
 
-    def rate(count: Any) -> Any:
-        progress = jnp.clip((count - start) / num_steps, 0.0, 1.0)
-        return _PEAK_RATE * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
 
-    return optax.adam(rate)
+def _falling_rate(num_steps: Any, start: Any, count: Any) -> Any:
+    progress = jnp.clip((count - start) / num_steps, 0.0, 1.0)
+    return _PEAK_RATE * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+
+def adam(rate: Any) -> optax.GradientTransformation:
+    """`optax.adam`, made of functions that can be pickled.
+
+    Args:
+        rate: a number or a schedule.
+    """
+    return optax.GradientTransformation(partial(_adam_init, rate), partial(_adam_update, rate))
+
+
+def _adam_init(rate: Any, params: Any) -> Any:
+    return optax.adam(rate).init(params)
+
+
+def _adam_update(rate: Any, updates: Any, state: Any, params: Any = None) -> Any:
+    return optax.adam(rate).update(updates, state, params)
 
 
 def optax_optimizer(transformation: optax.GradientTransformation, no_line_search: str | None = None) -> Any:
@@ -44,6 +61,7 @@ def optax_optimizer(transformation: optax.GradientTransformation, no_line_search
     optim = optax_to_numpyro(transformation)
     update = optax.with_extra_args_support(transformation).update
 
+    optim.remake = partial(optax_optimizer, transformation, no_line_search)  # for pickle
     optim.searches = False  # whether it has evaluated the loss at points of its own
 
     def value_fn(fn: Callable[[Any], tuple[Any, Any]], params: Any) -> Any:
@@ -78,44 +96,3 @@ def optax_optimizer(transformation: optax.GradientTransformation, no_line_search
 
     optim.eval_and_update, optim.eval_and_stable_update = eval_and_update, eval_and_stable_update
     return optim
-
-
-class PickledOptimizer:
-    """Carries an optimiser through pickle, or, where it is made of functions that pickle refuses, a stand-in for it.
-
-    A fit needs no optimiser for its estimates and their errors, so it can be saved without. Optax's and NumPyro's are
-    made of local functions, and so never can be pickled. A deep copy shares the optimiser, which has no state.
-    """
-
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
-
-    def __deepcopy__(self, memo: Any) -> PickledOptimizer:
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        try:
-            pickle.dumps(self.optimizer)
-        # What pickle raises for functions and objects that it refuses, by Python's version.
-        except (pickle.PicklingError, AttributeError, TypeError):
-            return {"optimizer": NotPickled(type(self.optimizer).__name__)}
-        return {"optimizer": self.optimizer}
-
-
-class NotPickled:
-    """Stands for the optimiser of a fit that was pickled without it.
-
-    Args:
-        name: of the optimiser's class.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            f"The optimiser ({self._name}) could not be pickled with this fit: give it again, e.g. "
-            "ScoreMatching(model, optim=optax.adam(1e-3), loss=loss).run(key, x, init_state=fit.state)."
-        )
-
-    init = update = get_params = eval_and_update = eval_and_stable_update = _refuse

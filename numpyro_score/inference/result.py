@@ -20,9 +20,9 @@ from numpyro_score.arviz import as_arviz
 from numpyro_score.energy import Energy
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.export import fit_groups
-from numpyro_score.inference.printed import values_with_errors
 from numpyro_score.losses import Loss
 from numpyro_score.normaliser import LogPartition
+from numpyro_score.printed import values_with_errors
 from numpyro_score.random import Key, as_key
 from numpyro_score.uncertainty import (
     MAX_PARAMETERS,

@@ -40,17 +40,19 @@ from numpyro_score.inference.loop import (
     strongly_typed,
     take_steps,
 )
-from numpyro_score.inference.optim import PickledOptimizer, default_optimizer, optax_optimizer
+from numpyro_score.inference.optim import default_optimizer, optax_optimizer
+from numpyro_score.inference.pickling import Compiling
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart, being_traced
 from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
+from numpyro_score.printed import name_of, settings
 from numpyro_score.random import RUN, Key, as_key
 
 __all__ = ["ScoreMatching"]
 
 
-class ScoreMatching(SVI):
+class ScoreMatching(Compiling, SVI):
     """Fits an unnormalised model by score matching.
 
     This is :class:`numpyro.infer.SVI` over `generalized_bayes(model, loss)`: `init`, `update`, `evaluate` and
@@ -87,6 +89,8 @@ class ScoreMatching(SVI):
     """
 
     optim: Any
+    _compiled = ("_evaluate", "_advance", "_start")
+    _optimizers = ("optim",)
 
     def __init__(
         self,
@@ -138,6 +142,14 @@ class ScoreMatching(SVI):
         super().__init__(generalized, guide, optim, Trace_ELBO())
         self._compile()
 
+    def __repr__(self) -> str:
+        options = [name_of(self.score_model), f"loss={settings(self.score_loss)}"]
+        if not self._default_guide:
+            options.append(f"guide={name_of(self.guide)}")
+        if self.learning_rate != 1.0:
+            options.append(f"learning_rate={self.learning_rate}")
+        return f"ScoreMatching({', '.join(options)}, num_steps={self.num_steps})"
+
     def _compile(self) -> None:
         # Compiled functions of this object: it traces its model once for arguments of the same shapes.
         self._evaluate = jax.jit(partial(evaluate_for_check))
@@ -145,15 +157,6 @@ class ScoreMatching(SVI):
         self._start = None
         if self._default_guide:
             self._start = CompiledStart(self.score_model, self.data, self.score_loss, self.guide, self.optim)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_evaluate", "_advance", "_start")}
-        return {**state, "optim": None if self._default_optim else PickledOptimizer(self.optim)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.optim = default_optimizer(self.num_steps) if self._default_optim else self.optim.optimizer
-        self._compile()
 
     def __copy__(self) -> ScoreMatching:
         # Shares the compiled functions, unlike a copy by way of the pickled state.

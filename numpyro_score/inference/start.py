@@ -65,18 +65,18 @@ class CompiledStart:
         """Runs the guide a first time, as `SVI.init` would, and gives it what it has found; False with penalties."""
         twin = point_guide(self.model, self.data)
 
-        def run(rng_key: Array, arrays: list[Any]) -> tuple[Any, dict[str, Any]]:
+        def run(rng_key: Array, arrays: list[Any]) -> tuple[Any, dict[int, Array]]:
             args, kwargs = join_arrays(arrays, static)
             handlers.seed(twin, jax.random.split(rng_key, 3)[2])(*args, **kwargs)
-            sites = twin.prototype_trace.items()
-            return twin._init_locs, {k: {n: s[n] for n in ("fn", "value")} for k, s in sites if s["type"] == "sample"}
+            leaves = jax.tree.leaves(twin.prototype_trace)
+            return twin._init_locs, {i: v for i, v in enumerate(leaves) if isinstance(v, jax.Array)}
 
         locs, found = _jit_once(run)(rng_key, arrays)
-        if any(s["type"] == "sample" and s["is_observed"] for s in twin.prototype_trace.values()):
+        # The sites themselves hold traced values.
+        leaves, treedef = jax.tree.flatten(twin.prototype_trace)
+        sites = jax.tree.unflatten(treedef, [found.get(i, v) for i, v in enumerate(leaves)])
+        if any(s["type"] == "sample" and s["is_observed"] for s in sites.values()):
             return False
-        # What else a site holds is traced, or holds traced values.
-        kept = ("type", "name", "is_observed", "cond_indep_stack")
-        sites = {k: {n: s.get(n) for n in kept} | found.get(k, {}) for k, s in twin.prototype_trace.items()}
         self.guide.__dict__.update(twin.__dict__, prototype_trace=sites, _init_locs=locs)
         # These hold traced values, and nothing asks for them after the first run.
         self.guide.__dict__.update(dict.fromkeys(("_potential_fn_gen", "_potential_fn", "_postprocess_fn")))

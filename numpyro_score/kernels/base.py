@@ -16,6 +16,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro_score.kernels.langevin import Chains, ChainState, Evaluate, LogDensity, MomentumState, start
 from numpyro_score.kernels.potential import ModelPotential, is_concrete
 from numpyro_score.kernels.schedules import Schedule
+from numpyro_score.printed import without_addresses
 
 __all__ = ["Anchor", "GradientKernel", "KernelState", "check_number"]
 
@@ -104,7 +105,7 @@ class GradientKernel(MCMCKernel):
         self.step_size, self.temperature, self.init_strategy = step_size, temperature, init_strategy
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(step_size={self.step_size})"
+        return f"{type(self).__name__}(step_size={without_addresses(self.step_size)})"
 
     # -- of each kernel -------------------------------------------------------------------------
 

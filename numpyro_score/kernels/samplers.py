@@ -90,6 +90,7 @@ class SGLD(_StochasticGradientKernel):
     `effective_temperature`. If its mean is much above T, take smaller steps, larger subsamples or a `center`.
 
     A chain whose energy or gradient is no longer finite is `diverging` from there on, and its draws become NaN.
+    NumPyro calls no kernel at the end of `run`: it is :func:`~numpyro_score.to_arviz` that warns of such chains.
 
     Args:
         model: a NumPyro model, such as that of :func:`~numpyro_score.generalized_bayes`, or

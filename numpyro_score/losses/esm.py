@@ -74,6 +74,9 @@ class _ParzenScore:
     data: Float[Array, "b d"]
     sigma: float
 
+    def __repr__(self) -> str:
+        return f"parzen_score(data of shape {self.data.shape}, sigma={self.sigma})"
+
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
         if x.ndim != 2:
             raise ValueError(

@@ -97,6 +97,9 @@ class EnergyDistribution(dist.Distribution):
         shape = jax.eval_shape(partial(self._event, energy), jnp.zeros(energy.dim, energy.dtype)).shape
         super().__init__((), shape, validate_args=validate_args)
 
+    def __repr__(self) -> str:
+        return f"EnergyDistribution({self.energy}, log_partition={self.log_partition}, event_shape={self.event_shape})"
+
     @staticmethod
     def _event(energy: Energy, row: Float[Array, "d"]) -> Array:
         (value,) = row_to_data(energy, row).values()

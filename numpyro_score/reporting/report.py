@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_score.comparison.audit import _describe
 from numpyro_score.divergences.columns import data_columns, numbered, sample_columns
 from numpyro_score.energy import plural
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
@@ -30,6 +29,7 @@ from numpyro_score.plots import (
     plot_score_field,
 )
 from numpyro_score.plots.fits import loss_of, solved_at_once
+from numpyro_score.printed import name_of, settings
 from numpyro_score.random import Key, as_key
 from numpyro_score.reporting.checks import Check, check_all, converged
 from numpyro_score.reporting.page import Markup, page, picture, table, tag
@@ -147,8 +147,7 @@ def _body(fit: Fit, samples: Any, checks: list[Check], errors: Any) -> list[Mark
 
 
 def _name(fit: Fit) -> str:
-    model = fit.energy.model
-    return getattr(model, "__name__", type(model).__name__)
+    return name_of(fit.energy.model)
 
 
 def _what(fit: Fit) -> str:
@@ -174,7 +173,7 @@ def _loss(fit: Fit) -> str:
     loss = loss_of(fit)
     how = "in closed form" if solved_at_once(fit) else f"{plural(len(fit.losses), 'step')} of an optimiser"
     about = (type(loss).__doc__ or "").strip().split("\n")[0]
-    return f"{_describe(loss)}: {about} {how.capitalize()}, learning rate β = {float(fit.learning_rate):.4g}."
+    return f"{settings(loss)}: {about} {how.capitalize()}, learning rate β = {float(fit.learning_rate):.4g}."
 
 
 def _trust(checks: list[Check]) -> str:
