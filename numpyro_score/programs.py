@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-__all__ = ["run_compiled"]
+__all__ = ["compiled", "run_compiled"]
 
 _KEPT = 64  # programs
 _programs: list[tuple[Jaxpr, Callable[..., Any]]] = []  # the last used first
@@ -26,14 +26,22 @@ def run_compiled(f: Callable[..., Any], *args: Any) -> Any:
     are inputs of the program. Under a transformation of these or of the arguments it
     is `jax.jit(f)`.
     """
-    leaves = jax.tree.leaves(args)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return jax.jit(f)(*args)
+    return compiled(f, *args)(*args)
+
+
+def compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """What :func:`run_compiled` runs, for several calls with arguments of the same types: f is traced once."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+        return jax.jit(f)
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
     if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
-        return jax.jit(f)(*args)
-    found = _program(closed.jaxpr)(closed.consts, leaves)
-    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+        return jax.jit(f)
+    program, treedef = _program(closed.jaxpr), jax.tree.structure(shapes)
+
+    def run(*args: Any) -> Any:
+        return jax.tree.unflatten(treedef, program(closed.consts, jax.tree.leaves(args)))
+
+    return run
 
 
 def _program(jaxpr: Jaxpr) -> Callable[..., Any]:

@@ -172,6 +172,7 @@ def network_fit(width):
     return sm.run(KEY, Y[:, None], progress_bar=False)
 
 
+@pytest.mark.filterwarnings("ignore:The loss was still falling")  # few steps are enough to be refused
 @pytest.mark.parametrize(("width", "reason"), [(1, "not curved upwards"), (700, "2102 parameters: it stops at 2000")])
 def test_no_posterior_is_made_up(width, reason):
     """A fit without a sandwich, by its flat objective or its size, says why it has no posterior group."""

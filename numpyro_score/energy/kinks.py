@@ -20,6 +20,7 @@ from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.layout import sum_rows
 from numpyro_score.energy.trace import term_log_prob
 from numpyro_score.operators import value_score
+from numpyro_score.programs import compiled, run_compiled
 
 __all__ = ["Kink", "find_kink"]
 
@@ -79,11 +80,12 @@ def find_kink(energy: BoundModel) -> Kink | None:
     found = _suspects(energy)
     if not found:
         return None
-    near, far = _lines(energy, np.asarray(jax.device_get(jax.jit(lambda e: e.usable()[0].data)(energy))))
+    near, far = _lines(energy, np.asarray(jax.device_get(run_compiled(lambda e: e.usable()[0].data, energy))))
     for group, lines in ((found, near), ([k for k in found if k.moves], far)):
         if group and lines is not None:
             terms = tuple(dict.fromkeys(k.site for k in group))
-            if _jumps(jax.jit(functools.partial(_evaluate, energy, terms=terms)), *lines):
+            points = jax.ShapeDtypeStruct(lines[1].shape, energy.dtype)
+            if _jumps(compiled(functools.partial(_evaluate, terms=terms), energy, points, points), energy, *lines):
                 return group[0]
     return None
 
@@ -127,7 +129,7 @@ def _walk(jaxpr: Jaxpr, inputs: Sequence[int], found: dict[str, int], inside: st
         out = [joint] * len(eqn.outvars)
         called = str(eqn.params.get("name", ""))
         bodies = _bodies(eqn)
-        if joint & _DATA and called not in _SMOOTH:
+        if joint & _DATA and called not in _SMOOTH and not _ends_support(eqn):
             if (name := _operation(eqn, into)) is not None:
                 label = inside or name
                 found[label] = found.get(label, 0) | _reaching(eqn, into)
@@ -156,6 +158,13 @@ def _operation(eqn: JaxprEqn, into: list[int]) -> str | None:
         if from_float == jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
             return None
     return _OPERATIONS.get(name)
+
+
+def _ends_support(eqn: JaxprEqn) -> bool:
+    """Whether an operation is the `where` by which distributions are −∞ outside of their support."""
+    literals = [v.val for v in eqn.invars if isinstance(v, Literal)]
+    chooses = eqn.primitive.name == "select_n" or eqn.params.get("name") == "_where"
+    return chooses and any(np.ndim(v) == 0 and v == -np.inf for v in literals)
 
 
 def _bodies(eqn: JaxprEqn) -> list[Jaxpr]:
@@ -192,7 +201,7 @@ def _lines(energy: BoundModel, x: np.ndarray) -> tuple[Any, Any]:
     return near, np.broadcast_arrays(start, ends.astype(x.dtype))
 
 
-def _jumps(evaluate: Any, start: np.ndarray, end: np.ndarray) -> bool:
+def _jumps(evaluate: Any, energy: BoundModel, start: np.ndarray, end: np.ndarray) -> bool:
     """Whether the density or the score along one of the lines, (S, M) of them, jumps.
 
     `evaluate` takes points and directions (S, M, D) to the density, the score along the direction and its derivative.
@@ -203,7 +212,8 @@ def _jumps(evaluate: Any, start: np.ndarray, end: np.ndarray) -> bool:
     least = 200 * np.finfo(start.dtype).eps * np.maximum(abs(start).max(-1), abs(end).max(-1))
 
     def at(t: np.ndarray) -> np.ndarray:
-        values = np.asarray(evaluate(start + t[..., None] * (end - start), v), np.float64)
+        points = (start + t[..., None] * (end - start)).astype(start.dtype)
+        values = np.asarray(evaluate(energy, points, v.astype(start.dtype)), np.float64)
         return np.where(np.isfinite(values), values, np.nan)
 
     first, last = at(np.zeros_like(length)), at(np.ones_like(length))

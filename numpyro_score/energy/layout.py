@@ -171,18 +171,19 @@ def row_weights(site: Site, layout: Layout) -> jax.Array:
     scale, masks = site["scale"], unwrap(site["fn"])[1]
     if not masks and (scale is None or isinstance(scale, int | float)):
         return jnp.full((layout.num_rows, 1), 1.0 if scale is None else scale, jnp.result_type(float))
-    return _weigh(1.0 if scale is None else scale, masks, tuple(site["fn"].batch_shape), layout)
+    batch = tuple(site["fn"].batch_shape)
+    return _weigh(1.0 if scale is None else scale, masks, batch, layout.num_rows, layout.row_dims)
 
 
-@partial(jax.jit, static_argnames=("batch", "layout"))  # where nothing is compiled around, one program and not five
-def _weigh(scale: Any, masks: list[Any], batch: Shape, layout: Layout) -> jax.Array:
+@partial(jax.jit, static_argnames=("batch", "num_rows", "row_dims"))  # where nothing is compiled around, one program
+def _weigh(scale: Any, masks: list[Any], batch: Shape, num_rows: int, row_dims: Shape) -> jax.Array:
     weight = jnp.asarray(scale, jnp.result_type(float))
     for mask in masks:
         weight = weight * jnp.asarray(mask, weight.dtype)
     batch = jnp.broadcast_shapes(batch, weight.shape)
-    if layout.row_dims and len(batch) < -layout.row_dims[0]:  # a value with more batch dimensions than its site
-        return jnp.broadcast_to(weight.reshape(-1)[:1], (layout.num_rows, 1))
-    return rows_first(jnp.broadcast_to(weight, batch), tuple(len(batch) + d for d in layout.row_dims))
+    if row_dims and len(batch) < -row_dims[0]:  # a value with more batch dimensions than its site
+        return jnp.broadcast_to(weight.reshape(-1)[:1], (num_rows, 1))
+    return rows_first(jnp.broadcast_to(weight, batch), tuple(len(batch) + d for d in row_dims))
 
 
 def sum_rows(log_prob: jax.Array, layout: Layout) -> jax.Array:
@@ -203,18 +204,22 @@ def rows_first(value: jax.Array, row_axes: Shape) -> jax.Array:
 
 def coordinate_bounds(sites: Trace, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Bounds of the coordinates of each row, (N, D) each; infinite where there are none."""
-    return _bounds(
-        {a.name: limits(sites[a.name]["fn"].support) for a in layout.arrays if a.support.kind == "box"}, layout
-    )
-
-
-@partial(jax.jit, static_argnames="layout")
-def _bounds(boxes: dict[str, Any], layout: Layout) -> tuple[jax.Array, jax.Array]:
-    columns = [
-        [rows_first(jnp.broadcast_to(jnp.asarray(b, float), a.shape), a.row_axes) for b in boxes[a.name]]
-        if a.name in boxes
-        else [jnp.full((layout.num_rows, block.stop - block.start), b) for b in (-jnp.inf, jnp.inf)]
+    boxes = [
+        limits(sites[a.name]["fn"].support) if a.support.kind == "box" else (-jnp.inf, jnp.inf) for a in layout.arrays
+    ]
+    shapes = tuple(
+        (a.shape, a.row_axes) if a.support.kind == "box" else ((layout.num_rows, block.stop - block.start), (0,))
         for a, block in zip(layout.arrays, layout.blocks, strict=True)
+    )
+    return _spread(boxes, shapes)
+
+
+@partial(jax.jit, static_argnames="shapes")
+def _spread(boxes: list[tuple[Any, Any]], shapes: tuple[tuple[Shape, Shape], ...]) -> tuple[jax.Array, jax.Array]:
+    """Lower and upper bounds, each over its own shape with the rows in some axes, as columns of rows."""
+    columns = [
+        [rows_first(jnp.broadcast_to(jnp.asarray(bound, float), shape), axes) for bound in box]
+        for box, (shape, axes) in zip(boxes, shapes, strict=True)
     ]
     lower, upper = (jnp.concatenate(c, axis=-1) for c in zip(*columns, strict=True))
     return lower, upper

@@ -11,11 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import constraints
+from numpyro.infer.autoguide import (
+    AutoDAIS,
+    AutoLaplaceApproximation,
+    AutoSemiDAIS,
+    AutoSurrogateLikelihoodDAIS,
+)
 from numpyro.primitives import Messenger
 
 from numpyro_score.energy import Site, takes_keyword
 
-__all__ = ["InitParams", "check_inside", "check_keywords", "is_loss"]
+__all__ = ["GUIDES_WITH_DENSITY", "InitParams", "check_inside", "check_keywords", "is_loss"]
+
+GUIDES_WITH_DENSITY = (
+    AutoLaplaceApproximation,
+    AutoDAIS,
+    AutoSemiDAIS,
+    AutoSurrogateLikelihoodDAIS,
+)
+"""Guides that evaluate the density of the model that they are built on."""
 
 
 def check_keywords(run: Callable[..., Any], model: Callable[..., Any], kwargs: dict[str, Any]) -> None:

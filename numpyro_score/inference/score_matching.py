@@ -15,20 +15,14 @@ import numpy as np
 import optax
 from jaxtyping import Array
 from numpyro.infer import SVI, Trace_ELBO
-from numpyro.infer.autoguide import (
-    AutoDAIS,
-    AutoGuide,
-    AutoLaplaceApproximation,
-    AutoSemiDAIS,
-    AutoSurrogateLikelihoodDAIS,
-)
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import transform_fn
 from numpyro.optim import Minimize
 
 from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minimise
 from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, layouts_kept, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
-from numpyro_score.inference.arguments import InitParams, check_inside, check_keywords, is_loss
+from numpyro_score.inference.arguments import GUIDES_WITH_DENSITY, InitParams, check_inside, check_keywords, is_loss
 from numpyro_score.inference.arrival import warn_if_still_falling
 from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
@@ -117,7 +111,7 @@ class ScoreMatching(Compiling, SVI):
         self._guide_class = guide if inspect.isclass(guide) and issubclass(guide, AutoGuide) else None
         if guide is None:
             guide = point_guide(model, data)
-        elif self._guide_class in _GUIDES_WITH_DENSITY and hasattr(self.score_loss, "no_posterior"):
+        elif self._guide_class in GUIDES_WITH_DENSITY and hasattr(self.score_loss, "no_posterior"):
             raise NotImplementedError(
                 f"{guide.__name__} needs a density of the parameters, which {type(loss).__name__} does not give, as "
                 f"{self.score_loss.no_posterior}: use ISM or SSM, or guide=AutoNormal."
@@ -128,7 +122,7 @@ class ScoreMatching(Compiling, SVI):
             raise TypeError(
                 f"guide must be a guide function or an autoguide, got {guide!r}: write e.g. guide=AutoNormal."
             )
-        elif isinstance(guide, _GUIDES_WITH_DENSITY) and guide.model is model:
+        elif isinstance(guide, GUIDES_WITH_DENSITY) and guide.model is model:
             name = type(guide).__name__
             raise ValueError(
                 f"{name} evaluates the density of its model, which is unnormalised: pass the class, guide={name}, or "
@@ -392,11 +386,3 @@ def calibrated_rate(
     """The β that a point fit of the model to these arguments leads to."""
     svi = ScoreMatching(model, loss=loss, learning_rate="calibrated", data=data)
     return svi.run(jax.random.key(0), *args, progress_bar=False, **kwargs).learning_rate
-
-
-_GUIDES_WITH_DENSITY = (
-    AutoLaplaceApproximation,
-    AutoDAIS,
-    AutoSemiDAIS,
-    AutoSurrogateLikelihoodDAIS,
-)
