@@ -223,7 +223,7 @@ def test_text_is_escaped_everywhere():
 
 @pytest.mark.filterwarnings("ignore:The fit has not converged")
 @pytest.mark.parametrize(
-    ("distance", "verdict", "answer"), [(0.5, "good", "Yes"), (2, "look", "Nearly"), (9, "bad", "No")]
+    ("distance", "verdict", "answer"), [(0.05, "good", "Yes"), (0.5, "look", "Nearly"), (9, "bad", "No")]
 )
 def test_distance_of_the_minimum(distance, verdict, answer):
     """The second precision k has the losses ½k²x² − k, in k x² − 1 of which the Newton step and its error are known."""
