@@ -260,7 +260,7 @@ def gradient(scale: float) -> Iterator[Found]:
             numpyro.factor("energy", -0.5 * jnp.sum(k * x**2, axis=-1))
 
     rng = np.random.default_rng(0)
-    for steps, good in ((2000, True), (10, False)):
+    for steps, good in ((4000, True), (10, False)):
         sm, verdicts = ScoreMatching(model, optim=default_optimizer(steps), num_steps=steps), []
         for _ in range(max(int(30 * scale), 3)):
             x = 3 * rng.normal(size=(400, 3)).astype(np.float32)
