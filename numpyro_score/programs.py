@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 __all__ = ["compiled", "run_compiled"]
 
 _KEPT = 64  # programs
-_programs: list[tuple[Jaxpr, Callable[..., Any]]] = []  # the last used first
+_programs: list[tuple[Jaxpr, bool, Callable[..., Any]]] = []  # the last used first; whether with double precision
 
 # Rules for derivatives, which are functions and never equal. Nothing is differentiated here.
 _RULES = {"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd"}
@@ -22,9 +22,9 @@ def run_compiled(f: Callable[..., Any], *args: Any) -> Any:
     """`jax.jit(f)(*args)`, where f may be a new function at each call that closes over other values.
 
     It is traced at each call, and compiled if no program of the same operations was compiled before: the comparison
-    is of every operation and its settings, so that a program is at worst compiled once more. Arrays that f closes over
-    are inputs of the program. Under a transformation of these or of the arguments it
-    is `jax.jit(f)`.
+    is of every operation and its settings, so that a program is at worst compiled once more. JAX's arrays that f
+    closes over are inputs of the program. Under a transformation of these or of the arguments, and with
+    NumPy's arrays closed over, it is `jax.jit(f)`.
     """
     return compiled(f, *args)(*args)
 
@@ -34,7 +34,8 @@ def compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
         return jax.jit(f)
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
-    if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
+    # NumPy's arrays may have a precision that JAX's do not have.
+    if any(isinstance(c, jax.core.Tracer) or not isinstance(c, jax.Array) for c in closed.consts):
         return jax.jit(f)
     program, treedef = _program(closed.jaxpr), jax.tree.structure(shapes)
 
@@ -45,17 +46,18 @@ def compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
 
 
 def _program(jaxpr: Jaxpr) -> Callable[..., Any]:
-    for i, (known, program) in enumerate(_programs):
-        if _same(known, jaxpr):
+    double = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+    for i, (known, as_double, program) in enumerate(_programs):
+        if as_double == double and _same(known, jaxpr):
             _programs.insert(0, _programs.pop(i))
             return program
 
     def run(consts: list[Any], leaves: list[Any]) -> list[Any]:
         return jax.core.eval_jaxpr(jaxpr, consts, *leaves)
 
-    _programs.insert(0, (jaxpr, jax.jit(run)))
+    _programs.insert(0, (jaxpr, double, jax.jit(run)))
     del _programs[_KEPT:]
-    return _programs[0][1]
+    return _programs[0][2]
 
 
 def _same(a: Jaxpr, b: Jaxpr) -> bool:

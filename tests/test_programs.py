@@ -94,6 +94,12 @@ def test_transformations_and_precision():
     np.testing.assert_array_equal(jax.grad(lambda w: run_compiled(lambda x: jnp.sum(odd(w)), X))(X), 7.0)
     np.testing.assert_array_equal(jax.vmap(f)(X[:, None]), X**2)
     np.testing.assert_array_equal(jax.jit(f)(X), 14.0)
+    weights = np.arange(3.0)  # of double precision, as NumPy has it
+    for double in (True, False, True):
+        with jax.enable_x64(double):
+            x = jnp.asarray(weights)
+            found = run_compiled(lambda x: x @ weights, x)
+            assert found.dtype == x.dtype and float(found) == 5.0
     with jax.enable_x64(True):
         third = run_compiled(lambda x: x / 3.0, jnp.array(1.0))
         assert third.dtype == jnp.float64

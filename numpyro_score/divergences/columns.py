@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from numpyro_score.energy import Energy, rows_first
+from numpyro_score.energy import Energy, numbered, rows_first
 
-__all__ = ["chain_columns", "data_columns", "numbered", "sample_columns"]
+__all__ = ["chain_columns", "data_columns", "sample_columns"]
 
 
 def data_columns(energy: Energy) -> tuple[list[str], np.ndarray]:
@@ -36,8 +36,3 @@ def chain_columns(energy: Energy, samples: Any) -> Float[np.ndarray, "chain draw
         raise ValueError(f"The samples have no site '{missing[0]}': pass what sample(fit, key, 1000) returns.")
     sites = [samples["posterior"][a.name].values for a in energy.arrays]
     return np.concatenate([v.reshape(*v.shape[:2], -1) for v in sites], axis=-1)
-
-
-def numbered(name: str, shape: tuple[int, ...]) -> list[str]:
-    """A name for each number of an array: "x[0, 0]", ..., or "x" if it is one."""
-    return [f"{name}[{', '.join(map(str, i))}]" if i else name for i in np.ndindex(*shape)]

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
-from numpyro_score.divergences.columns import chain_columns, data_columns, numbered
+from numpyro_score.divergences.columns import chain_columns, data_columns
 from numpyro_score.divergences.law import Draws, thin
-from numpyro_score.energy import Energy, base_constraint
+from numpyro_score.energy import Energy, base_constraint, numbered
 
 __all__ = ["MomentTest", "moment_test", "permutation_test"]
 

@@ -13,7 +13,7 @@ from numpyro_score.energy.kinks import find_kink
 from numpyro_score.energy.layout import rows_first
 from numpyro_score.energy.score_terms import curl, score_factor
 from numpyro_score.energy.supports import base_constraint, base_law, innermost, make_frame
-from numpyro_score.energy.text import plural, rows_text
+from numpyro_score.energy.text import numbered, plural, rows_text
 from numpyro_score.energy.trace import Parameters, Sealed, Site
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "join_arrays",
     "layouts_kept",
     "make_frame",
+    "numbered",
     "plural",
     "rows_first",
     "rows_text",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["plural", "rows_text"]
+__all__ = ["numbered", "plural", "rows_text"]
 
 
 def plural(n: int, noun: str) -> str:
@@ -21,3 +21,8 @@ def rows_text(bad: Any) -> str:
         return ""
     shown = ", ".join(map(str, rows[:8])) + (", ..." if rows.size > 8 else "")
     return f"row{'' if rows.size == 1 else 's'} {shown} ({rows.size} of {len(bad)})"
+
+
+def numbered(name: str, shape: tuple[int, ...]) -> list[str]:
+    """A name for each number of an array: "x[0, 0]", ..., or "x" if it is one."""
+    return [f"{name}[{', '.join(map(str, i))}]" if i else name for i in np.ndindex(*shape)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import jax
@@ -12,11 +13,15 @@ from jaxtyping import Array, Float
 from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import positive
+from numpyro_score.losses.rounding import density_noise, warn_of_constant_columns
 from numpyro_score.losses.ssm import Projection, check_projections, draw_directions
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.operators import full_precision
 
 __all__ = ["FSM"]
+
+
+_COARSE = 0.1  # relative error of a difference
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,7 @@ class FSM:
     and the values agree with those of derivatives to some 7 digits. The step is one for all columns, and the default
     follows the one of least spread: standardise columns of very different units. Matrices are multiplied in full
     precision, whatever `jax.default_matmul_precision` says; a density that is itself computed in fewer bits than its
-    dtype, as in bfloat16, is not noticed, and needs a larger ε. Returns (N,) values, the mean over
-    projections.
+    dtype, as in bfloat16, needs a larger ε, and the fit says which. Returns (N,) values, the mean over projections.
 
     Args:
         epsilon: ε, in the units of the data; ‖εv‖ is ε√D. Default: 2 η^¼ spread/√D (sliced) or 2 η^⅓ spread/√D
@@ -88,12 +92,18 @@ class FSM:
     def check(self, energy: Energy) -> None:
         """Refuses a step that rounding destroys; needs concrete values.
 
+        Warns:
+            UserWarning: if the density is rounded so coarsely that a difference is wrong by a tenth, and, without
+                `sigma`, if the data have a constant column.
+
         Raises:
             ValueError: if the rounding error of a difference quotient is as large as the loss of a Gaussian of the
                 data's spread.
         """
         if isinstance(self.epsilon, jax.core.Tracer):
             return
+        if self.sigma is None:
+            warn_of_constant_columns("FSM", energy, "the length of its step")
         x = energy.usable()[0].data
         epsilon, spreads = float(self.step(x)), _spreads(x)
         # What rounding of f itself, and of x where its offset is large, are proportional to.
@@ -101,6 +111,10 @@ class FSM:
         eta, order = float(jnp.finfo(x.dtype).eps), 2 if self.sigma is None else 1
         # Of the second difference against tr ∇s, of the first against v·s, both as for a Gaussian of these spreads.
         error = (4 if order == 2 else 1) * eta * size / epsilon**order
+        noise = density_noise(energy, x, spreads)
+        coarse = noise > 8 * eta * size  # than its dtype
+        if coarse:
+            error = max(error, (math.sqrt(6) if order == 2 else math.sqrt(0.5)) * noise / epsilon**order)
         natural = float(jnp.sum(spreads**-2.0)) ** (order / 2)
         if error > natural:
             least = (error / natural) ** (1 / order) * epsilon * 10 ** (1 / order)
@@ -108,6 +122,17 @@ class FSM:
                 f"FSM with epsilon={epsilon:.3g} in {x.dtype} loses everything to rounding: for log densities of about "
                 f"{size:.3g} the difference quotient is wrong by {error:.2g}; take epsilon of at least {least:.1g}, "
                 "centre the data, take constants off the energy, or enable float64."
+                + (f" It seems to be rounded to about {noise:.2g}: compute it in full precision." if coarse else "")
+            )
+        if coarse and error > _COARSE * natural:
+            needed = (error / natural / _COARSE) ** (1 / order) * epsilon
+            names = ", ".join(f"'{a.name}'" for a in energy.arrays)
+            warnings.warn(
+                f"The log density of {names} seems to be rounded to about {noise:.2g}, {noise / eta / size:.0f} times "
+                f"as coarsely as {x.dtype} would: FSM with epsilon={epsilon:.2g} is wrong by about "
+                f"{error / natural:.0%} of its size. Take epsilon={needed:.2g}, or compute the density in full "
+                "precision, or use SSM.",
+                stacklevel=2,
             )
 
     def step(self, x: Float[Array, "n d"]) -> Array | float:

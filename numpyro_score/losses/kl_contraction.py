@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one, positive, required
+from numpyro_score.losses.rounding import warn_of_constant_columns
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.operators import full_precision
 
@@ -75,3 +76,7 @@ class KLContraction:
         if self.stabiliser:
             contrasts = jnp.concatenate([contrasts, jnp.full_like(f[:1], math.log(self.stabiliser))])
         return (jax.nn.logsumexp(contrasts, axis=0) - math.log(m)) / self.time
+
+    def check(self, energy: Energy) -> None:
+        """Warns if the data have a constant column, where the estimate is that of the noise."""
+        warn_of_constant_columns("KLContraction", energy, "its noise")

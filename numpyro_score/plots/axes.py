@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_score.divergences.columns import numbered
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, numbered
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 
 __all__ = [

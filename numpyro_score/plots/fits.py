@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_score.divergences.columns import numbered
+from numpyro_score.energy import numbered
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses import DefaultLoss
 from numpyro_score.plots.axes import BLACK, BLUE, GREY, ORANGE, VERMILION, as_axes

@@ -10,9 +10,9 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array, Float
 
-from numpyro_score.divergences.columns import numbered
 from numpyro_score.divergences.moments import moment_test
 from numpyro_score.divergences.stein import kernel_stein_discrepancy
+from numpyro_score.energy import numbered
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.plots.fits import shares, solved_at_once
 from numpyro_score.uncertainty import ARRIVED

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_score.divergences.columns import data_columns, numbered, sample_columns
-from numpyro_score.energy import plural
+from numpyro_score.divergences.columns import data_columns, sample_columns
+from numpyro_score.energy import numbered, plural
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.normaliser import sample
 from numpyro_score.plots import (
