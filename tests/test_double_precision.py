@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import optax
 import pytest
+from flax import nnx
 from models import improper
+from numpyro.contrib.module import nnx_module
 
 from numpyro_score import Energy, ScoreMatching, compare, kernel_stein_discrepancy, mmd, report, sample
 
@@ -59,3 +62,33 @@ def test_report(tmp_path):
     fit, _ = fitted()
     page = report(fit, tmp_path / "fit.html", num_samples=100).read_text()
     assert "float64" in page and "read-only" not in page
+
+
+class Quartic(nnx.Module):
+    """Its weights are in single precision, whatever the data are in."""
+
+    def __init__(self, rngs):
+        self.square = nnx.Linear(1, 1, use_bias=False, rngs=rngs)
+        self.fourth = nnx.Linear(1, 1, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.square(x**2) + self.fourth(x**4)
+
+
+def test_errors_of_weights_in_single_precision():
+    """The influences of rows are those of the covariance, and draws of the weights keep their type."""
+
+    def network(x):
+        net = nnx_module("net", Quartic(nnx.Rngs(0)))
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(1), obs=x)
+            numpyro.factor("energy", -net(x)[:, 0])
+
+    fit = ScoreMatching(network, optim=optax.lbfgs(), num_steps=30).run(KEY, X[:, :1], progress_bar=False)
+    errors = fit.stderr()["net$params"]
+    squares = jax.tree.map(lambda i: jnp.sqrt(jnp.sum(i**2, axis=0)), fit.influence()["net$params"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), errors, squares)
+    draws = fit.sample_posterior(KEY, 8)["net$params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(draws)} == {np.dtype("float32")}
+    diagonal = fit.stderr(diagonal=True)["net$params"]
+    jax.tree.map(lambda a, b: np.testing.assert_array_less(a, 1.01 * b), diagonal, errors)

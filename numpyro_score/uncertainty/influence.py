@@ -216,7 +216,7 @@ def diagonal_stderr(objective: Objective) -> dict[str, Any]:
         raise SandwichError(
             f"The prior of site '{name}' depends on other sites and curves downwards at the estimates. {USE_NUTS}"
         )
-    errors = objective.unravel(jnp.sqrt(spread) / curvature)
+    errors = objective.unravel((jnp.sqrt(spread) / curvature).astype(objective.position.dtype))
     at = objective.unravel(objective.position)
     return {k: _through(objective.transforms[k], at[k], errors[k]) for k in at}
 

@@ -231,6 +231,6 @@ def _derivatives(objective: Objective) -> tuple[Array, Array, Array, Array]:
 
         return move(jax.grad(losses)), move(jax.grad(objective.penalty)), move(objective.rows)
 
-    hessian, prior_hessian, gradients = jax.lax.map(along, jnp.eye(len(position)), batch_size=8)
+    hessian, prior_hessian, gradients = jax.lax.map(along, jnp.eye(len(position), dtype=position.dtype), batch_size=8)
     prior_gradient = jax.grad(objective.penalty)(position)
     return 0.5 * (hessian + hessian.T), 0.5 * (prior_hessian + prior_hessian.T), gradients.T, prior_gradient
