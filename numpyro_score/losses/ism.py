@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import narrowness
-from numpyro_score.losses.rounding import warn_of_constant_columns
 from numpyro_score.losses.terms import check_boundary_weight, exact_terms
 
 __all__ = ["ISM"]
@@ -57,10 +56,6 @@ class ISM:
         """One value per row of the energy's data, (N,)."""
         score, laplacian = exact_terms(energy, self.boundary_weight)
         return 0.5 * jnp.sum(score**2, axis=-1) + laplacian
-
-    def check(self, energy: Energy) -> None:
-        """Warns if the data have a constant column, which gives the density no width."""
-        warn_of_constant_columns("ISM", energy, "the value of the constant alone")
 
     def rows_per_chunk(self, energy: Energy) -> int:
         """Rows whose Jacobians, D numbers for every intermediate, still fit the cache."""

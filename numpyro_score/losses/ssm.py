@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one, rows_in_cache
-from numpyro_score.losses.rounding import warn_of_constant_columns
 from numpyro_score.losses.terms import check_boundary_weight, sliced_terms
 
 __all__ = ["SSM"]
@@ -65,10 +64,6 @@ class SSM:
         if self.variance_reduced:
             return 0.5 * jnp.sum(first**2, axis=-1) + jnp.mean(second, axis=0)
         return jnp.mean(0.5 * first**2 + second, axis=0)
-
-    def check(self, energy: Energy) -> None:
-        """Warns if the data have a constant column, which gives the density no width."""
-        warn_of_constant_columns("SSM", energy, "the value of the constant alone")
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """What fits the cache; the variance-reduced form gains nothing by chunks."""
