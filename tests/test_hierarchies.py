@@ -242,6 +242,7 @@ def test_scale_shared_by_coefficients():
         fitted(model, jnp.asarray(y), True).stderr()
 
 
+@pytest.mark.filterwarnings("ignore:The fit has not converged")  # nor can it, where a scale collapses
 def test_products_and_collapsed_scales_are_refused(grouped):
     """The mode of s z has an s of no meaning, and effects that do not differ have none of any spread."""
     with pytest.raises(SandwichError, match=r"see sites 's' and 'z' by their product alone.*Use NUTS"):
