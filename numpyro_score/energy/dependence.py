@@ -32,9 +32,9 @@ def is_quadratic(f: Callable[[Any], Any], x: Any) -> bool:
     """Whether the gradient of the scalar function `f` of the pytree `x` is affine in x.
 
     The Hessian times a vector must not depend on x, and the gradient must not contain steps, such as the sign of x in
-    the gradient of abs(x), which that derivative would not show. So "yes" holds for all x; "no" may be said of a quadratic
-    whose higher terms cancel only in the arithmetic. Steps in the value alone, such as a density's −∞ outside its
-    support, are not looked at: gradients do not see them.
+    the gradient of abs(x), which that derivative would not show. So "yes" holds for all x; "no" may be said of a
+    quadratic whose higher terms cancel only in the arithmetic. Steps in the value alone, such as a density's −∞ outside
+    its support, are not looked at: gradients do not see them.
     """
 
     def product(x: Any, v: Any) -> Any:
