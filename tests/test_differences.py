@@ -154,7 +154,9 @@ def test_steps_lost_to_rounding_are_refused():
     def model(x):
         with numpyro.plate("rows", len(x)):
             x = numpyro.sample("x", improper(3), obs=x)
-            numpyro.factor("energy", rugged(numpyro.param("k", K), x))
+            # A copy: JAX 0.10 and 0.12 take a NumPy array that a program in float32 returned for float32 ever after,
+            # and fail on it in double precision (`jax.jit(lambda: K)()`, then `jax.jit(jnp.sin)(K)` with x64).
+            numpyro.factor("energy", rugged(numpyro.param("k", K.copy()), x))
 
     with pytest.raises(ValueError, match=r"FSM with epsilon=0.0001 in float32.*take epsilon of at least 0.0"):
         FSM(1e-4)(energy_of(rugged, K.astype(np.float32), x), KEY())
