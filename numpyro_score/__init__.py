@@ -3,6 +3,7 @@
 from numpyro_score.arviz import to_arviz
 from numpyro_score.closed_form import ClosedFormError, GradientSpread, QuadraticLoss, sparse_path
 from numpyro_score.comparison import audit, compare, hyvarinen_loo, hyvarinen_score
+from numpyro_score.diffusion import EDM, SDE, VE, VP, LinearSDE, SubVP
 from numpyro_score.divergences import (
     de_bruijn,
     entropy_from_scores,
@@ -57,15 +58,19 @@ from numpyro_score.version import __version__ as __version__
 __all__ = [
     "CD",
     "DSM",
+    "EDM",
     "ESM",
     "FSM",
     "ISM",
     "MALA",
     "NCE",
     "PCD",
+    "SDE",
     "SGHMC",
     "SGLD",
     "SSM",
+    "VE",
+    "VP",
     "AdversarialDynamicsEmbedding",
     "ClosedFormError",
     "DenoisingGenerator",
@@ -76,11 +81,13 @@ __all__ = [
     "KLContraction",
     "LangevinFlow",
     "LearnedFlow",
+    "LinearSDE",
     "NonFiniteLossError",
     "QuadraticLoss",
     "SandwichError",
     "ScoreMatching",
     "ScoreMatchingResult",
+    "SubVP",
     "adjust_draws",
     "audit",
     "compare",

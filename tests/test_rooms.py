@@ -23,6 +23,7 @@ ROOMS = [
     "arviz",
     "normaliser",
     "inference",
+    "diffusion",
     "divergences",
     "comparison",
     "plots",

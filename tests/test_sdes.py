@@ -1,0 +1,78 @@
+"""Linear diffusions: their drift and noise follow from their marginals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from numpyro_score import EDM, SDE, VE, VP, LinearSDE, SubVP
+from numpyro_score.diffusion.end import end_law
+from numpyro_score.diffusion.sde import drift_and_diffusion, noise_at, time_at
+
+T = np.linspace(0.05, 0.95, 7)
+
+
+def beta(t):
+    return 0.1 + 19.9 * t
+
+
+def integral(t):
+    return 0.1 * t + 9.95 * t**2
+
+
+@pytest.mark.parametrize(
+    "sde, f, g2",
+    [
+        (VP(), lambda t: -0.5 * beta(t), beta),
+        (SubVP(), lambda t: -0.5 * beta(t), lambda t: beta(t) * (1 - np.exp(-2 * integral(t)))),
+        (VE(0.02, 10.0), np.zeros_like, lambda t: (0.02 * 500**t) ** 2 * 2 * np.log(500)),
+        (EDM(1.0), np.zeros_like, lambda t: 2 * t),
+        # An Ornstein-Uhlenbeck process, dx = -x dt + 2 dw.
+        (
+            LinearSDE(lambda t: jnp.exp(-t), lambda t: jnp.sqrt(-2 * jnp.expm1(-2 * t))),
+            lambda t: -np.ones_like(t),
+            lambda t: 4 * np.ones_like(t),
+        ),
+    ],
+)
+def test_equations_as_published(sde, f, g2, x64):
+    """f and g² of Song et al. [2021] and of a process with a known equation; ρ is inverted to the last digits."""
+    found = drift_and_diffusion(sde, T)
+    np.testing.assert_allclose(found[0], f(T), atol=1e-12, rtol=1e-9)
+    np.testing.assert_allclose(found[1], g2(T), rtol=1e-9)
+    np.testing.assert_allclose(time_at(sde, noise_at(sde, jnp.asarray(T))), T, rtol=1e-12)
+    assert isinstance(sde, SDE)
+
+
+def test_times_of_noise_in_single_precision():
+    """Also where alpha is far below sigma, and outside of the range the ends are given."""
+    sde = VP()
+    t = jnp.linspace(0.01, 1.0, 50)
+    np.testing.assert_allclose(time_at(sde, noise_at(sde, t)), t, rtol=1e-5)
+    assert time_at(sde, jnp.array(1e9)) == pytest.approx(1.0)
+
+
+def test_noise_that_falls_is_refused():
+    """Time runs from the data to noise."""
+    with pytest.raises(ValueError, match=r"needs sigma/alpha that grows with t.*write time from the data"):
+        LinearSDE(lambda t: jnp.ones_like(t), lambda t: 1 - t)
+    with pytest.raises(ValueError, match=r"VE needs largest > smallest, got 0.1 and 1"):
+        VE(1.0, 0.1)
+
+
+def test_end_law_is_that_of_noised_data(x64):
+    """For normal data in any direction: mean, covariance and density with noise."""
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(50, 3)) @ rng.normal(size=(3, 3)) + [1, 2, 3], rng.uniform(size=50)
+    law = end_law(x, weights, jnp.float64)
+    covariance = np.cov(x.T, aweights=weights, ddof=0) + 4 * np.eye(3)
+    u = rng.normal(size=(5, 3))
+    away = u - np.average(x, axis=0, weights=weights)
+    expected = -0.5 * (
+        np.einsum("ni,ij,nj->n", away, np.linalg.inv(covariance), away) + np.linalg.slogdet(2 * np.pi * covariance)[1]
+    )
+    np.testing.assert_allclose(law.log_prob(u, 2.0), expected)
+    score = jax.grad(lambda u: law.log_prob(u, 2.0).sum())(jnp.asarray(u))
+    np.testing.assert_allclose(law.score(u, 2.0), score)
+    draws = law.sample(jax.random.key(0), 100_000, 2.0)
+    np.testing.assert_allclose(np.cov(draws.T), covariance, atol=0.15)
