@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
+from numpyro_score.operators import full_precision
 
 __all__ = ["score_gram"]
 
@@ -68,6 +69,7 @@ def _pattern(energy: Energy, *, unravel: Any, size: int) -> Array:
     return jax.lax.map(enters, jnp.eye(size), batch_size=64).T
 
 
+@full_precision
 def _along(energy: Energy, unravel: Any, x: Array, direction: Array) -> Array:
     """The derivative of the score at x along a direction of the parameters, (N, D)."""
 
@@ -89,6 +91,7 @@ def _colour(enters: np.ndarray) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames="unravel")
+@full_precision
 def _blocks(
     energy: Energy, seeds: Float[Array, "c p"], colours: Any, used: Any, *, unravel: Any
 ) -> Float[Array, "d r r"]:

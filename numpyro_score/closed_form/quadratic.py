@@ -21,6 +21,7 @@ from numpyro_score.closed_form.gram import score_gram
 from numpyro_score.energy import Energy, base_constraint, base_law, is_constant, is_quadratic, join_arrays, split_arrays
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import Loss, total_loss
+from numpyro_score.operators import full_precision
 from numpyro_score.printed import num_numbers
 
 __all__ = ["MAX_PARAMETERS", "ClosedFormError", "Coordinates", "FlatObjectiveError", "Quadratic", "expand", "minimise"]
@@ -272,6 +273,7 @@ def _agree(a: np.ndarray, b: np.ndarray, size: np.ndarray, tolerance: float) -> 
     return bool(np.all(np.abs(a - b) <= tolerance * size))
 
 
+@full_precision
 def _data_term(problem: Problem, inputs: Inputs, theta: Array) -> Array:
     energy = inputs.energy.with_params(problem.unravel(theta))
     return inputs.learning_rate * total_loss(problem.loss, energy, inputs.rng_key)
@@ -302,6 +304,7 @@ def _products(directions: Any, inputs: Inputs, *, problem: Problem) -> Array | N
     return _products_of(f, directions, min(max(2**24 // inputs.energy.data.size, 1), 16))
 
 
+@full_precision
 def _prior_terms(problem: Problem, inputs: Inputs, theta: Array) -> tuple[Array, tuple[Array, Array]]:
     """Minus the log prior without the |θ| of Laplace priors, and the weights and centres of these, (P,) each."""
     args, kwargs = join_arrays(inputs.arrays, problem.static)

@@ -19,6 +19,7 @@ from numpyro_score.energy import Energy, evaluate_for_check, split_arrays
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import row_losses
 from numpyro_score.losses.base import check_settings
+from numpyro_score.operators import full_precision
 from numpyro_score.printed import num_numbers, values_with_errors
 from numpyro_score.random import Key, as_key
 from numpyro_score.uncertainty import grouped_sites, nested_terms, prior_terms, site_blocks
@@ -286,6 +287,7 @@ _weights = jax.jit(Energy.data_and_weights)
 
 
 @partial(jax.jit, static_argnames="problem")
+@full_precision
 def _spread(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, Array]:
     """Σ_n g_n g_nᵀ and Σ_n g_n of the rows' gradients."""
     energy, weights = inputs.energy.usable()

@@ -20,6 +20,7 @@ from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.terms import exact_terms
 from numpyro_score.normaliser.ratios import mcse, pareto_smoothed, partition_ratios
+from numpyro_score.operators import full_precision
 from numpyro_score.random import Key, as_key
 
 __all__ = ["HyvarinenScore", "hyvarinen_loo", "hyvarinen_score"]
@@ -313,12 +314,14 @@ def _summary(
 
 
 @jax.jit
+@full_precision
 def _log_densities(energy: Energy, draws: dict[str, Any]) -> Float[Array, "s n"]:
     energy, _ = energy.usable()
     return jax.lax.map(lambda theta: energy.with_params(theta).log_density(energy.data), draws)
 
 
 @partial(jax.jit, static_argnames="mixture")
+@full_precision
 def _expectations(
     energy: Energy, draws: dict[str, Any], weights: Float[Array, "s n"], mixture: bool
 ) -> tuple[Float[Array, "n"], Float[Array, "s n"], Float[Array, "n"]]:

@@ -20,6 +20,7 @@ from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.inference import ScoreMatchingResult
 from numpyro_score.losses import Loss, row_losses
 from numpyro_score.losses.base import declare_sites
+from numpyro_score.operators import full_precision
 from numpyro_score.uncertainty import Objective
 
 __all__ = ["Posterior", "draw_losses", "draws_of"]
@@ -155,6 +156,7 @@ def _from_fit(fit: ScoreMatchingResult, rng_key: Array, num_samples: int) -> Pos
 
 
 @jax.jit
+@full_precision
 def _log_posterior(objective: Objective, vectors: Float[Array, "s p"]) -> Float[Array, "s"]:
     """Log density of the generalised posterior in unconstrained coordinates, (S, P) to (S,)."""
 
@@ -170,6 +172,7 @@ def _log_posterior(objective: Objective, vectors: Float[Array, "s p"]) -> Float[
 
 
 @partial(jax.jit, static_argnames="loss")
+@full_precision
 def draw_losses(energy: Energy, draws: dict[str, Any], loss: Loss, rng_key: Array) -> Float[Array, "s n"]:
     """The weighted loss w_n loss_n(θ) of each row at each draw, (S, N)."""
 

@@ -28,6 +28,7 @@ from numpyro_score.losses.terms import require_flat
 from numpyro_score.normaliser import LogPartition
 from numpyro_score.normaliser.coordinates import row_log_jacobian
 from numpyro_score.normaliser.source import one_density
+from numpyro_score.operators import full_precision
 from numpyro_score.random import Key, as_key
 
 __all__ = ["Divergence", "fisher_divergence", "kl_divergence", "local_variance", "squared_log_ratio"]
@@ -83,6 +84,7 @@ def fisher_divergence(p: Any, q: Any, rng_key: Key | None = None, *, num_samples
 
 
 @jax.jit
+@full_precision
 def _fisher_values(p: Energy | None, q: Energy, x: Float[Array, "n d"]) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
     loss: Loss = ISM() if p is None else ESM(p.score)
     if q.resizable or q.num_rows == len(x):
@@ -220,6 +222,7 @@ def local_variance(p: Any, q: Any, rng_key: Key, *, noise: float, num_samples: i
 
 
 @jax.jit
+@full_precision
 def _squared_increments(
     x: Float[Array, "n d"], p: Energy, q: Energy, rng_key: Array, noise: Float[Array, ""]
 ) -> Float[Array, "n"]:
@@ -229,11 +232,13 @@ def _squared_increments(
 
 
 @jax.jit
+@full_precision
 def _ratio(x: Float[Array, "n d"], p: Energy, q: Energy) -> Float[Array, "n"]:
     return p.log_density(x) - q.log_density(x)  # the Jacobian of the rows is in both
 
 
 @jax.jit
+@full_precision
 def _data_log_density(x: Float[Array, "n d"], q: Energy) -> Float[Array, "n"]:
     """In the measure of the data, as that of log Z."""
     return q.log_density(x) - jax.vmap(partial(row_log_jacobian, q))(x)

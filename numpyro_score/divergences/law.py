@@ -22,6 +22,7 @@ from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser import EnergyDistribution, LogPartition, log_partition, sample
 from numpyro_score.normaliser.coordinates import data_to_row
+from numpyro_score.operators import full_precision
 from numpyro_score.random import Key, as_key
 
 __all__ = ["Draws", "Law", "check_rows", "draw", "log_normaliser", "mean_and_error", "read_pair", "refuse_rows", "thin"]
@@ -254,6 +255,7 @@ def check_rows(energy: Energy, rows: Float[Array, "n d"]) -> None:
 
 
 @jax.jit
+@full_precision
 def _look(energy: Energy, x: Float[Array, "n d"]) -> tuple[dict[str, Array], Float[Array, "n"]]:
     """Which rows lie outside of each site's support, and the log density, or zero where only the score is known."""
     outside = {}

@@ -17,6 +17,7 @@ from numpyro.distributions import constraints
 from numpyro_score.energy import Energy, base_constraint, base_law
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.normaliser.source import Source, density_of
+from numpyro_score.operators import full_precision
 
 __all__ = ["Law", "NoisedLaw", "noised_pair"]
 
@@ -31,6 +32,7 @@ class NormalMixture(NamedTuple):
     axes: Float[Array, "a d d"]  # the orthogonal Q of each component, or one (A = 1) for all
     variances: Float[Array, "v d"]  # the λ of each component, or one (V = 1) for all
 
+    @full_precision
     def log_density(
         self, x: Float[Array, "d"], scale: Float[Array, ""], variance: Float[Array, ""]
     ) -> Float[Array, ""]:
@@ -207,6 +209,7 @@ def _refuse_many_dimensions(d: int) -> None:
 
 
 @jax.jit
+@full_precision
 def _log_density(law: Energy | dist.Distribution | NormalMixture, x: Array) -> Array:
     if isinstance(law, NormalMixture):
         return jax.vmap(lambda row: law.log_density(row, jnp.ones((), x.dtype), jnp.zeros((), x.dtype)))(x)

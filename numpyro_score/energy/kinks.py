@@ -19,7 +19,7 @@ from jaxtyping import Array
 from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.layout import sum_rows
 from numpyro_score.energy.trace import term_log_prob
-from numpyro_score.operators import value_score
+from numpyro_score.operators import full_precision, value_score
 from numpyro_score.programs import compiled, run_compiled
 
 __all__ = ["Kink", "find_kink"]
@@ -245,6 +245,7 @@ def _jumps(evaluate: Any, energy: BoundModel, start: np.ndarray, end: np.ndarray
     return False
 
 
+@full_precision
 def _evaluate(energy: BoundModel, x: Array, v: Array, *, terms: tuple[str, ...]) -> Array:
     """The sum of some terms, its slope along v and the derivative of that, (3, S, M), at points (S, M, D)."""
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import positive
-from numpyro_score.losses.rounding import density_noise, warn_of_constant_columns
+from numpyro_score.losses.rounding import density_noise, log_density_at, warn_of_constant_columns
 from numpyro_score.losses.ssm import Projection, check_projections, draw_directions
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.operators import full_precision
@@ -88,7 +88,6 @@ class FSM:
         ahead, behind = jnp.split(f[1:] - f[0], 2)
         return jnp.mean((ahead + behind) / epsilon**2 + (ahead - behind) ** 2 / (8 * epsilon**2), axis=0)
 
-    @full_precision
     def check(self, energy: Energy) -> None:
         """Refuses a step that rounding destroys; needs concrete values.
 
@@ -107,7 +106,7 @@ class FSM:
         x = energy.usable()[0].data
         epsilon, spreads = float(self.step(x)), _spreads(x)
         # What rounding of f itself, and of x where its offset is large, are proportional to.
-        size = float(jnp.median(jnp.abs(energy.log_density(x))) + jnp.linalg.norm(x.mean(axis=0) / spreads))
+        size = float(jnp.median(jnp.abs(log_density_at(energy, x))) + jnp.linalg.norm(x.mean(axis=0) / spreads))
         eta, order = float(jnp.finfo(x.dtype).eps), 2 if self.sigma is None else 1
         # Of the second difference against tr ∇s, of the first against v·s, both as for a Gaussian of these spreads.
         error = (4 if order == 2 else 1) * eta * size / epsilon**order

@@ -15,7 +15,7 @@ from numpyro_score.energy import Energy, numbered
 from numpyro_score.operators import full_precision
 from numpyro_score.programs import run_compiled
 
-__all__ = ["density_noise", "warn_of_constant_columns"]
+__all__ = ["density_noise", "log_density_at", "warn_of_constant_columns"]
 
 _POINTS, _ROWS = 7, 64
 
@@ -39,7 +39,7 @@ def density_noise(energy: Energy, x: Float[Array, "n d"], spreads: Float[Array, 
     v = jax.random.normal(jax.random.key(0), rows.shape, x.dtype) * spreads / math.sqrt(x.shape[-1])
     steps = jnp.asarray(np.multiply.outer(lengths, np.arange(_POINTS) - _POINTS // 2), x.dtype)
     lines = rows + steps[..., None, None] * v  # (length, point, row, D)
-    f = np.asarray(run_compiled(_log_density, energy, lines), np.float64)
+    f = np.asarray(run_compiled(log_density_at, energy, lines), np.float64)
     found = []
     for at in f[np.isfinite(f).all(axis=(1, 2))]:
         sigmas = [
@@ -52,7 +52,8 @@ def density_noise(energy: Energy, x: Float[Array, "n d"], spreads: Float[Array, 
 
 
 @full_precision
-def _log_density(energy: Energy, x: Array) -> Array:
+def log_density_at(energy: Energy, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
+    """The log density with all products in the precision of its dtype."""
     return energy.log_density(x)
 
 

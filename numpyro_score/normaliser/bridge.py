@@ -19,6 +19,7 @@ from numpyro_score.normaliser.coordinates import data_to_row, free_dim, free_log
 from numpyro_score.normaliser.sampling import sample
 from numpyro_score.normaliser.source import fitted_moments, free_data
 from numpyro_score.normaliser.tails import check_tails
+from numpyro_score.operators import full_precision
 
 __all__ = ["nce"]
 
@@ -90,6 +91,7 @@ def nce(
 
 
 @partial(jax.jit, static_argnames="num_noise")
+@full_precision
 def _log_ratios(
     energy: Energy, noise: dist.Distribution, values: dict[str, Array], rng_key: Array, num_noise: int
 ) -> tuple[Float[Array, "chain draw"], Float[Array, "n"]]:

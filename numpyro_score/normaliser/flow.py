@@ -17,6 +17,7 @@ from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import free_dim, free_log_density
 from numpyro_score.normaliser.source import fitted_moments, free_data
 from numpyro_score.normaliser.tails import check_tails
+from numpyro_score.operators import full_precision
 
 __all__ = ["flow"]
 
@@ -84,6 +85,7 @@ def flow(
     return float(weights.log_partition), float(weights.log_partition_stderr), diagnostics
 
 
+@full_precision
 def _in_units_of(
     energy: Energy, mean: Float[Array, "p"], cholesky: Float[Array, "p p"], w: Float[Array, "*batch p"]
 ) -> Float[Array, "*batch"]:

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from numpyro_score.energy import Energy
 from numpyro_score.normaliser.coordinates import free_dim, free_log_density, from_free, to_free
 from numpyro_score.normaliser.source import free_data
+from numpyro_score.operators import full_precision
 
 __all__ = ["MAX_DIM", "quadrature"]
 
@@ -95,6 +96,7 @@ class _Frame(NamedTuple):
 
 
 @jax.jit
+@full_precision
 def _ascend(energy: Energy, u: Array) -> tuple[Array, Array, Array]:
     """Starts u (M, P) and the modes that damped Newton steps with |H| find: points, values, Hessians, (2M, ...)."""
 
@@ -261,6 +263,7 @@ def _cut_off(share: np.ndarray, resolved: np.ndarray) -> float:
 
 
 @jax.jit
+@full_precision
 def _evaluate(energy: Energy, u: Array) -> tuple[Array, Array, Array]:
     """g, whether the data there are finite, and whether u can be read back from them, (n,) each."""
     x, log_jacobian = from_free(energy, u, "angles")

@@ -17,6 +17,7 @@ from numpyro_score.normaliser import sample
 from numpyro_score.normaliser.coordinates import data_to_row
 from numpyro_score.normaliser.source import density_of, free_data
 from numpyro_score.normaliser.tails import check_tails
+from numpyro_score.operators import full_precision
 
 __all__ = ["PartitionRatios", "mcse", "pareto_smoothed", "partition_ratios"]
 
@@ -88,6 +89,7 @@ def partition_ratios(energy: Energy, draws: dict[str, Any], rng_key: Array, num_
 
 
 @jax.jit
+@full_precision
 def _log_ratios(energy: Energy, draws: dict[str, Any], x: Float[Array, "c m d"]) -> Float[Array, "s c m"]:
     reference = energy.log_density(x)
     return jax.lax.map(lambda theta: energy.with_params(theta).log_density(x) - reference, draws)

@@ -15,6 +15,7 @@ from numpyro_score.energy import Energy
 from numpyro_score.normaliser.coordinates import free_dim, free_log_density
 from numpyro_score.normaliser.source import fitted_moments, free_data
 from numpyro_score.normaliser.tails import check_tails
+from numpyro_score.operators import full_precision
 
 __all__ = ["smc"]
 
@@ -128,6 +129,7 @@ def _summary(runs: Run) -> tuple[float, float, dict[str, Any]]:
 
 
 @partial(jax.jit, static_argnames=("num_particles", "num_mcmc_steps"))
+@full_precision
 def _runs(
     energy: Energy,
     base: dist.Distribution,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_score.energy import Energy, plural
 from numpyro_score.normaliser.coordinates import free_log_density, from_free, to_free
+from numpyro_score.operators import full_precision
 
 __all__ = ["check_tails"]
 
@@ -100,6 +101,7 @@ def _directions(energy: Energy, place: Place) -> Float[Array, "ray p"]:
 
 
 @jax.jit
+@full_precision
 def _screen(energy: Energy, place: Place) -> Bool[Array, "ray"]:
     """Rays worth a second look: their own line does not fall as fast as a proper cone would."""
     found = _tails(energy, place, jnp.zeros_like(place.centre), _directions(energy, place), len(place.centre))
@@ -107,6 +109,7 @@ def _screen(energy: Energy, place: Place) -> Bool[Array, "ray"]:
 
 
 @jax.jit
+@full_precision
 def _screen_draws(energy: Energy, draws: dict[str, Any], place: Place) -> Bool[Array, "s ray"]:
     return jax.lax.map(lambda theta: _screen(energy.with_params(theta), place), draws)
 
@@ -119,6 +122,7 @@ def _follow(energy: Energy, place: Place, rays: Int[np.ndarray, "k"]) -> Tails:
 
 
 @jax.jit
+@full_precision
 def _neighbours(energy: Energy, place: Place, rays: Int[Array, "k"]) -> Tails:
     """Of each ray, whether all of its tube or all of its cone agree."""
     p = len(place.centre)

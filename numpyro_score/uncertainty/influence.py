@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from numpyro.distributions.transforms import IndependentTransform
 
+from numpyro_score.operators import full_precision
 from numpyro_score.uncertainty.hierarchy import sum_of_terms, ties
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError, norm_of_columns
 from numpyro_score.uncertainty.sandwich import check_rows, distance_to_minimum, warn_if_not_converged
@@ -81,6 +82,7 @@ def stderr_of(
 
 
 @partial(jax.jit, static_argnames="names")
+@full_precision
 def _quadratic_forms(objective: Objective, directions: Float[Array, "k p"], *, names: tuple[str, ...]) -> Array:
     """dᵀBd of each direction, with B the Hessian of some terms of the prior."""
     gradient = jax.grad(partial(sum_of_terms, objective, names))
@@ -157,6 +159,7 @@ def _tolerance(x: Array) -> float:
 
 
 @jax.jit
+@full_precision
 def _solve(objective: Objective, jacobian: Array) -> tuple[Array, Array, Array, Array]:
     """Solutions (K, P), the gradient (P,), whether the objective curves upwards (K,), and relative residuals (K,)."""
     gradient = jax.grad(objective)

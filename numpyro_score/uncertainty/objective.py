@@ -18,6 +18,7 @@ from numpyro.infer.util import log_density, transform_fn
 
 from numpyro_score.energy import Energy, join_arrays, split_arrays
 from numpyro_score.losses import Loss, row_losses
+from numpyro_score.operators import full_precision
 
 __all__ = [
     "USE_NUTS",
@@ -121,6 +122,7 @@ class Objective:
         """Constrained values by site."""
         return Parametrisation(self.transforms, self.position, self.unravel).constrain(vector)
 
+    @full_precision
     def rows(self, vector: Array) -> Array:
         """The weighted loss of each row, w_n ℓ_n, (N,): without β."""
         values, weights = row_losses(self.loss, self.energy.with_params(self.constrain(vector)), self.rng_key)
@@ -130,12 +132,14 @@ class Objective:
         """Which rows have a weight, (N,): the others, masked ones for instance, are no data."""
         return self.energy.usable()[1] != 0
 
+    @full_precision
     def penalty(self, vector: Array) -> Array:
         """The log prior, negative."""
         args, kwargs = join_arrays(self.arrays, self.static)
         seeded = handlers.seed(self.prior, jax.random.key(0))
         return -jnp.asarray(log_density(seeded, args, kwargs, self.constrain(vector))[0])
 
+    @full_precision
     def prior_terms(self, free: dict[str, Any]) -> dict[str, Array]:
         """The terms of :meth:`penalty` by the name of their site, from unconstrained values by site."""
         args, kwargs = join_arrays(self.arrays, self.static)
