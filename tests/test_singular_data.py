@@ -48,6 +48,19 @@ def test_constant_columns_are_told(loss):
     assert not told(loss, masked)
 
 
+@pytest.mark.parametrize("loss", [FSM(), KLContraction(0.01)], ids=lambda loss: type(loss).__name__)
+def test_columns_that_follow_from_others_are_told(loss):
+    """Sums that are constant but for rounding, as of shares, by the columns in them; not what is merely close."""
+    x = CONSTANT.copy()
+    x[:, 1] = 1 - 2 * x[:, 0]
+    (message,) = told(loss, x)
+    assert "One of x[0], x[1] follows from the others: " in message and type(loss).__name__ in message
+    assert not told(loss, x, columns=(0, 2))
+    x[:, 1] += 1e-2 * X[:, 1]
+    assert not told(loss, x)
+    assert not told(loss, X[:3])  # three rows of three columns: some sum is always constant
+
+
 def test_noise_may_stand_for_the_width_that_is_missing():
     """DSM, and FSM with a noise level, fit the law of data and noise, which has a density."""
     assert not hasattr(DSM(0.1), "check")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import positive
-from numpyro_score.losses.rounding import density_noise, log_density_at, warn_of_constant_columns
+from numpyro_score.losses.rounding import density_noise, log_density_at, warn_of_flat_data
 from numpyro_score.losses.ssm import Projection, check_projections, draw_directions
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.operators import full_precision
@@ -93,7 +93,7 @@ class FSM:
 
         Warns:
             UserWarning: if the density is rounded so coarsely that a difference is wrong by a tenth, and, without
-                `sigma`, if the data have a constant column.
+                `sigma`, if the data have a constant column or one that follows from the others.
 
         Raises:
             ValueError: if the rounding error of a difference quotient is as large as the loss of a Gaussian of the
@@ -102,7 +102,7 @@ class FSM:
         if isinstance(self.epsilon, jax.core.Tracer):
             return
         if self.sigma is None:
-            warn_of_constant_columns("FSM", energy, "the length of its step")
+            warn_of_flat_data("FSM", energy, "the length of its step")
         x = energy.usable()[0].data
         epsilon, spreads = float(self.step(x)), _spreads(x)
         # What rounding of f itself, and of x where its offset is large, are proportional to.

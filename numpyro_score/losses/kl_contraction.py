@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one, positive, required
-from numpyro_score.losses.rounding import warn_of_constant_columns
+from numpyro_score.losses.rounding import warn_of_flat_data
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.operators import full_precision
 
@@ -78,5 +78,5 @@ class KLContraction:
         return (jax.nn.logsumexp(contrasts, axis=0) - math.log(m)) / self.time
 
     def check(self, energy: Energy) -> None:
-        """Warns if the data have a constant column, where the estimate is that of the noise."""
-        warn_of_constant_columns("KLContraction", energy, "its noise")
+        """Warns if the data have a constant column, or one that follows from others: its noise is then the width."""
+        warn_of_flat_data("KLContraction", energy, "its noise")

@@ -9,13 +9,13 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from numpyro_score.energy import Energy, numbered
 from numpyro_score.operators import full_precision
 from numpyro_score.programs import run_compiled
 
-__all__ = ["density_noise", "log_density_at", "warn_of_constant_columns"]
+__all__ = ["density_noise", "log_density_at", "warn_of_flat_data"]
 
 _POINTS, _ROWS = 7, 64
 
@@ -57,8 +57,10 @@ def log_density_at(energy: Energy, x: Float[Array, "*batch d"]) -> Float[Array, 
     return energy.log_density(x)
 
 
-def warn_of_constant_columns(owner: str, energy: Energy, by: str) -> None:
-    """Warns where a column of the data is constant, and the density depends on it.
+def warn_of_flat_data(owner: str, energy: Energy, by: str) -> None:
+    """Warns where the data do not vary along a direction, and the density depends on it.
+
+    That is a column that is constant, or columns of which one is a sum of multiples of the others.
 
     Args:
         owner: the loss.
@@ -66,23 +68,37 @@ def warn_of_constant_columns(owner: str, energy: Energy, by: str) -> None:
         by: what makes the estimate there, for the message.
     """
     x, weights = jax.device_get(run_compiled(lambda e: e.data_and_weights(), energy))
-    rows = x[weights != 0]
-    constant = (rows == rows[:1]).all(axis=0) if len(rows) > 1 else np.zeros(x.shape[1], bool)
-    if not constant.any():
-        return
-    used = energy.usable()[0]
-    constant &= (np.asarray(run_compiled(lambda e: e.score(e.data), used)) != 0).any(axis=0)
-    if not constant.any():
+    used = (np.asarray(run_compiled(lambda e: e.score(e.data), energy.usable()[0])) != 0).any(axis=0)
+    constant, dependent = _flat_columns(x[weights != 0][:, used])
+    columns = np.flatnonzero(used)[constant if constant.any() else dependent]
+    if not len(columns):
         return
     names: list[str] = []
     for a in energy.arrays:
         shape = a.support.coordinate_shape(a.shape)
         names += numbered(a.name, tuple(s for i, s in enumerate(shape) if i not in a.row_axes))
-    shown = [names[i] for i in np.flatnonzero(constant)]
-    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    shown = ", ".join(names[i] for i in columns[:4]) + (f" and {len(columns) - 4} more" if len(columns) > 4 else "")
+    what = f"The data are constant in {shown}" if constant.any() else f"One of {shown} follows from the others"
     warnings.warn(
-        f"The data are constant in {', '.join(shown[:4])}{more}: they say nothing of the density's width there, and "
-        f"{owner}'s estimate of it is made by {by}. Leave what is constant out of data and model, or take "
-        "DSM(sigma=...) if the data with that noise are meant.",
-        stacklevel=2,
+        f"{what}: the data say nothing of the density's width there, and {owner}'s estimate of it is made by {by}. "
+        f"Leave {'what is constant' if constant.any() else 'it'} out of data and model, or take DSM(sigma=...) if the "
+        "data with that noise are meant.",
+        stacklevel=3,
     )
+
+
+def _flat_columns(x: Float[np.ndarray, "n d"]) -> tuple[Bool[np.ndarray, "d"], Bool[np.ndarray, "d"]]:
+    """Which columns are constant, and which of the rest have a part in a sum that is constant but for rounding."""
+    n, d = x.shape
+    constant = (x == x[:1]).all(axis=0) if n > 1 else np.zeros(d, bool)
+    dependent = np.zeros(d, bool)
+    if n <= d or constant.all():  # with as few rows some sum is always constant
+        return constant, dependent
+    rest = np.asarray(x[:, ~constant], np.float64)
+    away, size = rest - rest.mean(axis=0), np.abs(rest).max(axis=0)
+    spread = away.std(axis=0)
+    values, vectors = np.linalg.eigh((away / spread).T @ (away / spread) / n)
+    rounding = float(np.finfo(x.dtype).eps) * size / spread  # each number has an error of about a quarter of that
+    null = vectors[:, values < len(values) * rounding.max() ** 2]
+    dependent[~constant] = (np.abs(null) > 0.05).any(axis=1)
+    return constant, dependent
