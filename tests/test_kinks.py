@@ -10,10 +10,23 @@ from models import energy_of, improper
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS
 
-from numpyro_score import DSM, FSM, ISM, NCE, SSM, Energy, ScoreMatching, audit, generalized_bayes
+from numpyro_score import (
+    DSM,
+    FSM,
+    ISM,
+    NCE,
+    SSM,
+    Energy,
+    ScoreMatching,
+    audit,
+    compare,
+    generalized_bayes,
+    hyvarinen_score,
+)
 from numpyro_score.energy import find_kink
 from numpyro_score.losses.base import check_settings
 
+KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(120, 2)).astype(np.float32)
 LINE = X[:, 0]
@@ -180,6 +193,15 @@ def test_who_refuses():
         )
     with pytest.raises(ValueError, match=r"'x'.*'abs'"):
         audit(laplace, [FSM()], LINE)
+
+
+def test_hyvarinen_scores_of_jumps_are_refused():
+    """Of a density, and of compare, which ranks by them as well; that of a smooth one is given."""
+    jumps, smooth = (energy_of(f, 0.5, X) for f in (JUMPS["Laplace"][0], lambda t, x: t * q(x)))
+    for refused in (lambda: hyvarinen_score(jumps), lambda: compare({"a": smooth, "b": jumps}, X, rng_key=KEY)):
+        with pytest.raises(ValueError, match=r"'abs'.*Hyvärinen score would be wrong.*Use kl_divergence, or a smooth"):
+            refused()
+    assert np.isfinite(hyvarinen_score(smooth).estimate)
 
 
 def test_nce_fits_laplace():

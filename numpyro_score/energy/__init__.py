@@ -9,7 +9,7 @@ from numpyro_score.energy.base import AnyArray, layouts_kept
 from numpyro_score.energy.check import evaluate_for_check
 from numpyro_score.energy.dependence import depends_on_inputs, is_constant, is_quadratic, varying_outputs
 from numpyro_score.energy.energy import Energy
-from numpyro_score.energy.kinks import find_kink
+from numpyro_score.energy.kinks import Kink, find_kink
 from numpyro_score.energy.layout import rows_first
 from numpyro_score.energy.score_terms import curl, score_factor
 from numpyro_score.energy.supports import base_constraint, base_law, innermost, make_frame
@@ -19,6 +19,7 @@ from numpyro_score.energy.trace import Parameters, Sealed, Site
 __all__ = [
     "AnyArray",
     "Energy",
+    "Kink",
     "Parameters",
     "Sealed",
     "Site",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,16 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy, find_kink
+from numpyro_score.energy import Energy, Kink, find_kink
 
 __all__ = [
+    "SMOOTH_FORM",
     "Loss",
     "at_least_one",
     "check_settings",
     "declare_sites",
     "positive",
+    "refuse_kink",
     "refuse_kinks",
     "require_equal_rows",
     "required",
@@ -29,6 +31,9 @@ __all__ = [
     "total_loss",
     "total_loss_and_memory",
 ]
+
+
+SMOOTH_FORM = "or a smooth form such as softplus, logcosh or sqrt(x**2 + eps)"
 
 
 @runtime_checkable
@@ -113,14 +118,17 @@ def refuse_kinks(loss: Loss, energy: Energy) -> None:
     if getattr(loss, "allow_kinks", False) or not (always or moving):
         return
     kink = find_kink(energy)
-    if kink is None or not (always or kink.moves):
-        return
-    name = type(loss).__name__
+    if kink is not None and (always or kink.moves):
+        name = type(loss).__name__
+        way_on = f"{SMOOTH_FORM}; if you know that the jump does no harm, write {name}(..., allow_kinks=True)"
+        refuse_kink(kink, f"{name} would be wrong, as {always or moving}", f"NCE, PCD, CD or KLContraction, {way_on}")
+
+
+def refuse_kink(kink: Kink, wrong: str, instead: str) -> NoReturn:
+    """Raises ValueError: what is wrong there, and what to use instead."""
     raise ValueError(
         f"Site '{kink.site}' passes the data through '{kink.operation}', and the density or its slope seems to jump at "
-        f"or near them: {name} would be wrong, as {always or moving}. Use NCE, PCD, CD or KLContraction, or a smooth "
-        "form such as softplus, logcosh or sqrt(x**2 + eps)"
-        + (f"; if you know that the jump does no harm, write {name}(..., allow_kinks=True).")
+        f"or near them: {wrong}. Use {instead}."
     )
 
 
