@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
@@ -137,7 +138,7 @@ class ContinuousDSM:
         ratio = (sigma / self.sigma_data) ** 2  # type: ignore[operator]
         return 2 * sigma**2 * (1 + ratio) * values + energy.dim * (ratio - self._mean_edm_ratio)
 
-    def levels(self, rng_key: Array, num_rows: int, dtype: np.dtype) -> Float[Array, "n"]:
+    def levels(self, rng_key: Array, num_rows: int, dtype: DTypeLike) -> Float[Array, "n"]:
         """The level of each of N rows, (N,)."""
         if self.stratified:
             # Multiples of the golden ratio in 32 bits, whose overflow is the modulus.
