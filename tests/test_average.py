@@ -2,6 +2,7 @@
 
 import pickle
 import signal
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,13 @@ from numpyro.infer.autoguide import AutoNormal
 
 import numpyro_score.inference.loop as loop
 from numpyro_score import ISM, SSM, NonFiniteLossError, ScoreMatching
+from numpyro_score.inference.arrival import warn_if_average_lags
 
-pytestmark = pytest.mark.filterwarnings("ignore:The loss was still falling")
+# Short runs are enough here.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The loss was still falling"),
+    pytest.mark.filterwarnings("ignore:The average of the parameters"),
+]
 
 KEY = jax.random.key(0)
 NOISY = SSM(projection="gaussian")
@@ -143,6 +149,28 @@ def test_pickled_fits_keep_their_average():
     fit = start(X)
     again = pickle.loads(pickle.dumps(fit))
     assert_sites_close(again.svi.get_params(again.state), fit.params)
+
+
+@pytest.mark.parametrize(("steps", "average", "told"), [(300, 0.999, True), (300, 0.9, False), (3000, 0.999, False)])
+def test_an_average_over_the_way_there_is_told(steps, average, told):
+    """Losses that fall by 2,000 over 60 steps, and are noise from then on."""
+    away = 2000 * np.exp(-np.arange(steps) / 30)
+    for seed in range(20):
+        losses = 500 + away + np.random.default_rng(seed).normal(size=steps)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            warn_if_average_lags(losses, 500, average, steps)
+        assert [str(w.message).startswith("The average of the parameters seems") for w in found] == [True] * told
+
+
+def test_noise_alone_is_no_lag():
+    """Whatever its size, and in runs that go on."""
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        losses = 500 + 10.0 ** rng.uniform(-3, 3) * rng.normal(size=400)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warn_if_average_lags(losses, 500, 0.999, 400 + 1000 * (seed % 2))
 
 
 def quadratic(x):

@@ -22,7 +22,7 @@ from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minim
 from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, layouts_kept, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
 from numpyro_score.inference.arguments import GUIDES_WITH_DENSITY, InitParams, check_inside, check_keywords, is_loss
-from numpyro_score.inference.arrival import warn_if_still_falling
+from numpyro_score.inference.arrival import warn_if_average_lags, warn_if_still_falling
 from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
@@ -308,6 +308,8 @@ class ScoreMatching(Compiling, SVI):
         state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite)
         if not interrupted and not hasattr(self.score_loss, "no_objective"):
             warn_if_still_falling(losses, self._shape[1])
+            if self.average is not None and not interrupted:
+                warn_if_average_lags(losses, self._shape[1], self.average, int(state.optim_state[0]))
         return ScoreMatchingResult(self.get_params(state), state, losses, self, args, kwargs, interrupted=interrupted)
 
     def _solve(self, start: ScoreMatchingResult) -> tuple[Any, float]:
