@@ -181,7 +181,7 @@ def quadratic(x):
         numpyro.factor("energy", -0.5 * jnp.sum(tau * x**2, -1) + mu * x.sum(-1))
 
 
-def test_what_has_no_average_is_refused(fits):
+def test_what_has_no_average_is_refused(fits, unchecked):
     plain, averaging, fit = fits
     with pytest.raises(ValueError, match="solved at once, without steps to average: leave out average"):
         run(ScoreMatching(quadratic, average=0.9), X)
