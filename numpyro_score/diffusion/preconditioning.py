@@ -29,7 +29,7 @@ def preconditioned_score(
     and c_in = 1/τ [Karras et al. 2022, table 1 and appendix B.6]; c_noise is theirs, ¼ ln σ, but for a constant, so
     that the units of the data do not matter. At F = 0 it is the score of N(0, σ_d² I) with the noise. For data of mean
     zero and variance σ_d², whatever else their law, F has to predict numbers of variance 1 at every level, and
-    `ContinuousDSM(..., weighting="edm")` weighs all its errors the same.
+    `ContinuousDSM(..., weighting="edm")` weighs all its errors the same. Of a network that takes u and c_noise::
 
         def model(x, sigma=1.0):
             net = nnx_module("net", NETWORK)
