@@ -3,7 +3,16 @@
 from numpyro_score.arviz import to_arviz
 from numpyro_score.closed_form import ClosedFormError, GradientSpread, QuadraticLoss, sparse_path
 from numpyro_score.comparison import audit, compare, hyvarinen_loo, hyvarinen_score
-from numpyro_score.diffusion import EDM, SDE, VE, VP, LinearSDE, SubVP
+from numpyro_score.diffusion import (
+    EDM,
+    SDE,
+    VE,
+    VP,
+    LinearSDE,
+    SubVP,
+    preconditioned_energy,
+    preconditioned_score,
+)
 from numpyro_score.divergences import (
     de_bruijn,
     entropy_from_scores,
@@ -36,6 +45,7 @@ from numpyro_score.losses import (
     NCE,
     PCD,
     SSM,
+    ContinuousDSM,
     KLContraction,
     geometric_levels,
     parzen_score,
@@ -73,6 +83,7 @@ __all__ = [
     "VP",
     "AdversarialDynamicsEmbedding",
     "ClosedFormError",
+    "ContinuousDSM",
     "DenoisingGenerator",
     "Energy",
     "EnergyDistribution",
@@ -116,6 +127,8 @@ __all__ = [
     "plot_marginals",
     "plot_score_field",
     "polynomial_schedule",
+    "preconditioned_energy",
+    "preconditioned_score",
     "prior_model",
     "report",
     "sample",

@@ -11,9 +11,22 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 import pytest
-from models import FAST_COMPILE, RUGGED, K, Langevin, assert_mean, assert_variance, energy_of, quadratic, rugged, values
+from models import (
+    FAST_COMPILE,
+    RUGGED,
+    K,
+    Langevin,
+    assert_mean,
+    assert_variance,
+    energy_of,
+    improper,
+    quadratic,
+    rugged,
+    values,
+)
 
 import numpyro_score.losses.ssm as ssm
 from numpyro_score import (
@@ -25,6 +38,8 @@ from numpyro_score import (
     NCE,
     PCD,
     SSM,
+    ContinuousDSM,
+    Energy,
     KLContraction,
     geometric_levels,
     parzen_score,
@@ -55,7 +70,13 @@ LIKELIHOOD = {  # not on the scale of the Hyvärinen objective
     "PCD": PCD(4, 2, kernel=Langevin(0.1)),
     "NCE": NCE(dist.Normal(0.0, 2.0).expand([3]).to_event(1), 2),
 }
-ALL = {**LOSSES, **LIKELIHOOD}
+LEVELS = {  # pass the model a noise level
+    "DSM levels": DSM((0.2, 1.0)),
+    "continuous DSM": ContinuousDSM(0.1, 5.0),
+    "continuous DSM edm": ContinuousDSM(0.1, 5.0, "edm", stratified=False, sigma_data=1.0, antithetic=True),
+    "continuous DSM own": ContinuousDSM(0.1, 5.0, jnp.sqrt),
+}
+ALL = {**LOSSES, **LIKELIHOOD, **LEVELS}
 EXACT = (ISM, ESM)  # draw no random numbers
 SLICED = {
     f"{law} {form}": SSM(projection=law, variance_reduced=form == "reduced")
@@ -76,10 +97,20 @@ def isotropic(a, x):
 ROWS = np.random.default_rng(0).normal(size=(5, 3))
 
 
-def with_own_sites(energy):
-    """The energy with what PCD and NCE would declare in a fit."""
+def at_levels(x, sigma=1.0):
+    """:func:`rugged`, wider where there is more noise."""
+    theta = numpyro.param("theta")
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(3), obs=x)
+        numpyro.factor("energy", rugged(theta, x) / (1 + sigma**2))
+
+
+def rugged_energy(loss, theta, x):
+    """The energy of :func:`rugged`, with what PCD and NCE would declare in a fit."""
+    if loss in LEVELS.values():
+        return Energy(at_levels, {"theta": theta}, x)
     chains = {"x": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}
-    return energy.with_params({CHAINS_SITE: chains, LOG_PARTITION_SITE: jnp.array(0.3)})
+    return energy_of(rugged, theta, x).with_params({CHAINS_SITE: chains, LOG_PARTITION_SITE: jnp.array(0.3)})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -108,7 +139,7 @@ def test_is_pointwise_and_transformable(loss):
 
     def plain(theta, x, key):
         traces.append(None)
-        return loss(with_own_sites(energy_of(rugged, theta, x)), key)
+        return loss(rugged_energy(loss, theta, x), key)
 
     of = jax.jit(plain, compiler_options=FAST_COMPILE)
     key, others = jax.random.key(1), ROWS + np.arange(5)[:, None] - 2
@@ -140,7 +171,7 @@ def test_gradient_is_that_of_finite_differences(loss):
     """The gradient in the parameters is right in reverse and in forward mode."""
 
     def mean(theta):
-        return loss(with_own_sites(energy_of(rugged, theta, ROWS)), jax.random.key(2)).mean()
+        return loss(rugged_energy(loss, theta, ROWS), jax.random.key(2)).mean()
 
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     def of(theta, step):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy, takes_keyword
+from numpyro_score.losses import ContinuousDSM
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.normaliser.source import Source
 
@@ -80,7 +81,8 @@ def noisy_model(owner: str, source: Source) -> NoisyModel:
     if not takes_keyword(energy.model, "sigma"):
         raise TypeError(
             f"{owner} needs a model of every noise level, and this one takes no keyword 'sigma': write "
-            "def model(x, sigma=1.0), where sigma holds the level of each row, and fit it by DSM with several levels."
+            "def model(x, sigma=1.0), where sigma holds the level of each row, and fit it by ContinuousDSM or "
+            "DSM with several levels."
         )
     if energy.is_given("sigma"):
         raise TypeError(f"The arguments give 'sigma', which {owner} sets itself: leave it out.")
@@ -95,7 +97,10 @@ def noisy_model(owner: str, source: Source) -> NoisyModel:
 
 def noise_range_of(source: Source) -> tuple[float, float] | None:
     """The least and the largest noise level that a fit has seen; None for an energy and other losses."""
-    levels = getattr(getattr(getattr(source, "svi", None), "score_loss", None), "sigma", None)
+    loss = getattr(getattr(source, "svi", None), "score_loss", None)
+    if isinstance(loss, ContinuousDSM):
+        return loss.smallest, loss.largest
+    levels = getattr(loss, "sigma", None)
     if isinstance(levels, tuple) and len(levels) > 1:
         return min(levels), max(levels)
     return None

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import scipy.stats
 
-__all__ = ["warn_if_still_falling"]
+__all__ = ["warn_if_average_lags", "warn_if_still_falling"]
 
 
 def warn_if_still_falling(losses: np.ndarray, num_rows: int) -> None:
@@ -42,4 +42,40 @@ def warn_if_still_falling(losses: np.ndarray, num_rows: int) -> None:
         )
 
 
+def warn_if_average_lags(losses: np.ndarray, num_rows: int, average: float, num_steps: int) -> None:
+    """Warns if an average of the parameters may be far from where the run ended, as it holds too many early steps.
+
+    A suspicion that costs nothing, from the losses of the steps. Near a minimum a step of excess loss e is √(2e)
+    standard errors away, in the unit of :func:`warn_if_still_falling`, and the average at most as far as the weighted
+    mean of these distances. It is nearer, as steps lie on several sides: five to ten times, where it was measured.
+
+    Args:
+        losses: of all steps of a run, (S,); values that are not finite do not count.
+        num_rows: N.
+        average: d, the decay.
+        num_steps: steps that the average holds, S and those of the runs before.
+    """
+    weights = average ** np.arange(len(losses))[::-1].astype(np.float64)
+    weights *= (1 - average) / -np.expm1(num_steps * np.log(average))
+    finite = np.isfinite(losses)
+    losses, weights = losses[finite].astype(np.float64), weights[finite]
+    if len(losses) < 16:
+        return
+    last = losses[-(len(losses) // 4) :]
+    variance = np.mean(np.diff(last) ** 2) / 2
+    distance = 0.0
+    for part, weight in zip(np.array_split(losses, 16), np.array_split(weights, 16), strict=True):
+        noise = scipy.stats.norm.isf(1e-4) * np.sqrt(variance * (1 / len(part) + 1 / len(last)))
+        excess = part.mean() - last.mean()
+        distance += weight.sum() * np.sqrt(2 * excess * num_rows / abs(last.mean())) if excess > noise else 0.0
+    if distance > _LAG:
+        warnings.warn(
+            f"The average of the parameters seems to hold too many early steps, of higher loss: average={average} "
+            f"remembers {1 / (1 - average):.0f} steps or more of a run of {num_steps}. Take more steps with num_steps, "
+            "or a smaller average.",
+            stacklevel=5,
+        )
+
+
 _FALL = 1.0
+_LAG = 5.0

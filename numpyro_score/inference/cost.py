@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from numpyro_score.losses import CD, DSM, ESM, FSM, ISM, NCE, PCD, SSM, KLContraction, Loss
+from numpyro_score.losses import CD, DSM, ESM, FSM, ISM, NCE, PCD, SSM, ContinuousDSM, KLContraction, Loss
 
 __all__ = ["FitCost", "evaluations_per_row", "with_cost"]
 
@@ -35,6 +35,7 @@ def evaluations_per_row(loss: Loss, dim: int, num_rows: int) -> float | None:
     - ISM: D + 2, for the value, D directions and the Laplacian that pass through together;
     - SSM: 1 + M, for the score and M directions;
     - DSM: a score at the noisy row, another with `control_variate` or `antithetic`, times the levels if `levels="all"`;
+      ContinuousDSM: a score, two with `antithetic`;
     - FSM: 2 M values, and one at the row itself if `sigma` is not given;
     - ESM: one score. KLContraction: M + 1 values. NCE: 1 + ν values;
     - CD: k scores along the chain, and two values; PCD: C chains for N rows, 1 + (k + 1) C / N. The one score more of a
@@ -51,6 +52,8 @@ def evaluations_per_row(loss: Loss, dim: int, num_rows: int) -> float | None:
         case DSM():
             levels = len(loss.sigma) if isinstance(loss.sigma, tuple) and loss.levels == "all" else 1
             count = levels * (2 if loss.control_variate or loss.antithetic else 1)
+        case ContinuousDSM():
+            count = 1 + loss.antithetic
         case FSM():
             count = 2 * loss.num_projections + (loss.sigma is None)
         case ESM():

@@ -1,24 +1,69 @@
-"""Optimisers: the default one, and Optax's with a line search."""
+"""Optimisers: the default one, and Optax's with a line search or an average of the parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from numpyro.optim import optax_to_numpyro
 
-__all__ = ["adam", "decaying_adam", "default_optimizer", "optax_optimizer"]
+__all__ = [
+    "NOTHING_TO_AVERAGE",
+    "adam",
+    "as_optimizer",
+    "averaged",
+    "check_state",
+    "current_params",
+    "decaying_adam",
+    "default_optimizer",
+    "optax_optimizer",
+]
 
+NOTHING_TO_AVERAGE = (
+    "The objective is quadratic in the parameters and solved at once, without steps to average: leave out average, or "
+    "give an optimiser, e.g. optim=optax.adam(1e-3)."
+)
 _PEAK_RATE = 0.03
 
 
-def default_optimizer(num_steps: Any, start: Any = 0) -> Any:
+def as_optimizer(optim: Any, num_steps: int, average: Any, no_objective: str | None) -> Any:
+    """What a user gives as an optimiser, or nothing, as NumPyro's.
+
+    Args:
+        optim: of Optax, or anything that SVI takes; None for the default.
+        num_steps: steps of the default one.
+        average: the decay of the average of the parameters, if any.
+        no_objective: why the loss has no values to search along, if it has none.
+
+    Raises:
+        TypeError: for an average with an optimiser that is not Optax's, or that is no number.
+        ValueError: for an average that is not above 0 and below 1.
+    """
+    if average is not None:
+        if isinstance(average, bool) or not isinstance(average, int | float):
+            raise TypeError(f"average must be a number such as 0.999, or None, got {average!r}.")
+        if not 0 < average < 1:
+            raise ValueError(
+                f"average must be above 0 and below 1, got {average}: 0.999 remembers about the last 1,000 steps."
+            )
+    if optim is None:
+        return default_optimizer(num_steps, average=average)
+    if isinstance(optim, optax.GradientTransformation):
+        return optax_optimizer(optim, no_objective, average)
+    if average is not None and getattr(optim, "average", None) != average:
+        raise TypeError(
+            f"average needs an optimiser of Optax, got {type(optim).__name__}: write e.g. optim=optax.adam(1e-3)."
+        )
+    return optim
+
+
+def default_optimizer(num_steps: Any, start: Any = 0, average: float | None = None) -> Any:
     """:func:`decaying_adam` as NumPyro's optimisers."""
-    return optax_optimizer(decaying_adam(num_steps, start))
+    return optax_optimizer(decaying_adam(num_steps, start), average=average)
 
 
 def decaying_adam(num_steps: Any, start: Any = 0) -> optax.GradientTransformation:
@@ -48,7 +93,68 @@ def _adam_update(rate: Any, updates: Any, state: Any, params: Any = None) -> Any
     return optax.adam(rate).update(updates, state, params)
 
 
-def optax_optimizer(transformation: optax.GradientTransformation, no_line_search: str | None = None) -> Any:
+class AveragedState(NamedTuple):
+    """The state of :func:`averaged`."""
+
+    inner: Any  # of the transformation
+    ema: optax.EmaState  # of the parameters, and of a one, which is what the weights add up to
+
+
+def averaged(transformation: optax.GradientTransformation, decay: float) -> optax.GradientTransformationExtraArgs:
+    """A transformation that also keeps an exponential moving average of the parameters after its updates.
+
+    `optax.ema` averages what it is given. The one beside the parameters corrects for the start at zero, whatever
+    decays a state has seen.
+    """
+    update, ema = optax.with_extra_args_support(transformation).update, optax.ema(decay, debias=False)
+
+    def init_fn(params: Any) -> AveragedState:
+        return AveragedState(transformation.init(params), ema.init((params, jnp.zeros(()))))
+
+    def update_fn(updates: Any, state: AveragedState, params: Any = None, **extra: Any) -> Any:
+        updates, inner = update(updates, state.inner, params, **extra)
+        _, average = ema.update((optax.apply_updates(params, updates), jnp.ones(())), state.ema)
+        return updates, AveragedState(inner, average)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def current_params(optim: Any, optim_state: Any) -> Any:
+    """The unconstrained parameters of the last step, where `optim.get_params` may give their average."""
+    return optim_state[1][0] if is_averaged(optim_state) else optim.get_params(optim_state)
+
+
+def is_averaged(optim_state: Any) -> bool:
+    """Whether a state of an optimiser of :func:`optax_optimizer` holds an average of the parameters."""
+    state = optim_state[1]
+    return isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], AveragedState)
+
+
+def check_state(optim_state: Any, average: float | None) -> None:
+    """Raises ValueError where a state to go on from has an average and the fit keeps none, or the other way round."""
+    if average is not None and not is_averaged(optim_state):
+        raise ValueError(
+            "init_state has no average of the parameters, which this fit keeps: pass a state of a fit with average, or "
+            "init_params=fit.params."
+        )
+    if average is None and is_averaged(optim_state):
+        raise ValueError(
+            "init_state has an average of the parameters, which this fit would drop: write ScoreMatching(..., "
+            "average=0.999), or pass init_params=fit.params."
+        )
+
+
+def _average(params: Any, state: AveragedState) -> Any:
+    """The average, or the parameters before the first step."""
+    ema, weight = state.ema.ema
+    started = weight > 0
+    divisor = jnp.where(started, weight, 1.0)
+    return jax.tree.map(lambda p, e: jnp.where(started, (e / divisor).astype(p.dtype), p), params, ema)
+
+
+def optax_optimizer(
+    transformation: optax.GradientTransformation, no_line_search: str | None = None, average: float | None = None
+) -> Any:
     """An Optax optimiser as NumPyro's, which also hands over the loss function, for line searches.
 
     `numpyro.optim.optax_to_numpyro` passes on the value alone; `optax.lbfgs` and its like evaluate the loss at other
@@ -57,11 +163,19 @@ def optax_optimizer(transformation: optax.GradientTransformation, no_line_search
     Args:
         transformation: of Optax.
         no_line_search: why the loss has no values to search along; then such an optimiser raises NotImplementedError.
+        average: the decay of an exponential moving average of the parameters, which `get_params` then gives; a line
+            search is refused.
     """
+    remake = partial(optax_optimizer, transformation, no_line_search, average)  # for pickle
+    if average is not None:
+        transformation = averaged(transformation, average)
+        no_line_search = no_line_search or f"average={average} is of the many steps of a stochastic optimiser"
     optim = optax_to_numpyro(transformation)
+    if average is not None:
+        optim.get_params_fn = lambda state: _average(*state)
     update = optax.with_extra_args_support(transformation).update
 
-    optim.remake = partial(optax_optimizer, transformation, no_line_search)  # for pickle
+    optim.remake, optim.average = remake, average
     optim.searches = False  # whether it has evaluated the loss at points of its own
 
     def value_fn(fn: Callable[[Any], tuple[Any, Any]], params: Any) -> Any:

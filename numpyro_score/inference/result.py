@@ -65,9 +65,9 @@ class ScoreMatchingResult:
     """A fitted model.
 
     Attributes:
-        params: constrained values of the param sites of model and guide, as SVI's.
+        params: constrained values of the param sites of model and guide, as SVI's; their average with `average`.
         state: the last `SVIState`; pass it as `init_state` to go on.
-        losses: the loss of every step, (S,).
+        losses: the loss of every step, (S,), at the parameters of that step.
         svi: the :class:`~numpyro_score.ScoreMatching` that made the fit.
         args, kwargs: the model's arguments.
         interrupted: whether Ctrl-C ended the fit early.

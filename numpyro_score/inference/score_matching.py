@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide
@@ -23,7 +22,7 @@ from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minim
 from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, layouts_kept, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
 from numpyro_score.inference.arguments import GUIDES_WITH_DENSITY, InitParams, check_inside, check_keywords, is_loss
-from numpyro_score.inference.arrival import warn_if_still_falling
+from numpyro_score.inference.arrival import warn_if_average_lags, warn_if_still_falling
 from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
@@ -34,7 +33,13 @@ from numpyro_score.inference.loop import (
     strongly_typed,
     take_steps,
 )
-from numpyro_score.inference.optim import default_optimizer, optax_optimizer
+from numpyro_score.inference.optim import (
+    NOTHING_TO_AVERAGE,
+    as_optimizer,
+    check_state,
+    current_params,
+    default_optimizer,
+)
 from numpyro_score.inference.pickling import Compiling
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart, being_traced
@@ -66,6 +71,10 @@ class ScoreMatching(Compiling, SVI):
             fits at the β of :func:`~numpyro_score.uncertainty.calibrated_learning_rate`, which the result reports as
             its `learning_rate`: as a rule in two runs of `num_steps`, the second at the rate that the first led to.
         data: the name of the site or argument that is the data, where several could be.
+        average: d of an exponential moving average of the parameters θ_i after each of n steps, in unconstrained
+            space, Σ_i d^(n−i) θ_i / Σ_i d^(n−i) [Kingma & Ba 2015, section 7.2], with an optimiser of Optax's. The
+            estimates, `get_params` and `evaluate` are then those of the average; losses and mutable sites stay those
+            of the steps. 0.999 remembers about the last 1,000 steps.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
@@ -96,12 +105,13 @@ class ScoreMatching(Compiling, SVI):
         num_steps: int = 2000,
         learning_rate: Any = 1.0,
         data: str | None = None,
+        average: float | None = None,
     ) -> None:
         num_steps = check_num_steps(num_steps)
         if misplaced := [v for v in (guide, optim) if is_loss(v)]:
             raise TypeError(f"{misplaced[0]!r} is a loss: write ScoreMatching(model, loss={misplaced[0]!r}).")
         self.score_model, self.score_loss = model, DefaultLoss() if loss is None else loss
-        self.num_steps, self.learning_rate, self.data = num_steps, learning_rate, data
+        self.num_steps, self.learning_rate, self.data, self.average = num_steps, learning_rate, data, average
         self.prior = prior_model(model, data, loss=self.score_loss)
         find_rate = None
         if isinstance(learning_rate, str):
@@ -129,10 +139,7 @@ class ScoreMatching(Compiling, SVI):
                 f"build it on generalized_bayes(model, loss)."
             )
         self._default_optim, self._default_guide = optim is None, default_guide
-        if optim is None:
-            optim = default_optimizer(num_steps)
-        elif isinstance(optim, optax.GradientTransformation):
-            optim = optax_optimizer(optim, getattr(loss, "no_objective", None))
+        optim = as_optimizer(optim, num_steps, average, getattr(loss, "no_objective", None))
         super().__init__(generalized, guide, optim, Trace_ELBO())
         self._compile()
 
@@ -142,6 +149,8 @@ class ScoreMatching(Compiling, SVI):
             options.append(f"guide={name_of(self.guide)}")
         if self.learning_rate != 1.0:
             options.append(f"learning_rate={self.learning_rate}")
+        if self.average is not None:
+            options.append(f"average={self.average}")
         return f"ScoreMatching({', '.join(options)}, num_steps={self.num_steps})"
 
     def _compile(self) -> None:
@@ -173,7 +182,7 @@ class ScoreMatching(Compiling, SVI):
 
     def _with(self, guide: Any, learning_rate: Any) -> ScoreMatching:
         optim = None if self._default_optim else self.optim
-        options = dict(num_steps=self.num_steps, learning_rate=learning_rate, data=self.data)
+        options = dict(num_steps=self.num_steps, learning_rate=learning_rate, data=self.data, average=self.average)
         return ScoreMatching(self.score_model, guide, optim, self.score_loss, **options)
 
     @layouts_kept()
@@ -268,12 +277,15 @@ class ScoreMatching(Compiling, SVI):
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state
         self._check_memory(state)
+        check_state(state.optim_state, self.average)
         start = int(state.optim_state[0])
         state = strongly_typed(state)
         if self._default_optim and self._default_guide:
             initial = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
             try:
                 state, loss = self._solve(initial)
+                if self.average is not None:
+                    raise ValueError(NOTHING_TO_AVERAGE)
                 return ScoreMatchingResult(self.get_params(state), state, np.array([loss]), self, args, kwargs)
             except FlatObjectiveError as error:
                 warnings.warn(f"{error} The optimiser finds one of many minima.", stacklevel=3)
@@ -281,19 +293,12 @@ class ScoreMatching(Compiling, SVI):
                 pass
         arrays, static = split_arrays((args, kwargs))
         transforms = self.constrain_fn.args[0]
-        advance = partial(
-            self._advance,
-            transforms,
-            arrays,
-            start,
-            num_steps,
-            self.learning_rate,
-            static=static,
-            stable_update=stable_update,
-        )
+        rest = dict(static=static, stable_update=stable_update)
+        advance = partial(self._advance, transforms, arrays, start, num_steps, self.learning_rate, **rest)
 
         def non_finite(failing: Any, last: Any, step: int, losses: np.ndarray) -> NonFiniteLossError:
-            cause = explain(ScoreMatchingResult(self.get_params(failing), failing, np.zeros(0), self, args, kwargs))
+            params = self.constrain_fn(current_params(self.optim, failing.optim_state))
+            cause = explain(ScoreMatchingResult(params, failing, np.zeros(0), self, args, kwargs))
             return NonFiniteLossError(
                 f"The loss is {losses[-1]} at step {step}: {cause}. The last finite state is in the exception's "
                 "`state`; a smaller step size, other init_params or stable_update=True may help.",
@@ -303,6 +308,8 @@ class ScoreMatching(Compiling, SVI):
         state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite)
         if not interrupted and not hasattr(self.score_loss, "no_objective"):
             warn_if_still_falling(losses, self._shape[1])
+            if self.average is not None and not interrupted:
+                warn_if_average_lags(losses, self._shape[1], self.average, int(state.optim_state[0]))
         return ScoreMatchingResult(self.get_params(state), state, losses, self, args, kwargs, interrupted=interrupted)
 
     def _solve(self, start: ScoreMatchingResult) -> tuple[Any, float]:
@@ -373,7 +380,7 @@ class ScoreMatching(Compiling, SVI):
         svi.constrain_fn = partial(transform_fn, transforms)
         svi.model = GeneralizedModel(self.score_model, self.score_loss, learning_rate, self.data)
         if self._default_optim:
-            svi.optim = default_optimizer(total, start)
+            svi.optim = default_optimizer(total, start, self.average)
         args, kwargs = join_arrays(arrays, static)
         step = svi.stable_update if stable_update else svi.update
 

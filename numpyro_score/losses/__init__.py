@@ -8,6 +8,7 @@ and are not on this scale.
 
 from numpyro_score.losses.base import Loss, row_losses, total_loss
 from numpyro_score.losses.cd import CD
+from numpyro_score.losses.continuous_dsm import ContinuousDSM
 from numpyro_score.losses.default import DefaultLoss
 from numpyro_score.losses.dsm import DSM, geometric_levels
 from numpyro_score.losses.esm import ESM, parzen_score
@@ -29,6 +30,7 @@ __all__ = [
     "NCE",
     "PCD",
     "SSM",
+    "ContinuousDSM",
     "DefaultLoss",
     "KLContraction",
     "Loss",

@@ -16,7 +16,7 @@ from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one, positive, required, rows_in_cache
 from numpyro_score.losses.terms import require_flat
 
-__all__ = ["DSM", "geometric_levels"]
+__all__ = ["DSM", "at_levels", "denoising_values", "geometric_levels"]
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,8 @@ class DSM:
         """One value per row of the energy's data, (N,)."""
         require_flat(energy, "DSM")
         x = energy.data
-        given = energy.is_given("sigma")
         if not isinstance(self.sigma, tuple):
-            if given is False:
+            if energy.is_given("sigma") is False:
                 raise TypeError(
                     "The model takes 'sigma', which DSM with a single number does not pass: write DSM((0.5,)) if it is "
                     "the noise level, or give its value among the model's arguments."
@@ -98,11 +97,6 @@ class DSM:
             level = jnp.asarray(self.sigma, x.dtype)
             values = self._denoise(energy, rng_key, level)
             return values if self.weighting is None else self.weighting(level) * values
-        if given:
-            raise TypeError(
-                "The model's arguments give 'sigma', which DSM with several levels passes: leave it out, or take one "
-                "level."
-            )
         weighting = jnp.square if self.weighting is None else self.weighting
         levels = jnp.asarray(self.sigma, x.dtype)
         level_key, noise_key = jax.random.split(rng_key)
@@ -110,30 +104,61 @@ class DSM:
 
             def at_level(level: Array, key: Array) -> Array:
                 sigma = jnp.full(len(x), level)
-                return weighting(level) * self._denoise(energy.bind(sigma=sigma), key, sigma)
+                return weighting(level) * self._denoise(at_levels("DSM with several levels", energy, sigma), key, sigma)
 
             return jax.vmap(at_level)(levels, jax.random.split(noise_key, len(levels))).sum(axis=0)
         # In turn from a random start: each row's level is uniform, and a batch has as many of each as can be.
         start = jax.random.randint(level_key, (), 0, len(levels))
         sigma = levels[(jnp.arange(len(x)) + start) % len(levels)]
-        return len(levels) * weighting(sigma) * self._denoise(energy.bind(sigma=sigma), noise_key, sigma)
+        energy = at_levels("DSM with several levels", energy, sigma)
+        return len(levels) * weighting(sigma) * self._denoise(energy, noise_key, sigma)
 
     def _denoise(self, energy: Energy, rng_key: Array, sigma: Float[Array, "..."]) -> Float[Array, "n"]:
-        x, level, sigma = energy.data, sigma, sigma[..., None]
-        noise = random.normal(rng_key, x.shape, x.dtype)
-        score = energy.score(x + sigma * noise)
-        # The second and third are written so that the large terms, which cancel, never arise.
-        if self.antithetic:
-            other = energy.score(x - sigma * noise)
-            return jnp.sum(0.25 * (score**2 + other**2) + noise * (score - other) / (2 * sigma), axis=-1)
-        if self.control_variate:
-            return jnp.sum(0.5 * score**2 + noise * (score - energy.score(x)) / sigma, axis=-1)
-        return 0.5 * jnp.sum((score + noise / sigma) ** 2, axis=-1) - energy.dim / (2 * level**2)
+        return denoising_values(
+            energy, rng_key, sigma, control_variate=self.control_variate, antithetic=self.antithetic
+        )
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """What fits the cache."""
         levels = len(self.sigma) if isinstance(self.sigma, tuple) and self.levels == "all" else 1
         return rows_in_cache(energy, levels)
+
+
+def at_levels(owner: str, energy: Energy, sigma: Float[Array, "n"]) -> Energy:
+    """The energy with the noise level of each row.
+
+    Raises:
+        TypeError: if the model takes no `sigma`, or its arguments give one already.
+    """
+    if energy.is_given("sigma"):
+        raise TypeError(
+            f"The model's arguments give 'sigma', which {owner} passes: leave it out, or take DSM with one level."
+        )
+    return energy.bind(sigma=sigma)
+
+
+def denoising_values(
+    energy: Energy, rng_key: Array, sigma: Float[Array, "..."], *, control_variate: bool, antithetic: bool
+) -> Float[Array, "n"]:
+    """The value of :class:`DSM` at one draw of noise for each row, in one of its three forms, (N,).
+
+    Args:
+        energy: already bound to the noise levels, if its model takes them.
+        rng_key: for the noise.
+        sigma: the level of all rows, or of each, (N,).
+        control_variate: as that of :class:`DSM`.
+        antithetic: likewise.
+    """
+    x, level, sigma = energy.data, sigma, sigma[..., None]
+    noise = random.normal(rng_key, x.shape, x.dtype)
+    score = energy.score(x + sigma * noise)
+    # The second and third are written so that the large terms, which cancel, never arise.
+    if antithetic:
+        other = energy.score(x - sigma * noise)
+        return jnp.sum(0.25 * (score**2 + other**2) + noise * (score - other) / (2 * sigma), axis=-1)
+    if control_variate:
+        return jnp.sum(0.5 * score**2 + noise * (score - energy.score(x)) / sigma, axis=-1)
+    return 0.5 * jnp.sum((score + noise / sigma) ** 2, axis=-1) - energy.dim / (2 * level**2)
 
 
 def geometric_levels(largest: float, smallest: float, num: int) -> tuple[float, ...]:
