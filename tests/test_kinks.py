@@ -68,6 +68,19 @@ JUMPS = {  # density, parameter, data, operation, whether it moves
         "abs",
         True,
     ),
+    "top_k": (lambda t, x: q(x) + t * jax.lax.top_k(x, 1)[0][:, 0], 0.7, X, "top_k", False),
+    "argmax": (lambda t, x: q(x) - t * jnp.argmax(x, -1) * x[:, 0], 0.7, X, "argmax", False),
+    # What a parameter that starts at zero hides.
+    "hinges from zero": (
+        lambda t, x: q(x) - jnp.maximum(x[:, :1] - jnp.array([-1.0, 0.0, 1.0]), 0) @ t,
+        np.zeros(3),
+        X,
+        "max",
+        False,
+    ),
+    "max from almost zero": (lambda t, x: q(x) - t * x.max(-1), 1e-4, X, "max", False),
+    "relu network with a last layer of zeros": (network(jax.nn.relu), {**NET, "c": 0 * NET["c"]}, X, "relu", True),
+    "place and size from zero": (lambda t, x: q(x) - t[0] * jnp.abs(x - t[1]).sum(-1), np.zeros(2), X, "abs", True),
     "remat": (jax.checkpoint(lambda t, x: q(x) - jnp.abs(x[:, 0] - t)), 0.3, X, "abs", True),
 }
 SMOOTH = {
@@ -87,6 +100,14 @@ SMOOTH = {
     "logaddexp": (lambda t, x: jnp.logaddexp(q(x - t), q(x + t)), 0.5, X),
     "softmax": (lambda t, x: q(x) - t * jax.nn.softmax(x)[:, 0], 0.5, X),
     "softplus": (network(jax.nn.softplus), NET, X),
+    "softplus from zero": (network(jax.nn.softplus), jax.tree.map(np.zeros_like, NET), X),
+    "elu from zero": (tilted(jax.nn.elu), 0.0, X),
+    "Huber from zero": (
+        lambda t, x: -jnp.where(jnp.abs(x - t) < 1, 0.5 * (x - t) ** 2, jnp.abs(x - t) - 0.5).sum(-1),
+        0.0,
+        X,
+    ),
+    "small scale": (lambda t, x: -0.5 * jnp.sum((x / jnp.maximum(t, 1e-6)) ** 2, -1), 0.01, X * 0.01),
     "gelu": (network(jax.nn.gelu), NET, X),
     "silu": (network(jax.nn.silu), NET, X),
     "tanh": (network(jnp.tanh), NET, X),

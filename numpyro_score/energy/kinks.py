@@ -43,6 +43,10 @@ _OPERATIONS = {
     "round": "round",
     "rem": "mod",
     "sort": "sort",
+    "top_k": "top_k",
+    "approx_top_k": "top_k",
+    "argmax": "argmax",
+    "argmin": "argmin",
     "convert_element_type": "a comparison or rounding",
     "cond": "cond",
     "while": "while_loop",
@@ -75,7 +79,9 @@ def find_kink(energy: BoundModel) -> Kink | None:
     The rows are joined to their nearest neighbours by straight lines. On a line the score changes by the integral of
     its derivative, unless there is a jump that the derivative leaves out: the trapezoidal rule's error then stays as
     the line is halved, each time to the half with the larger error. Kinks that may move are looked for on lines to the
-    origin and out to ten times the data's spread as well, since a fit may bring them to the data.
+    origin and out to ten times the data's spread as well, since a fit may bring them to the data. As it may bring any
+    parameter away from zero, where it often starts and hides what it multiplies, lines are searched a second time with
+    small parameters put between a half and one.
     """
     found = _suspects(energy)
     if not found:
@@ -85,9 +91,31 @@ def find_kink(energy: BoundModel) -> Kink | None:
         if group and lines is not None:
             terms = tuple(dict.fromkeys(k.site for k in group))
             points = jax.ShapeDtypeStruct(lines[1].shape, energy.dtype)
-            if _jumps(compiled(functools.partial(_evaluate, terms=terms), energy, points, points), energy, *lines):
+            evaluate = compiled(functools.partial(_evaluate, terms=terms), energy, points, points)
+            at_start, away = energy, _away_from_zero(energy)
+            if any(_jumps(evaluate, e, *lines) for e in (at_start, away) if e is not None):
                 return group[0]
     return None
+
+
+def _away_from_zero(energy: BoundModel) -> BoundModel | None:
+    """With other values of the parameters that are almost zero; None if there are none."""
+    rng, moved = np.random.default_rng(0), False
+
+    def move(value: Any) -> Any:
+        nonlocal moved
+        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            return value
+        v = np.asarray(value, np.float64)
+        small = np.abs(v) < _SMALL
+        moved |= bool(small.any())
+        sign = np.where(v == 0, rng.choice([-1.0, 1.0], v.shape), np.sign(v))
+        new = np.where(small, sign * rng.uniform(0.5, 1.0, v.shape), v)
+        # Of the same type, as the program is compiled for it.
+        return float(new) if isinstance(value, float) else new.astype(value.dtype)
+
+    params = jax.tree.map(move, energy.params)
+    return energy._replace(params=params) if moved else None
 
 
 def _terms(energy: BoundModel, terms: Sequence[str], x: Array) -> Array:
@@ -174,6 +202,7 @@ def _bodies(eqn: JaxprEqn) -> list[Jaxpr]:
 
 # -- the numbers ------------------------------------------------------------------------------------------------------
 
+_SMALL = 0.05
 _ROWS, _NEIGHBOURS, _HALVINGS = 128, 4, 24  # lines cross a place where rows lie on both sides of it
 
 
