@@ -3,7 +3,7 @@
 from numpyro_score.arviz import to_arviz
 from numpyro_score.closed_form import ClosedFormError, GradientSpread, QuadraticLoss, sparse_path
 from numpyro_score.comparison import audit, compare, hyvarinen_loo, hyvarinen_score
-from numpyro_score.diffusion import EDM, SDE, VE, VP, LinearSDE, SubVP
+from numpyro_score.diffusion import EDM, SDE, VE, VP, EDMHeun, LinearSDE, PredictorCorrector, SubVP, diffuse
 from numpyro_score.divergences import (
     de_bruijn,
     entropy_from_scores,
@@ -74,6 +74,7 @@ __all__ = [
     "AdversarialDynamicsEmbedding",
     "ClosedFormError",
     "DenoisingGenerator",
+    "EDMHeun",
     "Energy",
     "EnergyDistribution",
     "GradientSpread",
@@ -83,6 +84,7 @@ __all__ = [
     "LearnedFlow",
     "LinearSDE",
     "NonFiniteLossError",
+    "PredictorCorrector",
     "QuadraticLoss",
     "SandwichError",
     "ScoreMatching",
@@ -94,6 +96,7 @@ __all__ = [
     "curl",
     "cyclical_schedule",
     "de_bruijn",
+    "diffuse",
     "entropy_from_scores",
     "fisher_divergence",
     "fit_flow",

@@ -1,5 +1,7 @@
 """Diffusions: noise levels become samplers, likelihoods and posteriors."""
 
+from numpyro_score.diffusion.methods import EDMHeun, PredictorCorrector
+from numpyro_score.diffusion.samplers import Diffused, diffuse
 from numpyro_score.diffusion.sde import EDM, SDE, VE, VP, LinearSDE, SubVP
 
-__all__ = ["EDM", "SDE", "VE", "VP", "LinearSDE", "SubVP"]
+__all__ = ["EDM", "SDE", "VE", "VP", "Diffused", "EDMHeun", "LinearSDE", "PredictorCorrector", "SubVP", "diffuse"]

@@ -102,7 +102,15 @@ def noise_range_of(source: Source) -> tuple[float, float] | None:
 
 
 def data_rows(energy: Energy) -> tuple[np.ndarray, np.ndarray]:
-    """The data (N, D) and their weights (N,) in double precision, without rows that do not count."""
+    """The data (N, D) and their weights (N,) in double precision, without rows that do not count.
+
+    Raises ValueError if none counts, or one is not finite.
+    """
     x, weights = (np.asarray(v, np.float64) for v in jax.device_get(jax.jit(Energy.data_and_weights)(energy)))
     used = weights > 0
+    if not used.any() or not np.isfinite(x[used]).all():
+        raise ValueError(
+            f"Of the energy's {len(x)} rows {used.sum()} count and {np.isfinite(x[used]).all(-1).sum()} of these are "
+            "finite: bind it to finite data, whose mean and covariance say where noise begins."
+        )
     return x[used], weights[used]

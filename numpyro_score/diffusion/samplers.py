@@ -1,0 +1,210 @@
+"""Draws of the data by diffusion, from noise to less noise."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tqdm.auto import tqdm
+
+from numpyro_score.diffusion.end import end_law
+from numpyro_score.diffusion.grids import levels_on, noise_ends
+from numpyro_score.diffusion.methods import Method, method_named
+from numpyro_score.diffusion.sde import EDM, SDE
+from numpyro_score.diffusion.source import NoisyModel, data_rows, noisy_model
+from numpyro_score.diffusion.steps import Field, Step
+from numpyro_score.energy import plural
+from numpyro_score.inference.loop import next_size
+from numpyro_score.losses.base import at_least_one
+from numpyro_score.normaliser.coordinates import row_to_data
+from numpyro_score.normaliser.source import Source
+from numpyro_score.random import Key, as_key
+
+__all__ = ["Diffused", "diffuse"]
+
+
+class Diffused(NamedTuple):
+    """What :func:`diffuse` returns."""
+
+    draws: Any  # (N, event shape); by name where there are several data sites
+    num_calls: int  # calls of the model for each draw
+    noise: np.ndarray  # (S + 1,), the levels ρ passed, in the units of the data
+    trajectory: Float[Array, "steps n d"] | None  # (S + 1, N, D): rows u = x/α at these levels, if asked for
+
+
+class _State(NamedTuple):
+    u: Float[Array, "n d"]
+    past: Float[Array, "k n d"]  # the last values of D(u), the newest first
+    failed: Int[Array, "n"]  # the first step after which a chain is not finite; -1 where there is none
+    trajectory: Float[Array, "steps n d"] | None
+
+
+def diffuse(
+    source: Source,
+    rng_key: Key,
+    num_samples: int,
+    *,
+    sde: SDE | None = None,
+    method: str | Method = "dpm++2m",
+    num_steps: int = 32,
+    grid: Any = "karras",
+    noise_range: tuple[float, float] | None = None,
+    denoise: bool = False,
+    trajectory: bool = False,
+    sharding: jax.sharding.Sharding | None = None,
+    progress_bar: bool = False,
+) -> Diffused:
+    r"""Draws data from a model of every noise level, `def model(x, sigma=1.0)`, an energy or a `score_factor`.
+
+    Chains start at the largest noise level, from the normal law with the mean and covariance of the noisy data, and
+    follow the model's score down to the smallest level :math:`\rho_{\min}`. They are independent. The draws are of
+    :math:`q_{\rho_{\min}}`, the data with this much noise, and not of the data themselves.
+
+    The diffusion is chosen here and not in the fit: in u = x/α and ρ = σ/α every linear SDE asks the model for the
+    same scores, see :class:`~numpyro_score.SDE`. What it changes is where the steps of some methods are:
+
+    - deterministic: "ddim", "dpm++2m" (two values of the score, the default), "exp_ab3" (three), "edm_heun" (two calls
+      a step) and "probability_flow" (Euler's steps in t);
+    - with noise: "euler_maruyama", "reverse_diffusion", "ddpm", "ddpm_covariance" (exact for normal data),
+      "sde_dpm++2m", "edm_churn";
+    - with Langevin steps: "predictor_corrector", "annealed_langevin".
+
+    Those with settings are objects, too: :class:`~numpyro_score.EDMHeun`,
+    :class:`~numpyro_score.PredictorCorrector`.
+
+    Args:
+        source: a fit by DSM with several levels, or an energy.
+        rng_key: a key.
+        num_samples: N, the number of draws, each a chain of its own.
+        sde: the diffusion; by default that of Karras et al. 2022, with α = 1 and σ = t.
+        method: a name above or a method.
+        num_steps: S.
+        grid: where the levels are: "karras", even in ρ^(1/7); "log_snr", even in log ρ; "uniform", even in t; or the
+            S + 1 levels themselves, falling.
+        noise_range: the smallest and largest level; by default all that the fit has seen and the SDE reaches.
+        denoise: whether to end by the mean of the data given each draw, at one more call. It takes the noise from
+            pictures, but the draws then have less spread than the data, by the variance given each.
+        trajectory: whether to keep all levels.
+        sharding: over which devices to split the chains, e.g. `NamedSharding(mesh, PartitionSpec("chains"))`.
+        progress_bar: whether to show one. Calls with and without it share one compiled program, as do those with
+            other parameters, keys, levels and settings.
+
+    Raises:
+        TypeError, ValueError: for a model without `sigma`, levels that the fit has not seen or the SDE does not reach,
+            bounded data, and methods that cannot use their grid.
+        FloatingPointError: if a draw is not finite, naming the step and the chains. Under `jax.vmap` or `jax.jit` over
+            keys, which work, the draws are then NaN.
+
+    Warns:
+        UserWarning: if the largest level is less than twice the data's standard deviation.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_score import Energy, diffuse
+        >>> def model(x, sigma=1.0):  # a standard normal law with noise
+        ...     with numpyro.plate("rows", len(x)):
+        ...         x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+        ...         numpyro.factor("energy", -0.5 * x**2 / (1 + sigma**2))
+        >>> energy = Energy(model, {}, jnp.array([-1.0, 1.0]))
+        >>> found = diffuse(energy, jax.random.key(0), 10_000, noise_range=(0.01, 10.0))
+        >>> bool(abs(found.draws.std() - 1) < 0.03), found.num_calls
+        (True, 32)
+    """
+    at_least_one("diffuse", "num_samples", num_samples)
+    key = as_key(rng_key, "write diffuse(fit, jax.random.key(0), 1000)")
+    model, method = noisy_model("diffuse", source), method_named(method)
+    if not model.energy.is_concrete:
+        raise TypeError("The energy is traced by a JAX transformation: only the key of diffuse may be.")
+    low, high = noise_ends(source, sde, noise_range)
+    levels = levels_on(EDM(high) if sde is None else sde, grid, num_steps, (low, high))
+    field = _field(model)
+    _warn_of_structure(field, levels.rho[0])
+    plan = jax.tree.map(lambda v: jnp.asarray(v, model.dtype), method.plan(levels, field.end))
+
+    start_key, run_key = jax.random.split(key)
+    u = field.end.sample(start_key, num_samples, jnp.asarray(levels.rho[0], model.dtype))
+    u = u if sharding is None else jax.device_put(u, sharding)
+    kept = jnp.zeros((levels.num_steps + 1, *u.shape), u.dtype).at[0].set(u) if trajectory else None
+    state = _State(u, jnp.zeros((method.memory, *u.shape), u.dtype), jnp.full(len(u), -1, jnp.int32), kept)
+    traced = isinstance(u, jax.core.Tracer)
+    state = _run(partial(_advance, method.step, field, plan, run_key), state, levels.num_steps, progress_bar, traced)
+    u = _denoised(field, state.u, jnp.asarray(levels.rho[-1], u.dtype)) if denoise else state.u
+    if not traced:
+        _require_finite(u, state.failed, levels.rho)
+    values = jax.vmap(partial(row_to_data, field.model.energy))(u)
+    draws = values if len(values) > 1 else next(iter(values.values()))
+    return Diffused(draws, method.calls * levels.num_steps + denoise, levels.rho, state.trajectory)
+
+
+def _field(model: NoisyModel) -> Field:
+    """The model at one row, so that samplers are compiled for any number of data, and the law of its data."""
+    end = end_law(*data_rows(model.energy), model.dtype)
+    one = NoisyModel(model.energy.at(end.mean[None])) if model.energy.resizable else model
+    return Field(one, end)
+
+
+@partial(jax.jit, static_argnums=0)
+def _advance(
+    step: Step, field: Field, plan: Any, rng_key: Array, state: _State, first: Int[Array, ""], last: Int[Array, ""]
+) -> _State:
+    """The steps from `first` to before `last`."""
+
+    def body(i: Array, state: _State) -> _State:
+        now = jax.tree.map(lambda v: v[i], plan)
+        u, past = step(field, now, state.u, state.past, jax.random.fold_in(rng_key, i))
+        fails = (state.failed < 0) & ~jnp.isfinite(u).all(axis=-1)
+        kept = None if state.trajectory is None else state.trajectory.at[i + 1].set(u)
+        return _State(u, past, jnp.where(fails, i, state.failed).astype(jnp.int32), kept)
+
+    return jax.lax.fori_loop(first, last, body, state)
+
+
+@jax.jit
+def _denoised(field: Field, u: Float[Array, "n d"], rho: Float[Array, ""]) -> Float[Array, "n d"]:
+    return field.denoised(u, rho)
+
+
+def _run(advance: Any, state: _State, num_steps: int, progress_bar: bool, traced: bool) -> _State:
+    """All steps in one call, or with looks at the clock in between."""
+    if traced or not progress_bar:
+        return advance(state, 0, num_steps)
+    done, size = 0, 1
+    with tqdm(total=num_steps) as bar:
+        while done < num_steps:
+            begin, n = time.perf_counter(), min(size, num_steps - done)
+            state = jax.block_until_ready(advance(state, done, done + n))
+            size = next_size(n, time.perf_counter() - begin) if done else 1  # the first call compiles
+            done += n
+            bar.update(n)
+    return state
+
+
+def _require_finite(u: Float[Array, "n d"], failed: Int[Array, "n"], rho: np.ndarray) -> None:
+    steps, finite = np.asarray(failed), np.isfinite(np.asarray(u)).all(-1)
+    steps = np.where((steps < 0) & ~finite, len(rho) - 1, steps)  # in the last denoising
+    bad = np.flatnonzero(steps >= 0)
+    if bad.size:
+        first = bad[np.argmin(steps[bad])]
+        step = int(steps[first])
+        raise FloatingPointError(
+            f"{plural(bad.size, 'chain')} of {len(u)} did not stay finite, first chain {first} in step {step} of "
+            f"{len(rho) - 1}, from noise {rho[step]:.3g}: the score is not finite or far too large there; look at the "
+            "fit at this noise level, or narrow noise_range."
+        )
+
+
+def _warn_of_structure(field: Field, largest: float) -> None:
+    scale = float(jnp.sqrt(field.end.variances[-1]))
+    if largest < 2 * scale:
+        warnings.warn(
+            f"The largest noise level, {largest:.3g}, is less than twice the data's standard deviation of {scale:.3g}: "
+            "chains start from a normal law, and the noisy data may not be normal yet; fit at larger levels.",
+            stacklevel=3,
+        )
