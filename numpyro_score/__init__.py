@@ -3,7 +3,18 @@
 from numpyro_score.arviz import to_arviz
 from numpyro_score.closed_form import ClosedFormError, GradientSpread, QuadraticLoss, sparse_path
 from numpyro_score.comparison import audit, compare, hyvarinen_loo, hyvarinen_score
-from numpyro_score.diffusion import EDM, SDE, VE, VP, EDMHeun, LinearSDE, PredictorCorrector, SubVP, diffuse
+from numpyro_score.diffusion import (
+    EDM,
+    SDE,
+    VE,
+    VP,
+    EDMHeun,
+    LinearSDE,
+    PredictorCorrector,
+    SubVP,
+    diffuse,
+    reverse_sde,
+)
 from numpyro_score.divergences import (
     de_bruijn,
     entropy_from_scores,
@@ -121,6 +132,7 @@ __all__ = [
     "polynomial_schedule",
     "prior_model",
     "report",
+    "reverse_sde",
     "sample",
     "score_factor",
     "sparse_path",

@@ -1,7 +1,20 @@
 """Diffusions: noise levels become samplers, likelihoods and posteriors."""
 
 from numpyro_score.diffusion.methods import EDMHeun, PredictorCorrector
+from numpyro_score.diffusion.nonlinear import reverse_sde
 from numpyro_score.diffusion.samplers import Diffused, diffuse
 from numpyro_score.diffusion.sde import EDM, SDE, VE, VP, LinearSDE, SubVP
 
-__all__ = ["EDM", "SDE", "VE", "VP", "Diffused", "EDMHeun", "LinearSDE", "PredictorCorrector", "SubVP", "diffuse"]
+__all__ = [
+    "EDM",
+    "SDE",
+    "VE",
+    "VP",
+    "Diffused",
+    "EDMHeun",
+    "LinearSDE",
+    "PredictorCorrector",
+    "SubVP",
+    "diffuse",
+    "reverse_sde",
+]

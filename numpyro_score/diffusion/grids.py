@@ -6,11 +6,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from numpyro_score.diffusion.sde import SDE, drift_and_diffusion, noise_at, time_at
 from numpyro_score.diffusion.source import noise_range_of
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.source import Source
+from numpyro_score.programs import run_compiled
 
 __all__ = ["Grid", "Levels", "levels_on", "noise_ends"]
 
@@ -49,22 +51,26 @@ def levels_on(sde: SDE, grid: Any, num_steps: int, ends: tuple[float, float]) ->
     """
     at_least_one("diffuse", "num_steps", num_steps)
     low, high = ends
-    time = None
+    uniform = isinstance(grid, str) and grid == "uniform"
     if not isinstance(grid, str):
-        rho = _checked(np.asarray(grid, np.float64), low, high)
+        given = _checked(np.asarray(grid, np.float64), low, high)
     elif grid == "karras":
-        rho = np.linspace(high ** (1 / _BEND), low ** (1 / _BEND), num_steps + 1) ** _BEND
+        given = np.linspace(high ** (1 / _BEND), low ** (1 / _BEND), num_steps + 1) ** _BEND
     elif grid == "log_snr":
-        rho = np.geomspace(high, low, num_steps + 1)
-    elif grid == "uniform":
-        last, first = np.asarray(time_at(sde, jnp.asarray([low, high])), np.float64)
-        time = np.linspace(first, last, num_steps + 1)
-        rho = np.asarray(noise_at(sde, jnp.asarray(time)), np.float64)
+        given = np.geomspace(high, low, num_steps + 1)
+    elif uniform:
+        given = np.array([high, low])
     else:
         raise ValueError(f"diffuse has no grid {grid!r}: use 'karras', 'log_snr', 'uniform', or falling noise levels.")
-    t = jnp.asarray(time_at(sde, jnp.asarray(rho)) if time is None else time)
-    found = (t, sde.alpha(t), *drift_and_diffusion(sde, t[:-1]))
-    return Levels(rho, *(np.asarray(v, np.float64) for v in found))
+
+    def at(given: Array) -> tuple[Array, ...]:
+        t = time_at(sde, given)
+        if uniform:
+            t = jnp.linspace(t[0], t[1], num_steps + 1)
+        return noise_at(sde, t), t, sde.alpha(t), *drift_and_diffusion(sde, t[:-1])
+
+    levels = Levels(*(np.asarray(v, np.float64) for v in run_compiled(at, jnp.asarray(given, jnp.result_type(float)))))
+    return levels if uniform else levels._replace(rho=given)
 
 
 def _checked(rho: np.ndarray, low: float, high: float) -> np.ndarray:

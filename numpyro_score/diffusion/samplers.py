@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,17 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
-from tqdm.auto import tqdm
+from jaxtyping import Array, Float
 
+from numpyro_score.diffusion.chains import advance, require_finite, run_chains, start
 from numpyro_score.diffusion.end import end_law
 from numpyro_score.diffusion.grids import levels_on, noise_ends
 from numpyro_score.diffusion.methods import Method, method_named
 from numpyro_score.diffusion.sde import EDM, SDE
 from numpyro_score.diffusion.source import NoisyModel, data_rows, noisy_model
-from numpyro_score.diffusion.steps import Field, Step
-from numpyro_score.energy import plural
-from numpyro_score.inference.loop import next_size
+from numpyro_score.diffusion.steps import Field
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
@@ -36,13 +33,6 @@ class Diffused(NamedTuple):
     num_calls: int  # calls of the model for each draw
     noise: np.ndarray  # (S + 1,), the levels ρ passed, in the units of the data
     trajectory: Float[Array, "steps n d"] | None  # (S + 1, N, D): rows u = x/α at these levels, if asked for
-
-
-class _State(NamedTuple):
-    u: Float[Array, "n d"]
-    past: Float[Array, "k n d"]  # the last values of D(u), the newest first
-    failed: Int[Array, "n"]  # the first step after which a chain is not finite; -1 where there is none
-    trajectory: Float[Array, "steps n d"] | None
 
 
 def diffuse(
@@ -131,13 +121,10 @@ def diffuse(
     start_key, run_key = jax.random.split(key)
     u = field.end.sample(start_key, num_samples, jnp.asarray(levels.rho[0], model.dtype))
     u = u if sharding is None else jax.device_put(u, sharding)
-    kept = jnp.zeros((levels.num_steps + 1, *u.shape), u.dtype).at[0].set(u) if trajectory else None
-    state = _State(u, jnp.zeros((method.memory, *u.shape), u.dtype), jnp.full(len(u), -1, jnp.int32), kept)
-    traced = isinstance(u, jax.core.Tracer)
-    state = _run(partial(_advance, method.step, field, plan, run_key), state, levels.num_steps, progress_bar, traced)
+    state = start(u, method.memory, levels.num_steps if trajectory else None)
+    state = run_chains(partial(_advance, method.step, field, plan, run_key), state, levels.num_steps, progress_bar)
     u = _denoised(field, state.u, jnp.asarray(levels.rho[-1], u.dtype)) if denoise else state.u
-    if not traced:
-        _require_finite(u, state.failed, levels.rho)
+    require_finite(u, state.failed, [f"noise {rho:.3g}" for rho in levels.rho])
     values = jax.vmap(partial(row_to_data, field.model.energy))(u)
     draws = values if len(values) > 1 else next(iter(values.values()))
     return Diffused(draws, method.calls * levels.num_steps + denoise, levels.rho, state.trajectory)
@@ -150,54 +137,12 @@ def _field(model: NoisyModel) -> Field:
     return Field(one, end)
 
 
-@partial(jax.jit, static_argnums=0)
-def _advance(
-    step: Step, field: Field, plan: Any, rng_key: Array, state: _State, first: Int[Array, ""], last: Int[Array, ""]
-) -> _State:
-    """The steps from `first` to before `last`."""
-
-    def body(i: Array, state: _State) -> _State:
-        now = jax.tree.map(lambda v: v[i], plan)
-        u, past = step(field, now, state.u, state.past, jax.random.fold_in(rng_key, i))
-        fails = (state.failed < 0) & ~jnp.isfinite(u).all(axis=-1)
-        kept = None if state.trajectory is None else state.trajectory.at[i + 1].set(u)
-        return _State(u, past, jnp.where(fails, i, state.failed).astype(jnp.int32), kept)
-
-    return jax.lax.fori_loop(first, last, body, state)
+_advance = jax.jit(advance, static_argnums=0)
 
 
 @jax.jit
 def _denoised(field: Field, u: Float[Array, "n d"], rho: Float[Array, ""]) -> Float[Array, "n d"]:
     return field.denoised(u, rho)
-
-
-def _run(advance: Any, state: _State, num_steps: int, progress_bar: bool, traced: bool) -> _State:
-    """All steps in one call, or with looks at the clock in between."""
-    if traced or not progress_bar:
-        return advance(state, 0, num_steps)
-    done, size = 0, 1
-    with tqdm(total=num_steps) as bar:
-        while done < num_steps:
-            begin, n = time.perf_counter(), min(size, num_steps - done)
-            state = jax.block_until_ready(advance(state, done, done + n))
-            size = next_size(n, time.perf_counter() - begin) if done else 1  # the first call compiles
-            done += n
-            bar.update(n)
-    return state
-
-
-def _require_finite(u: Float[Array, "n d"], failed: Int[Array, "n"], rho: np.ndarray) -> None:
-    steps, finite = np.asarray(failed), np.isfinite(np.asarray(u)).all(-1)
-    steps = np.where((steps < 0) & ~finite, len(rho) - 1, steps)  # in the last denoising
-    bad = np.flatnonzero(steps >= 0)
-    if bad.size:
-        first = bad[np.argmin(steps[bad])]
-        step = int(steps[first])
-        raise FloatingPointError(
-            f"{plural(bad.size, 'chain')} of {len(u)} did not stay finite, first chain {first} in step {step} of "
-            f"{len(rho) - 1}, from noise {rho[step]:.3g}: the score is not finite or far too large there; look at the "
-            "fit at this noise level, or narrow noise_range."
-        )
 
 
 def _warn_of_structure(field: Field, largest: float) -> None:

@@ -44,11 +44,20 @@ class NoisyModel:
 
     def log_density(self, u: Float[Array, "n d"], rho: Float[Array, "..."]) -> Float[Array, "n"]:
         """The log of q_ρ(u), up to a constant for each level."""
-        return self.at(u, rho).log_density(u)
+        return self._evaluate("log_density", u, rho)
 
     def score(self, u: Float[Array, "n d"], rho: Float[Array, "..."]) -> Float[Array, "n d"]:
         """∇ log q_ρ(u), (N, D)."""
-        return self.at(u, rho).score(u)
+        return self._evaluate("score", u, rho)
+
+    def _evaluate(self, what: str, u: Array, rho: Array) -> Array:
+        if self.energy.resizable:
+            return getattr(self.at(u, rho), what)(u)
+
+        def one(u: Array, sigma: Array) -> Array:  # the data are one big point
+            return getattr(self.energy.bind(sigma=sigma[None]), what)(u)
+
+        return jax.vmap(one)(u, jnp.broadcast_to(jnp.asarray(rho, u.dtype), u.shape[:1]))
 
     def tree_flatten(self) -> tuple[tuple[Energy], None]:
         """For JAX."""

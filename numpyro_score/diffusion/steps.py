@@ -130,17 +130,17 @@ def ddim(levels: Levels, end: NoisyNormal) -> LinearPlan:
 def probability_flow(levels: Levels, end: NoisyNormal) -> LinearPlan:
     """Euler's steps in t of dx/dt = f x − ½ g² ∇log p_t [Song et al. 2021, eq. 13]."""
     ratio, half = levels.alpha[:-1] / levels.alpha[1:], 0.5 * _spread(levels)
-    return _scored(levels, ratio * (1 - levels.drift * _steps(levels)), half)
+    return _scored(levels, ratio * (1 + levels.drift * _steps(levels)), half)
 
 
 def euler_maruyama(levels: Levels, end: NoisyNormal) -> LinearPlan:
     """Of dx = (f x − g² ∇log p_t) dt + g dw, backwards in t [Song et al. 2021, eq. 6]."""
     ratio, spread = levels.alpha[:-1] / levels.alpha[1:], _spread(levels)
-    return _scored(levels, ratio * (1 - levels.drift * _steps(levels)), spread, np.sqrt(spread * ratio))
+    return _scored(levels, ratio * (1 + levels.drift * _steps(levels)), spread, np.sqrt(spread * ratio))
 
 
 def _steps(levels: Levels) -> np.ndarray:
-    return levels.time[1:] - levels.time[:-1]  # negative
+    return levels.time[1:] - levels.time[:-1]  # negative: backwards in time
 
 
 def _spread(levels: Levels) -> np.ndarray:
