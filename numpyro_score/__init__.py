@@ -13,6 +13,8 @@ from numpyro_score.diffusion import (
     PredictorCorrector,
     SubVP,
     diffuse,
+    inpaint,
+    posterior,
     reverse_sde,
 )
 from numpyro_score.divergences import (
@@ -115,6 +117,7 @@ __all__ = [
     "geometric_levels",
     "hyvarinen_loo",
     "hyvarinen_score",
+    "inpaint",
     "kernel_stein_discrepancy",
     "kl_divergence",
     "local_variance",
@@ -130,6 +133,7 @@ __all__ = [
     "plot_marginals",
     "plot_score_field",
     "polynomial_schedule",
+    "posterior",
     "prior_model",
     "report",
     "reverse_sde",

@@ -2,6 +2,7 @@
 
 from numpyro_score.diffusion.methods import EDMHeun, PredictorCorrector
 from numpyro_score.diffusion.nonlinear import reverse_sde
+from numpyro_score.diffusion.posterior import PosteriorDraws, inpaint, posterior
 from numpyro_score.diffusion.samplers import Diffused, diffuse
 from numpyro_score.diffusion.sde import EDM, SDE, VE, VP, LinearSDE, SubVP
 
@@ -13,8 +14,11 @@ __all__ = [
     "Diffused",
     "EDMHeun",
     "LinearSDE",
+    "PosteriorDraws",
     "PredictorCorrector",
     "SubVP",
     "diffuse",
+    "inpaint",
+    "posterior",
     "reverse_sde",
 ]
