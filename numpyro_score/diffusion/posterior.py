@@ -73,9 +73,9 @@ def posterior(
     given the noisy point (`twist`), and are weighted and resampled:
 
     - "smc", for energies: targets :math:`q_\rho(u)\, h(u)` at every level, with the noising kernel backwards [Del
-      Moral, Doucet & Jasra 2006]. What is wrong with steps and twists, the weights correct: only the density at the smallest
-      level counts, for draws and evidence alike. The levels' unknown constants are estimated by a second set of runs
-      without observation;
+      Moral, Doucet & Jasra 2006]. What is wrong with steps and twists, the weights correct: only the density at the
+      smallest level counts, for draws and evidence alike. The levels' unknown constants are estimated by a second set
+      of runs without observation;
     - "tds", for scores: twisted diffusion [Wu et al. 2023], whose target is what the sampler with `num_steps` steps
       draws, given y. The sampler's own error is not corrected: take more steps, and see whether anything moves;
     - "guided": the proposals alone, without weights. **It is biased, by any number of steps**: on mixtures it puts
