@@ -16,6 +16,7 @@ from numpyro_score.diffusion import (
     inpaint,
     posterior,
     reverse_sde,
+    simulation_ranks,
 )
 from numpyro_score.divergences import (
     de_bruijn,
@@ -139,6 +140,7 @@ __all__ = [
     "reverse_sde",
     "sample",
     "score_factor",
+    "simulation_ranks",
     "sparse_path",
     "squared_log_ratio",
     "to_arviz",

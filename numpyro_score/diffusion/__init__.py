@@ -1,5 +1,6 @@
 """Diffusions: noise levels become samplers, likelihoods and posteriors."""
 
+from numpyro_score.diffusion.calibration import SimulationRanks, simulation_ranks
 from numpyro_score.diffusion.methods import EDMHeun, PredictorCorrector
 from numpyro_score.diffusion.nonlinear import reverse_sde
 from numpyro_score.diffusion.posterior import PosteriorDraws, inpaint, posterior
@@ -16,9 +17,11 @@ __all__ = [
     "LinearSDE",
     "PosteriorDraws",
     "PredictorCorrector",
+    "SimulationRanks",
     "SubVP",
     "diffuse",
     "inpaint",
     "posterior",
     "reverse_sde",
+    "simulation_ranks",
 ]

@@ -28,7 +28,7 @@ from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
 from numpyro_score.random import Key, as_key
 
-__all__ = ["PosteriorDraws", "inpaint", "posterior"]
+__all__ = ["PosteriorDraws", "Problem", "as_data", "inpaint", "log_likelihood", "posterior"]
 
 Method = Literal["smc", "tds", "guided"]
 
@@ -119,43 +119,84 @@ def posterior(
         True
     """
     key = as_key(rng_key, "write posterior(fit, observed, jax.random.key(0), y)")
-    for name, value in {"num_particles": num_particles, "num_runs": num_runs}.items():
-        at_least_one("posterior", name, value)
-    if twist not in ("moments", "isotropic", "plain"):
-        raise ValueError(f"posterior has no twist {twist!r}: use 'moments', 'isotropic' or 'plain'.")
-    model = noisy_model("posterior", source)
-    method = _method(model, method)
-    levels = levels_on(EDM(1e30), grid, num_steps, noise_ends(source, None, noise_range))
-    field = field_of(model)
-    rho = jnp.asarray(levels.rho, model.dtype)
-    arrays, static = split_arrays((args, kwargs))
-    _check_observation(observation_model, field, arrays, static)
-
-    def run(key: Array, observation: Callable[..., Any], arrays: list[Any], static: Any) -> Run:
-        keys = jax.random.split(key, num_runs)
-        found = _runs(field, rho, keys, arrays, observation, static, method, twist, num_particles)
-        return jax.device_get(found)
-
+    problem = Problem.of(
+        source, observation_model, method, num_particles, num_runs, num_steps, twist, grid, noise_range
+    )
     y_key, prior_key = jax.random.split(key)
-    found = run(y_key, observation_model, arrays, static)
-    _require_numbers(found, levels.rho)
-    values = jax.vmap(partial(row_to_data, field.model.energy))(jnp.asarray(found.u).reshape(-1, model.dim))
-    draws = values if len(values) > 1 else next(iter(values.values()))
+    found = problem.run(y_key, args, kwargs)
+    draws, log_weights = problem.draws(found)
     ancestors = sum(len(np.unique(a)) for a in found.ancestors)
-    if method == "guided":
-        n = num_runs * num_particles
-        return PosteriorDraws(draws, np.full(n, -np.log(n)), None, None, float(n), 1.0, ancestors, True)
+    if problem.method == "guided":
+        return PosteriorDraws(draws, log_weights, None, None, float(len(log_weights)), 1.0, ancestors, True)
     log_evidence, stderr = _mean_and_error(found.log_z)
-    if method == "smc":
-        without = run(prior_key, _nothing, *split_arrays(((), {})))
-        _require_numbers(without, levels.rho)
+    if problem.method == "smc":
+        without = problem._replace(observation=_nothing).run(prior_key, (), {})
         constant, error = _mean_and_error(without.log_z)
         log_evidence, stderr = log_evidence - constant, float(np.hypot(stderr, error))
-    log_weights = (found.log_weights + np.asarray(found.log_z)[:, None]).reshape(-1).astype(np.float64)
-    log_weights -= np.logaddexp.reduce(log_weights)
     ess = float(np.exp(-np.logaddexp.reduce(2 * log_weights)))
     least = float(np.min(found.least_ess))
     return PosteriorDraws(draws, log_weights, log_evidence, stderr, ess, least, ancestors, False)
+
+
+class Problem(NamedTuple):
+    """All of a posterior but the observed values."""
+
+    field: Field
+    rho: np.ndarray
+    observation: Callable[..., Any]
+    method: Method
+    twist: Twist
+    num_particles: int
+    num_runs: int
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        observation: Callable[..., Any],
+        method: Method | None,
+        num_particles: int,
+        num_runs: int,
+        num_steps: int,
+        twist: Twist,
+        grid: Any,
+        noise_range: tuple[float, float] | None,
+    ) -> Problem:
+        """From the arguments of :func:`posterior`, checked."""
+        for name, value in {"num_particles": num_particles, "num_runs": num_runs}.items():
+            at_least_one("posterior", name, value)
+        if twist not in ("moments", "isotropic", "plain"):
+            raise ValueError(f"posterior has no twist {twist!r}: use 'moments', 'isotropic' or 'plain'.")
+        model = noisy_model("posterior", source)
+        method = _method(model, method)
+        levels = levels_on(EDM(1e30), grid, num_steps, noise_ends(source, None, noise_range))
+        return cls(field_of(model), levels.rho, observation, method, twist, num_particles, num_runs)
+
+    def run(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+        """All runs, for one observation, on the host."""
+        arrays, static = split_arrays((args, kwargs))
+        if self.observation is not _nothing:
+            _check_observation(self.observation, self.field, arrays, static)
+        keys, rho = jax.random.split(rng_key, self.num_runs), jnp.asarray(self.rho, self.field.model.dtype)
+        settings = (self.observation, static, self.method, self.twist, self.num_particles)
+        found = jax.device_get(_runs(self.field, rho, keys, arrays, *settings))
+        _require_numbers(found, self.rho)
+        return found
+
+    def draws(self, found: Run) -> tuple[Any, Float[np.ndarray, "rn"]]:
+        """The particles of all runs in the data's own form, and their log weights, normalised."""
+        rows = jnp.asarray(found.u).reshape(-1, self.field.model.dim)
+        draws = jax.vmap(partial(as_data, self.field))(rows)
+        if self.method == "guided":
+            return draws, np.full(len(rows), -np.log(len(rows)))
+        log_weights = (found.log_weights + np.asarray(found.log_z)[:, None]).reshape(-1).astype(np.float64)
+        return draws, log_weights - np.logaddexp.reduce(log_weights)
+
+
+def as_data(field: Field, row: Float[Array, "d"]) -> Any:
+    """One row in the form of its site; by name where there are several sites."""
+    values = row_to_data(field.model.energy, row)
+    return values if len(values) > 1 else next(iter(values.values()))
 
 
 def inpaint(
@@ -217,19 +258,17 @@ def _method(model: NoisyModel, method: Method | None) -> Method:
     return method
 
 
-def _log_likelihood(observation: Callable[..., Any], args: Any, kwargs: Any, field: Field, row: Array) -> Array:
-    values = row_to_data(field.model.energy, row)
-    data = values if len(values) > 1 else next(iter(values.values()))
+def log_likelihood(observation: Callable[..., Any], args: Any, kwargs: Any, field: Field, row: Array) -> Array:
+    """The log density of the observation given one row (D,)."""
     seeded = handlers.seed(observation, jax.random.key(0))  # for its plates; nothing is drawn
-    return jnp.asarray(log_density(seeded, (data, *args), kwargs, {})[0], row.dtype)
+    return jnp.asarray(log_density(seeded, (as_data(field, row), *args), kwargs, {})[0], row.dtype)
 
 
 def _check_observation(observation: Callable[..., Any], field: Field, arrays: list[Any], static: Any) -> None:
     """Raises unless all sites are observed, and there is one."""
     args, kwargs = join_arrays(arrays, static)
-    values = row_to_data(field.model.energy, field.end.mean)
-    data = values if len(values) > 1 else next(iter(values.values()))
-    trace = handlers.trace(handlers.seed(observation, jax.random.key(0))).get_trace(data, *args, **kwargs)
+    seeded = handlers.seed(observation, jax.random.key(0))
+    trace = handlers.trace(seeded).get_trace(as_data(field, field.end.mean), *args, **kwargs)
     sites = [s for s in trace.values() if s["type"] in ("sample", "param")]
     if free := [s["name"] for s in sites if s["type"] == "param" or not s["is_observed"]]:
         raise TypeError(
@@ -253,7 +292,7 @@ def _runs(
     num_particles: int,
 ) -> Run:
     args, kwargs = join_arrays(arrays, static)
-    likelihood = partial(_log_likelihood, observation, args, kwargs, field)
+    likelihood = partial(log_likelihood, observation, args, kwargs, field)
     return jax.lax.map(partial(run_particles, field, likelihood, rho, method, twist, num_particles), keys)
 
 
