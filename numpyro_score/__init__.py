@@ -64,6 +64,8 @@ from numpyro_score.plots import (
     plot_losses,
     plot_marginals,
     plot_score_field,
+    plot_simulation_ranks,
+    plot_trajectories,
 )
 from numpyro_score.reporting import report
 from numpyro_score.uncertainty import SandwichError
@@ -133,6 +135,8 @@ __all__ = [
     "plot_losses",
     "plot_marginals",
     "plot_score_field",
+    "plot_simulation_ranks",
+    "plot_trajectories",
     "polynomial_schedule",
     "posterior",
     "prior_model",
