@@ -36,11 +36,11 @@ class Levels(NamedTuple):
         return len(self.rho) - 1
 
 
-def levels_on(sde: SDE, grid: Any, num_steps: int, ends: tuple[float, float]) -> Levels:
+def levels_on(sde: SDE | None, grid: Any, num_steps: int, ends: tuple[float, float]) -> Levels:
     """The levels of a grid between two noise levels, the smallest first.
 
     Args:
-        sde: the diffusion, whose ρ = σ/α reaches both ends.
+        sde: the diffusion, whose ρ = σ/α reaches both ends; None for α = 1 and σ = t, where t is ρ.
         grid: "karras", even in ρ^(1/7) [Karras et al. 2022, eq. 5]; "log_snr", even in log ρ; "uniform", even in t; or
             the levels themselves, (S + 1,), falling.
         num_steps: S, where the levels are not given.
@@ -59,9 +59,12 @@ def levels_on(sde: SDE, grid: Any, num_steps: int, ends: tuple[float, float]) ->
     elif grid == "log_snr":
         given = np.geomspace(high, low, num_steps + 1)
     elif uniform:
-        given = np.array([high, low])
+        given = np.linspace(high, low, num_steps + 1) if sde is None else np.array([high, low])
     else:
         raise ValueError(f"diffuse has no grid {grid!r}: use 'karras', 'log_snr', 'uniform', or falling noise levels.")
+
+    if sde is None:
+        return Levels(given, given, np.ones_like(given), np.zeros_like(given[1:]), 2 * given[:-1])
 
     def at(given: Array) -> tuple[Array, ...]:
         t = time_at(sde, given)

@@ -15,7 +15,7 @@ from numpyro_score.diffusion.chains import advance, require_finite, run_chains, 
 from numpyro_score.diffusion.end import end_law
 from numpyro_score.diffusion.grids import levels_on, noise_ends
 from numpyro_score.diffusion.methods import Method, method_named
-from numpyro_score.diffusion.sde import EDM, SDE
+from numpyro_score.diffusion.sde import SDE
 from numpyro_score.diffusion.source import NoisyModel, data_rows, noisy_model
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.losses.base import at_least_one
@@ -112,8 +112,7 @@ def diffuse(
     model, method = noisy_model("diffuse", source), method_named(method)
     if not model.energy.is_concrete:
         raise TypeError("The energy is traced by a JAX transformation: only the key of diffuse may be.")
-    low, high = noise_ends(source, sde, noise_range)
-    levels = levels_on(EDM(high) if sde is None else sde, grid, num_steps, (low, high))
+    levels = levels_on(sde, grid, num_steps, noise_ends(source, sde, noise_range))
     field = _field(model)
     _warn_of_structure(field, levels.rho[0])
     plan = jax.tree.map(lambda v: jnp.asarray(v, model.dtype), method.plan(levels, field.end))
