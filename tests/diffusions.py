@@ -13,6 +13,7 @@ from models import improper
 from numpyro_score import Energy, PredictorCorrector, score_factor
 from numpyro_score.diffusion import steps
 from numpyro_score.diffusion.end import NoisyNormal
+from numpyro_score.diffusion.steps import Field
 
 MEAN, VARIANCES = np.array([1.0, -2.0]), np.array([0.5, 2.0])
 AXES = np.array([[0.8, -0.6], [0.6, 0.8]])
@@ -66,29 +67,22 @@ def energy(model, x=ROWS):
 
 
 class OneNormal(NamedTuple):
-    """In place of a model and its end law: one coordinate of variance `variance` and mean 0."""
+    """In place of a model: one coordinate of this variance and mean 0."""
 
     variance: Any
-
-    @property
-    def end(self):
-        return NoisyNormal(jnp.zeros(1), jnp.eye(1), jnp.array([self.variance]))
-
-    @property
-    def model(self):
-        return self
 
     def score(self, u, rho):
         return -u / (self.variance + rho**2)
 
-    def denoised(self, u, rho):
-        return u + rho**2 * self.score(u, rho)
+
+def one_normal(variance):
+    return Field(OneNormal(variance), NoisyNormal(jnp.zeros(1), jnp.eye(1), jnp.array([variance])))
 
 
 def predicted_variance(method, levels, variance, monkeypatch):
     """The exact variance of a method's draws of normal data: its steps are linear in u, memory and noise."""
     one_noise = lambda key, shape, dtype: jnp.zeros(shape, dtype).at[-1].set(1.0)  # noqa: E731
-    field = OneNormal(variance)
+    field = one_normal(variance)
     plan = jax.tree.map(jnp.asarray, method.plan(levels, field.end))
     m = method.memory
     corrected = isinstance(method, PredictorCorrector)

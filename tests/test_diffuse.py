@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import pytest
-from diffusions import ROWS, energy, normal_energy
+from diffusions import ROWS, energy, normal_energy, one_normal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models import counted_compilations, improper
 from numpyro.distributions import constraints
@@ -27,7 +27,7 @@ from numpyro_score import (
 from numpyro_score.diffusion.chains import advance, start
 from numpyro_score.diffusion.grids import levels_on
 from numpyro_score.diffusion.methods import METHODS
-from numpyro_score.diffusion.samplers import Field, _field
+from numpyro_score.diffusion.samplers import Field, field_of
 from numpyro_score.diffusion.source import noisy_model
 
 RANGE = (0.02, 30.0)
@@ -210,7 +210,7 @@ def test_bad_input(source, options, message, unchecked):
 def test_usual_grids_are_not_refused(num_steps, x64):
     """The rule for methods with memory is quiet where they are good, ten thousandfold ranges included."""
     for grid in ("karras", "log_snr"):
-        METHODS["exp_ab3"].plan(levels_on(EDM(), grid, num_steps, (0.002, 80.0)), None)
+        METHODS["exp_ab3"].plan(levels_on(EDM(), grid, num_steps, (0.002, 80.0)), one_normal(1.0).end)
 
 
 def test_little_noise_is_suspected():
@@ -284,10 +284,12 @@ def test_no_more_arithmetic_than_by_hand(kind, optimised):
         def tree_unflatten(cls, _, children):
             return cls(*children)
 
-    field = _field(noisy_model("diffuse", Energy(model, {"weights": weights}, jnp.eye(20, 16))))
+    field = field_of(noisy_model("diffuse", Energy(model, {"weights": weights}, jnp.eye(20, 16))))
     u = jnp.zeros((64, 16))
 
-    plan = jax.tree.map(jnp.asarray, METHODS["euler_maruyama"].plan(levels_on(EDM(), "karras", 4, (0.1, 10.0)), None))
+    plan = jax.tree.map(
+        jnp.asarray, METHODS["euler_maruyama"].plan(levels_on(EDM(), "karras", 4, (0.1, 10.0)), field.end)
+    )
     counts = []
     for f in (field, Field(ByHand(weights), field.end)):
         program = jax.jit(advance, static_argnums=0).lower(

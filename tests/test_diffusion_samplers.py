@@ -8,12 +8,12 @@ from diffusions import (
     AXES,
     MEAN,
     VARIANCES,
-    OneNormal,
     energy,
     mixture,
     mixture_rows,
     normal_energy,
     normal_network,
+    one_normal,
     predicted_variance,
     sliced_w2,
 )
@@ -95,12 +95,11 @@ def test_any_predictor_and_diffusion(monkeypatch):
 
 def test_corrected_chains_do_not_see_each_other():
     """A chain is the same to the last bit whatever the others are: no step size is a mean over the batch."""
-    step, field = METHODS["predictor_corrector"].step, OneNormal(0.5)
-    plan = jax.tree.map(
-        lambda v: v[3], METHODS["predictor_corrector"].plan(levels_on(EDM(), "karras", 8, (0.1, 10.0)), field.end)
-    )
+    method, field = METHODS["predictor_corrector"], one_normal(0.5)
+    plan = method.plan(levels_on(EDM(), "karras", 8, (0.1, 10.0)), field.end)
+    plan = jax.tree.map(lambda v: jnp.asarray(v[3]), plan)
     u = jax.random.normal(jax.random.key(0), (6, 1))
-    draws = [step(field, plan, v, jnp.zeros((0, 6, 1)), jax.random.key(1))[0] for v in (u, u.at[0].set(1e6))]
+    draws = [method.step(field, plan, v, jnp.zeros((0, 6, 1)), jax.random.key(1))[0] for v in (u, u.at[0].set(1e6))]
     np.testing.assert_array_equal(draws[0][1:], draws[1][1:])
     assert draws[0][0] != draws[1][0]
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from numpyro_score.energy import AnyArray
+
 __all__ = ["NoisyNormal", "end_law"]
 
 
@@ -23,18 +25,18 @@ class NoisyNormal(NamedTuple):
     axes: Float[Array, "d d"]  # Q
     variances: Float[Array, "d"]  # λ, of the data
 
-    def sample(self, rng_key: Array, n: int, rho: Float[Array, ""]) -> Float[Array, "n d"]:
+    def sample(self, rng_key: Array, n: int, rho: Any) -> Float[Array, "n d"]:
         """Draws u, (N, D), with noise of standard deviation ρ."""
         z = jax.random.normal(rng_key, (n, len(self.mean)), self.mean.dtype)
         return self.mean + (jnp.sqrt(self.variances + rho**2) * z) @ self.axes.T
 
-    def log_prob(self, u: Float[Array, "... d"], rho: Float[Array, ""]) -> Float[Array, "..."]:
+    def log_prob(self, u: Float[AnyArray, "... d"], rho: Any) -> Float[Array, "..."]:
         """The log density with noise of standard deviation ρ: (..., D) to (...)."""
         spread = self.variances + rho**2
         away = (u - self.mean) @ self.axes
         return -0.5 * jnp.sum(away**2 / spread + jnp.log(2 * jnp.pi * spread), axis=-1)
 
-    def score(self, u: Float[Array, "... d"], rho: Float[Array, ""]) -> Float[Array, "... d"]:
+    def score(self, u: Float[AnyArray, "... d"], rho: Any) -> Float[Array, "... d"]:
         """The gradient of :meth:`log_prob`."""
         return -(((u - self.mean) @ self.axes) / (self.variances + rho**2)) @ self.axes.T
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_score.diffusion.sde import SDE, drift_and_diffusion, noise_at, time_at
+from numpyro_score.diffusion.sde import SDE, Time, drift_and_diffusion, noise_at, time_at
 from numpyro_score.diffusion.source import noise_range_of
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.source import Source
@@ -66,7 +66,7 @@ def levels_on(sde: SDE | None, grid: Any, num_steps: int, ends: tuple[float, flo
     if sde is None:
         return Levels(given, given, np.ones_like(given), np.zeros_like(given[1:]), 2 * given[:-1])
 
-    def at(given: Array) -> tuple[Array, ...]:
+    def at(given: Array) -> tuple[Time, ...]:
         t = time_at(sde, given)
         if uniform:
             t = jnp.linspace(t[0], t[1], num_steps + 1)

@@ -23,7 +23,7 @@ from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
 from numpyro_score.random import Key, as_key
 
-__all__ = ["Diffused", "diffuse"]
+__all__ = ["Diffused", "diffuse", "field_of"]
 
 
 class Diffused(NamedTuple):
@@ -113,7 +113,7 @@ def diffuse(
     if not model.energy.is_concrete:
         raise TypeError("The energy is traced by a JAX transformation: only the key of diffuse may be.")
     levels = levels_on(sde, grid, num_steps, noise_ends(source, sde, noise_range))
-    field = _field(model)
+    field = field_of(model)
     _warn_of_structure(field, levels.rho[0])
     plan = jax.tree.map(lambda v: jnp.asarray(v, model.dtype), method.plan(levels, field.end))
 
@@ -129,7 +129,7 @@ def diffuse(
     return Diffused(draws, method.calls * levels.num_steps + denoise, levels.rho, state.trajectory)
 
 
-def _field(model: NoisyModel) -> Field:
+def field_of(model: NoisyModel) -> Field:
     """The model at one row, so that samplers are compiled for any number of data, and the law of its data."""
     end = end_law(*data_rows(model.energy), model.dtype)
     one = NoisyModel(model.energy.at(end.mean[None])) if model.energy.resizable else model
