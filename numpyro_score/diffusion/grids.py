@@ -132,4 +132,5 @@ def noise_ends(source: Source, sde: SDE | None, noise_range: Any) -> tuple[float
 
 
 def _noise(sde: SDE, t: float) -> float:
-    return float(noise_at(sde, jnp.asarray(t, jnp.result_type(float))))
+    rho = float(noise_at(sde, jnp.asarray(t, jnp.result_type(float))))
+    return rho if t > 0 or np.isfinite(rho) else 0.0  # at the data α or σ need not be known

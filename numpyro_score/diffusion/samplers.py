@@ -80,7 +80,7 @@ def diffuse(
         noise_range: the smallest and largest level; by default all that the fit has seen and the SDE reaches.
         denoise: whether to end by the mean of the data given each draw, at one more call. It takes the noise from
             pictures, but the draws then have less spread than the data, by the variance given each.
-        trajectory: whether to keep all levels.
+        trajectory: whether to keep the chains at all levels, before the mean of the data is taken.
         sharding: over which devices to split the chains, e.g. `NamedSharding(mesh, PartitionSpec("chains"))`.
         progress_bar: whether to show one. Calls with and without it share one compiled program, as do those with
             other parameters, keys, levels and settings.
@@ -112,10 +112,13 @@ def diffuse(
     model, method = noisy_model("diffuse", source), method_named(method)
     if not model.energy.is_concrete:
         raise TypeError("The energy is traced by a JAX transformation: only the key of diffuse may be.")
-    levels = levels_on(sde, grid, num_steps, noise_ends(source, sde, noise_range))
-    field = field_of(model)
-    _warn_of_structure(field, levels.rho[0])
-    plan = jax.tree.map(lambda v: jnp.asarray(v, model.dtype), method.plan(levels, field.end))
+    if sde is not None and (isinstance(sde, type) or not isinstance(sde, SDE)):
+        raise TypeError(f"diffuse needs a diffusion such as VP() as sde, got {sde!r}.")
+    with jax.ensure_compile_time_eval():  # also while a key is traced by jax.jit
+        levels = levels_on(sde, grid, num_steps, noise_ends(source, sde, noise_range))
+        field = field_of(model)
+        _warn_of_structure(field, levels.rho[0])
+        plan = jax.tree.map(lambda v: jnp.asarray(v, model.dtype), method.plan(levels, field.end))
 
     start_key, run_key = jax.random.split(key)
     u = field.end.sample(start_key, num_samples, jnp.asarray(levels.rho[0], model.dtype))
