@@ -17,6 +17,7 @@ from numpyro_score import (
     EDM,
     VE,
     VP,
+    EDMHeun,
     Energy,
     PredictorCorrector,
     ScoreMatching,
@@ -109,6 +110,7 @@ def test_trajectory_and_last_denoising():
     assert found.trajectory.shape == (4, 4000, 2)
     assert found.noise.tolist() == [30.0, 3.0, 0.3, 0.1]
     np.testing.assert_array_equal(found.trajectory[-1], found.draws)
+    assert repr(found) == "Diffused: 4000 draws of 3 calls each, noise 30 to 0.1"
     assert np.std(found.trajectory[0]) == pytest.approx(30.0, rel=0.1)
     denoised = run(energy(normal_energy), num_samples=4000, denoise=True, grid=[30.0, 3.0, 0.3, 0.1])
     assert denoised.num_calls == 4
@@ -213,6 +215,18 @@ def test_usual_grids_are_not_refused(num_steps, x64):
     """The rule for methods with memory is quiet where they are good, ten thousandfold ranges included."""
     for grid in ("karras", "log_snr"):
         METHODS["exp_ab3"].plan(levels_on(EDM(), grid, num_steps, (0.002, 80.0)), one_normal(1.0).end)
+
+
+def test_settings_of_methods(unchecked):
+    """Are checked where they are given."""
+    for build, message in (
+        (lambda: EDMHeun(churn=-1.0), r"EDMHeun needs a positive churn, got -1"),
+        (lambda: EDMHeun(churn_range=(1.0, 0.1)), r"churn_range=\(low, high\) of rising"),
+        (lambda: PredictorCorrector("corrector"), r"no diffusion method 'corrector'"),
+        (lambda: PredictorCorrector(snr=0.0), r"PredictorCorrector needs a positive snr, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build()
 
 
 def test_little_noise_is_suspected():

@@ -17,7 +17,7 @@ from diffusions import (
     predicted_variance,
     sliced_w2,
 )
-from models import assert_mean, assert_variance
+from models import assert_mean, assert_variance, counted_compilations
 from scipy import stats
 
 from numpyro_score import EDM, VE, VP, PredictorCorrector, SubVP, diffuse, reverse_sde
@@ -146,6 +146,10 @@ def test_nonlinear_diffusion():
     x = at(np.random.default_rng(0), 4000, 3.0)[:, None]
     times = np.linspace(3.0, 0.5, 201)
     found = reverse_sde(lambda x, t: jnp.tanh(x), lambda t: 1.0, score, 0, x, times)
+    with counted_compilations() as compiled:  # nor for functions that are new and the same
+        shown = reverse_sde(lambda x, t: jnp.tanh(x), lambda t: 1.0, score, 0, x, times, progress_bar=True)
+    assert len(compiled) == 0
+    np.testing.assert_array_equal(shown, found)
 
     def cdf(x):
         return share * stats.norm.cdf(x, 1.2, 0.5**0.5) + (1 - share) * stats.norm.cdf(x, 0.2, 0.5**0.5)

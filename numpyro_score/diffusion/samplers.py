@@ -18,6 +18,7 @@ from numpyro_score.diffusion.methods import Method, method_named
 from numpyro_score.diffusion.sde import SDE
 from numpyro_score.diffusion.source import NoisyModel, data_rows, noisy_model
 from numpyro_score.diffusion.steps import Field
+from numpyro_score.energy import plural
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
@@ -33,6 +34,11 @@ class Diffused(NamedTuple):
     num_calls: int  # calls of the model for each draw
     noise: np.ndarray  # (S + 1,), the levels ρ passed, in the units of the data
     trajectory: Float[Array, "steps n d"] | None  # (S + 1, N, D): rows u = x/α at these levels, if asked for
+
+    def __repr__(self) -> str:
+        n = len(jax.tree.leaves(self.draws)[0])
+        high, low = self.noise[0], self.noise[-1]
+        return f"Diffused: {plural(n, 'draw')} of {plural(self.num_calls, 'call')} each, noise {high:.3g} to {low:.3g}"
 
 
 def diffuse(
