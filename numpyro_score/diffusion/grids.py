@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_score.diffusion.sde import SDE, drift_and_diffusion, noise_at, time_at
+from numpyro_score.diffusion.sde import SDE, Time, drift_and_diffusion, noise_at, time_at
 from numpyro_score.diffusion.source import noise_range_of
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.source import Source
@@ -36,11 +36,11 @@ class Levels(NamedTuple):
         return len(self.rho) - 1
 
 
-def levels_on(sde: SDE, grid: Any, num_steps: int, ends: tuple[float, float]) -> Levels:
+def levels_on(sde: SDE | None, grid: Any, num_steps: int, ends: tuple[float, float]) -> Levels:
     """The levels of a grid between two noise levels, the smallest first.
 
     Args:
-        sde: the diffusion, whose ρ = σ/α reaches both ends.
+        sde: the diffusion, whose ρ = σ/α reaches both ends; None for α = 1 and σ = t, where t is ρ.
         grid: "karras", even in ρ^(1/7) [Karras et al. 2022, eq. 5]; "log_snr", even in log ρ; "uniform", even in t; or
             the levels themselves, (S + 1,), falling.
         num_steps: S, where the levels are not given.
@@ -59,11 +59,14 @@ def levels_on(sde: SDE, grid: Any, num_steps: int, ends: tuple[float, float]) ->
     elif grid == "log_snr":
         given = np.geomspace(high, low, num_steps + 1)
     elif uniform:
-        given = np.array([high, low])
+        given = np.linspace(high, low, num_steps + 1) if sde is None else np.array([high, low])
     else:
         raise ValueError(f"diffuse has no grid {grid!r}: use 'karras', 'log_snr', 'uniform', or falling noise levels.")
 
-    def at(given: Array) -> tuple[Array, ...]:
+    if sde is None:
+        return Levels(given, given, np.ones_like(given), np.zeros_like(given[1:]), 2 * given[:-1])
+
+    def at(given: Array) -> tuple[Time, ...]:
         t = time_at(sde, given)
         if uniform:
             t = jnp.linspace(t[0], t[1], num_steps + 1)
@@ -129,4 +132,5 @@ def noise_ends(source: Source, sde: SDE | None, noise_range: Any) -> tuple[float
 
 
 def _noise(sde: SDE, t: float) -> float:
-    return float(noise_at(sde, jnp.asarray(t, jnp.result_type(float))))
+    rho = float(noise_at(sde, jnp.asarray(t, jnp.result_type(float))))
+    return rho if t > 0 or np.isfinite(rho) else 0.0  # at the data α or σ need not be known

@@ -96,6 +96,9 @@ class EDMHeun:
             rises by the factor 1 + min(churn / steps, √2 − 1) before each step, and never above the largest level.
         churn_range: the levels at which it is.
         churn_noise: a factor of the added noise; a little above 1 makes up for networks that denoise too much.
+
+    Raises:
+        ValueError, TypeError: for settings that are not positive, or a range that does not rise.
     """
 
     churn: float = 0.0
@@ -110,6 +113,9 @@ class EDMHeun:
         if self.churn != 0:
             positive("EDMHeun", "churn", self.churn)
         positive("EDMHeun", "churn_noise", self.churn_noise)
+        low, high = self.churn_range
+        if not 0 <= low < high:
+            raise ValueError(f"EDMHeun needs churn_range=(low, high) of rising noise levels, got {self.churn_range}.")
 
     def plan(self, levels: Levels, end: NoisyNormal) -> HeunPlan:
         """The levels before and after noise is added."""
@@ -138,6 +144,9 @@ class PredictorCorrector:
             h = 0.1 ρ² in Song & Ermon 2019 is snr = 0.22.
         num_corrector_steps: Langevin steps at each level, of one call each.
         snr: the length of the step's drift over that of its noise.
+
+    Raises:
+        ValueError, TypeError: for settings that are not positive, or an unknown predictor.
     """
 
     predictor: Any = "reverse_diffusion"

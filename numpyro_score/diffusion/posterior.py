@@ -18,7 +18,6 @@ from numpyro.infer.util import log_density
 from numpyro_score.diffusion.grids import levels_on, noise_ends
 from numpyro_score.diffusion.particles import Run, run_particles
 from numpyro_score.diffusion.samplers import field_of
-from numpyro_score.diffusion.sde import EDM
 from numpyro_score.diffusion.source import NoisyModel, noisy_model
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.diffusion.twists import Twist
@@ -169,7 +168,7 @@ class Problem(NamedTuple):
             raise ValueError(f"posterior has no twist {twist!r}: use 'moments', 'isotropic' or 'plain'.")
         model = noisy_model("posterior", source)
         method = _method(model, method)
-        levels = levels_on(EDM(1e30), grid, num_steps, noise_ends(source, None, noise_range))
+        levels = levels_on(None, grid, num_steps, noise_ends(source, None, noise_range))
         return cls(field_of(model), levels.rho, observation, method, twist, num_particles, num_runs)
 
     def run(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:

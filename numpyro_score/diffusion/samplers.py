@@ -15,9 +15,10 @@ from numpyro_score.diffusion.chains import advance, require_finite, run_chains, 
 from numpyro_score.diffusion.end import end_law
 from numpyro_score.diffusion.grids import levels_on, noise_ends
 from numpyro_score.diffusion.methods import Method, method_named
-from numpyro_score.diffusion.sde import EDM, SDE
+from numpyro_score.diffusion.sde import SDE
 from numpyro_score.diffusion.source import NoisyModel, data_rows, noisy_model
 from numpyro_score.diffusion.steps import Field
+from numpyro_score.energy import plural
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
@@ -33,6 +34,11 @@ class Diffused(NamedTuple):
     num_calls: int  # calls of the model for each draw
     noise: np.ndarray  # (S + 1,), the levels ρ passed, in the units of the data
     trajectory: Float[Array, "steps n d"] | None  # (S + 1, N, D): rows u = x/α at these levels, if asked for
+
+    def __repr__(self) -> str:
+        n = len(jax.tree.leaves(self.draws)[0])
+        high, low = self.noise[0], self.noise[-1]
+        return f"Diffused: {plural(n, 'draw')} of {plural(self.num_calls, 'call')} each, noise {high:.3g} to {low:.3g}"
 
 
 def diffuse(
@@ -80,7 +86,7 @@ def diffuse(
         noise_range: the smallest and largest level; by default all that the fit has seen and the SDE reaches.
         denoise: whether to end by the mean of the data given each draw, at one more call. It takes the noise from
             pictures, but the draws then have less spread than the data, by the variance given each.
-        trajectory: whether to keep all levels.
+        trajectory: whether to keep the chains at all levels, before the mean of the data is taken.
         sharding: over which devices to split the chains, e.g. `NamedSharding(mesh, PartitionSpec("chains"))`.
         progress_bar: whether to show one. Calls with and without it share one compiled program, as do those with
             other parameters, keys, levels and settings.
@@ -112,11 +118,13 @@ def diffuse(
     model, method = noisy_model("diffuse", source), method_named(method)
     if not model.energy.is_concrete:
         raise TypeError("The energy is traced by a JAX transformation: only the key of diffuse may be.")
-    low, high = noise_ends(source, sde, noise_range)
-    levels = levels_on(EDM(high) if sde is None else sde, grid, num_steps, (low, high))
-    field = field_of(model)
-    _warn_of_structure(field, levels.rho[0])
-    plan = jax.tree.map(lambda v: jnp.asarray(v, model.dtype), method.plan(levels, field.end))
+    if sde is not None and (isinstance(sde, type) or not isinstance(sde, SDE)):
+        raise TypeError(f"diffuse needs a diffusion such as VP() as sde, got {sde!r}.")
+    with jax.ensure_compile_time_eval():  # also while a key is traced by jax.jit
+        levels = levels_on(sde, grid, num_steps, noise_ends(source, sde, noise_range))
+        field = field_of(model)
+        _warn_of_structure(field, levels.rho[0])
+        plan = jax.tree.map(lambda v: jnp.asarray(v, model.dtype), method.plan(levels, field.end))
 
     start_key, run_key = jax.random.split(key)
     u = field.end.sample(start_key, num_samples, jnp.asarray(levels.rho[0], model.dtype))

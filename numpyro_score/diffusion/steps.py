@@ -58,7 +58,7 @@ def linear_step(field: Field, plan: LinearPlan, u: Rows, past: Past, rng_key: Ar
     new = plan.a * u + jnp.sum(plan.b[:, None, None] * past, axis=0)
     if plan.c is not None:
         noise = plan.c * random.normal(rng_key, u.shape, u.dtype)
-        new += noise if jnp.ndim(plan.c) == 0 else noise @ field.end.axes.T
+        new += noise if jnp.ndim(plan.c) == 0 else field.end.turned(noise)
     return new, past[:-1]
 
 
