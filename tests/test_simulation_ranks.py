@@ -78,7 +78,7 @@ def test_wrong_draws_fail(settings, scale):
     wrong = {**SETTINGS, "num_sets": 300, "num_particles": 128, **settings}
     found = simulation_ranks(source, one_number, jax.random.key(3), truths=truths_of(scale), **wrong)
     pvalues = found.pvalues()
-    assert pvalues["log joint"] < 1e-3 / 4
+    assert pvalues["log joint"] < 0.01 / 4
     assert min(pvalues["x[0]"], pvalues["x[1]"]) > 0.01
     assert found.joint_pvalue < 0.05
 
