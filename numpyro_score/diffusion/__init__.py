@@ -1,6 +1,30 @@
 """Diffusions: noise levels become samplers, likelihoods and posteriors."""
 
+from numpyro_score.diffusion.calibration import SimulationRanks, simulation_ranks
+from numpyro_score.diffusion.methods import EDMHeun, PredictorCorrector
+from numpyro_score.diffusion.nonlinear import reverse_sde
+from numpyro_score.diffusion.posterior import PosteriorDraws, inpaint, posterior
 from numpyro_score.diffusion.preconditioning import preconditioned_energy, preconditioned_score
+from numpyro_score.diffusion.samplers import Diffused, diffuse
 from numpyro_score.diffusion.sde import EDM, SDE, VE, VP, LinearSDE, SubVP
 
-__all__ = ["EDM", "SDE", "VE", "VP", "LinearSDE", "SubVP", "preconditioned_energy", "preconditioned_score"]
+__all__ = [
+    "EDM",
+    "SDE",
+    "VE",
+    "VP",
+    "Diffused",
+    "EDMHeun",
+    "LinearSDE",
+    "PosteriorDraws",
+    "PredictorCorrector",
+    "SimulationRanks",
+    "SubVP",
+    "diffuse",
+    "inpaint",
+    "posterior",
+    "preconditioned_energy",
+    "preconditioned_score",
+    "reverse_sde",
+    "simulation_ranks",
+]

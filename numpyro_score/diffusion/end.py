@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from numpyro_score.energy import AnyArray
 
 __all__ = ["NoisyNormal", "end_law"]
 
@@ -23,20 +26,28 @@ class NoisyNormal(NamedTuple):
     axes: Float[Array, "d d"]  # Q
     variances: Float[Array, "d"]  # λ, of the data
 
-    def sample(self, rng_key: Array, n: int, rho: Float[Array, ""]) -> Float[Array, "n d"]:
+    def sample(self, rng_key: Array, n: int, rho: Any) -> Float[Array, "n d"]:
         """Draws u, (N, D), with noise of standard deviation ρ."""
         z = jax.random.normal(rng_key, (n, len(self.mean)), self.mean.dtype)
-        return self.mean + (jnp.sqrt(self.variances + rho**2) * z) @ self.axes.T
+        return self.mean + self.turned(jnp.sqrt(self.variances + rho**2) * z)
 
-    def log_prob(self, u: Float[Array, "... d"], rho: Float[Array, ""]) -> Float[Array, "..."]:
+    def log_prob(self, u: Float[AnyArray, "... d"], rho: Any) -> Float[Array, "..."]:
         """The log density with noise of standard deviation ρ: (..., D) to (...)."""
         spread = self.variances + rho**2
-        away = (u - self.mean) @ self.axes
+        away = _product(u - self.mean, self.axes)
         return -0.5 * jnp.sum(away**2 / spread + jnp.log(2 * jnp.pi * spread), axis=-1)
 
-    def score(self, u: Float[Array, "... d"], rho: Float[Array, ""]) -> Float[Array, "... d"]:
+    def score(self, u: Float[AnyArray, "... d"], rho: Any) -> Float[Array, "... d"]:
         """The gradient of :meth:`log_prob`."""
-        return -(((u - self.mean) @ self.axes) / (self.variances + rho**2)) @ self.axes.T
+        return -self.turned(_product(u - self.mean, self.axes) / (self.variances + rho**2))
+
+    def turned(self, v: Float[AnyArray, "... d"]) -> Float[Array, "... d"]:
+        """Vectors along the axes, as vectors of the data: Q v."""
+        return _product(v, self.axes.T)
+
+
+# Accelerators multiply matrices of floats to three digits by default.
+_product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def end_law(x: np.ndarray, weights: np.ndarray, dtype: Any = jnp.float32) -> NoisyNormal:

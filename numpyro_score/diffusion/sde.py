@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_score.energy import AnyArray
 from numpyro_score.losses.base import positive
 
-__all__ = ["EDM", "SDE", "VE", "VP", "LinearSDE", "SubVP", "drift_and_diffusion", "noise_at", "time_at"]
+__all__ = ["EDM", "SDE", "VE", "VP", "LinearSDE", "SubVP", "Time", "drift_and_diffusion", "noise_at", "time_at"]
 
-Time = Float[Array, "..."]
+Time = Float[AnyArray, "..."]
 
 
 @runtime_checkable
@@ -162,12 +163,12 @@ def noise_at(sde: SDE, t: Time) -> Time:
     return sde.sigma(t) / sde.alpha(t)
 
 
-def time_at(sde: SDE, rho: Float[Array, "..."]) -> Time:
+def time_at(sde: SDE, rho: Float[AnyArray, "..."]) -> Time:
     """The times at which σ/α is ρ, by bisection to the last digits; beyond the ends, these."""
     rho = jnp.asarray(rho)
     low, high = jnp.zeros_like(rho), jnp.full_like(rho, sde.final_time)
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = 0.5 * (low + high)
         above = noise_at(sde, middle) > rho

@@ -45,11 +45,20 @@ class NoisyModel:
 
     def log_density(self, u: Float[Array, "n d"], rho: Float[Array, "..."]) -> Float[Array, "n"]:
         """The log of q_ρ(u), up to a constant for each level."""
-        return self.at(u, rho).log_density(u)
+        return self._evaluate("log_density", u, rho)
 
     def score(self, u: Float[Array, "n d"], rho: Float[Array, "..."]) -> Float[Array, "n d"]:
         """∇ log q_ρ(u), (N, D)."""
-        return self.at(u, rho).score(u)
+        return self._evaluate("score", u, rho)
+
+    def _evaluate(self, what: str, u: Array, rho: Array) -> Array:
+        if self.energy.resizable:
+            return getattr(self.at(u, rho), what)(u)
+
+        def one(u: Array, sigma: Array) -> Array:  # the data are one big point
+            return getattr(self.energy.bind(sigma=sigma[None]), what)(u)
+
+        return jax.vmap(one)(u, jnp.broadcast_to(jnp.asarray(rho, u.dtype), u.shape[:1]))
 
     def tree_flatten(self) -> tuple[tuple[Energy], None]:
         """For JAX."""
@@ -107,7 +116,15 @@ def noise_range_of(source: Source) -> tuple[float, float] | None:
 
 
 def data_rows(energy: Energy) -> tuple[np.ndarray, np.ndarray]:
-    """The data (N, D) and their weights (N,) in double precision, without rows that do not count."""
+    """The data (N, D) and their weights (N,) in double precision, without rows that do not count.
+
+    Raises ValueError if none counts, or one is not finite.
+    """
     x, weights = (np.asarray(v, np.float64) for v in jax.device_get(jax.jit(Energy.data_and_weights)(energy)))
     used = weights > 0
+    if not used.any() or not np.isfinite(x[used]).all():
+        raise ValueError(
+            f"Of the energy's {len(x)} rows {used.sum()} count and {np.isfinite(x[used]).all(-1).sum()} of these are "
+            "finite: bind it to finite data, whose mean and covariance say where noise begins."
+        )
     return x[used], weights[used]

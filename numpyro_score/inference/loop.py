@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
-__all__ = ["Advance", "NonFiniteLossError", "check_num_steps", "run_steps", "strongly_typed", "take_steps"]
+__all__ = ["Advance", "NonFiniteLossError", "check_num_steps", "next_size", "run_steps", "strongly_typed", "take_steps"]
 
 _BUFFER = 1024  # values kept on the device between two looks at them
 _SECONDS = 0.1  # between two updates of the progress bar
@@ -117,7 +117,7 @@ def run_steps(
                 bar.set_postfix_str(f"init loss: {first:.4f}, loss: {mean:.4f}", refresh=False)
                 bar.update(n)
                 if len(chunks) > 1:  # the first call compiles
-                    size = _next_size(n, time.perf_counter() - begin)
+                    size = next_size(n, time.perf_counter() - begin)
                 else:
                     size = min(8, num_steps)
     except KeyboardInterrupt:
@@ -131,7 +131,7 @@ def _joined(chunks: list[Any], n: int) -> Any:
     return jax.tree.map(lambda *v: np.concatenate(v)[:n], *chunks)
 
 
-def _next_size(n: int, seconds: float) -> int:
+def next_size(n: int, seconds: float) -> int:
     """Steps until the next look: what takes about a tenth of a second, growing at most fourfold."""
     return int(np.clip(n * _SECONDS / max(seconds, 1e-6), 1, min(4 * n, _BUFFER)))
 

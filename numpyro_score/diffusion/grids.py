@@ -1,0 +1,136 @@
+"""Noise levels that samplers pass through, from the largest to the smallest."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from numpyro_score.diffusion.sde import SDE, Time, drift_and_diffusion, noise_at, time_at
+from numpyro_score.diffusion.source import noise_range_of
+from numpyro_score.losses.base import at_least_one
+from numpyro_score.normaliser.source import Source
+from numpyro_score.programs import run_compiled
+
+__all__ = ["Grid", "Levels", "levels_on", "noise_ends"]
+
+Grid = Literal["karras", "log_snr", "uniform"]
+
+_BEND = 7.0  # Karras et al. 2022, who call it ρ
+
+
+class Levels(NamedTuple):
+    """The S + 1 levels of S steps, and the diffusion there; NumPy's numbers in double precision."""
+
+    rho: np.ndarray  # (S + 1,), falling: the noise in the units of the data, σ/α
+    time: np.ndarray  # (S + 1,)
+    alpha: np.ndarray  # (S + 1,)
+    drift: np.ndarray  # (S,), f of dx = f x dt + g dw where each step begins
+    squared_diffusion: np.ndarray  # (S,), g² there
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return len(self.rho) - 1
+
+
+def levels_on(sde: SDE | None, grid: Any, num_steps: int, ends: tuple[float, float]) -> Levels:
+    """The levels of a grid between two noise levels, the smallest first.
+
+    Args:
+        sde: the diffusion, whose ρ = σ/α reaches both ends; None for α = 1 and σ = t, where t is ρ.
+        grid: "karras", even in ρ^(1/7) [Karras et al. 2022, eq. 5]; "log_snr", even in log ρ; "uniform", even in t; or
+            the levels themselves, (S + 1,), falling.
+        num_steps: S, where the levels are not given.
+        ends: the smallest and the largest level.
+
+    Raises:
+        ValueError, TypeError: for an unknown grid, or levels that do not fall or lie beyond the ends.
+    """
+    at_least_one("diffuse", "num_steps", num_steps)
+    low, high = ends
+    uniform = isinstance(grid, str) and grid == "uniform"
+    if not isinstance(grid, str):
+        given = _checked(np.asarray(grid, np.float64), low, high)
+    elif grid == "karras":
+        given = np.linspace(high ** (1 / _BEND), low ** (1 / _BEND), num_steps + 1) ** _BEND
+    elif grid == "log_snr":
+        given = np.geomspace(high, low, num_steps + 1)
+    elif uniform:
+        given = np.linspace(high, low, num_steps + 1) if sde is None else np.array([high, low])
+    else:
+        raise ValueError(f"diffuse has no grid {grid!r}: use 'karras', 'log_snr', 'uniform', or falling noise levels.")
+
+    if sde is None:
+        return Levels(given, given, np.ones_like(given), np.zeros_like(given[1:]), 2 * given[:-1])
+
+    def at(given: Array) -> tuple[Time, ...]:
+        t = time_at(sde, given)
+        if uniform:
+            t = jnp.linspace(t[0], t[1], num_steps + 1)
+        return noise_at(sde, t), t, sde.alpha(t), *drift_and_diffusion(sde, t[:-1])
+
+    levels = Levels(*(np.asarray(v, np.float64) for v in run_compiled(at, jnp.asarray(given, jnp.result_type(float)))))
+    return levels if uniform else levels._replace(rho=given)
+
+
+def _checked(rho: np.ndarray, low: float, high: float) -> np.ndarray:
+    if rho.ndim != 1 or len(rho) < 2:
+        raise ValueError(f"diffuse needs at least two noise levels in one row as grid, got shape {rho.shape}.")
+    if not (np.isfinite(rho).all() and (np.diff(rho) < 0).all() and rho[-1] > 0):
+        raise ValueError("diffuse needs positive noise levels that fall from the largest to the smallest as grid.")
+    if rho[0] > high * (1 + 1e-5) or rho[-1] < low * (1 - 1e-5):
+        raise ValueError(
+            f"The grid's levels, {rho[-1]:.3g} to {rho[0]:.3g}, lie beyond {low:.3g} to {high:.3g}, where model and "
+            "SDE are known: take levels within."
+        )
+    return rho
+
+
+def noise_ends(source: Source, sde: SDE | None, noise_range: Any) -> tuple[float, float]:
+    """The smallest and the largest noise level that the fit has seen and the diffusion reaches.
+
+    Args:
+        source: a fit or an energy.
+        sde: the diffusion; None for any noise.
+        noise_range: what the user asked for, if anything.
+
+    Raises:
+        TypeError: if the levels of the fit are not known and not given.
+        ValueError: if the levels asked for are not known to the model or not reached.
+    """
+    known = noise_range_of(source)
+    reach = (0.0, np.inf) if sde is None else (_noise(sde, 0.0), _noise(sde, sde.final_time))
+    if noise_range is None:
+        if known is None:
+            raise TypeError(
+                f"diffuse cannot see at which noise levels the model of this {type(source).__name__} is good: write "
+                "noise_range=(smallest, largest), or pass a fit by DSM with several levels."
+            )
+        low, high = max(known[0], reach[0]), min(known[1], reach[1])
+        if not low < high:
+            raise ValueError(
+                f"The fit has seen noise levels from {known[0]:.3g} to {known[1]:.3g}, and sigma/alpha of the SDE goes "
+                f"from {reach[0]:.3g} to {reach[1]:.3g}: fit at levels that the SDE passes."
+            )
+        return low, high
+    ends = np.asarray(noise_range, np.float64)
+    if ends.shape != (2,) or not 0 < ends[0] < ends[1] < np.inf:
+        raise ValueError(f"diffuse needs noise_range=(smallest, largest) of positive numbers, got {noise_range!r}.")
+    low, high = (float(v) for v in ends)
+    for (least, most), what in (
+        (known or (0.0, np.inf), "the fit has seen"),
+        (reach, "sigma/alpha of the SDE reaches"),
+    ):
+        if low < least * (1 - 1e-5) or high > most * (1 + 1e-5):
+            raise ValueError(
+                f"noise_range goes from {low:.3g} to {high:.3g}, but {what} {least:.3g} to {most:.3g}: stay within."
+            )
+    return low, high
+
+
+def _noise(sde: SDE, t: float) -> float:
+    rho = float(noise_at(sde, jnp.asarray(t, jnp.result_type(float))))
+    return rho if t > 0 or np.isfinite(rho) else 0.0  # at the data α or σ need not be known

@@ -1,0 +1,328 @@
+"""Posteriors of data whose prior is a diffusion, and whose observation is a NumPyro model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float
+from numpyro import handlers
+from numpyro.infer.util import log_density
+
+from numpyro_score.diffusion.grids import levels_on, noise_ends
+from numpyro_score.diffusion.particles import Run, run_particles
+from numpyro_score.diffusion.samplers import field_of
+from numpyro_score.diffusion.source import NoisyModel, noisy_model
+from numpyro_score.diffusion.steps import Field
+from numpyro_score.diffusion.twists import Twist
+from numpyro_score.energy import join_arrays, split_arrays
+from numpyro_score.losses.base import at_least_one, positive
+from numpyro_score.normaliser.coordinates import row_to_data
+from numpyro_score.normaliser.source import Source
+from numpyro_score.random import Key, as_key
+
+__all__ = ["PosteriorDraws", "Problem", "as_data", "inpaint", "log_likelihood", "posterior"]
+
+Method = Literal["smc", "tds", "guided"]
+
+_FEW = 10.0  # particles that count, below which there is a warning
+
+
+class PosteriorDraws(NamedTuple):
+    """Weighted draws of the data given the observation, from R runs of N particles."""
+
+    draws: Any  # (R N, event shape); by name where there are several data sites
+    log_weights: Float[np.ndarray, "rn"]  # normalised; all equal for "guided"
+    log_evidence: float | None  # log p(y); None for "guided"
+    log_evidence_stderr: float | None  # from the spread of the runs
+    ess: float  # the effective number of draws, 1/Σw²
+    least_ess: float  # the smallest effective share of a run's particles on the way
+    unique_ancestors: int  # of how many first particles the draws descend, over all runs
+    biased: bool  # true for "guided", which is no method to compute a posterior
+
+    def resample(self, rng_key: Key, num_samples: int) -> Any:
+        """Draws of equal weight, in the form of `draws`: some of these several times."""
+        weights = jnp.exp(jnp.asarray(self.log_weights))
+        chosen = jax.random.choice(as_key(rng_key), len(weights), (num_samples,), p=weights)
+        return jax.tree.map(lambda v: v[chosen], self.draws)
+
+
+def posterior(
+    source: Source,
+    observation_model: Callable[..., Any],
+    rng_key: Key,
+    *args: Any,
+    method: Method | None = None,
+    num_particles: int = 512,
+    num_runs: int = 8,
+    num_steps: int = 32,
+    twist: Twist = "moments",
+    grid: Any = "karras",
+    noise_range: tuple[float, float] | None = None,
+    **kwargs: Any,
+) -> PosteriorDraws:
+    r"""Draws of the data x given an observation y, with a diffusion as prior and the observation as a NumPyro model.
+
+    The target is :math:`q_{\rho_{\min}}(x)\, p(y \mid x)`: the prior is that of the data with the smallest noise.
+    Particles go from noise to less noise by proposals that know of y, with the mean and the covariance of the data
+    given the noisy point (`twist`), and are weighted and resampled:
+
+    - "smc", for energies: targets :math:`q_\rho(u)\, h(u)` at every level, with the noising kernel backwards [Del
+      Moral, Doucet & Jasra 2006]. What is wrong with steps and twists, the weights correct: only the density at the
+      smallest level counts, for draws and evidence alike. The levels' unknown constants are estimated by a second set
+      of runs without observation;
+    - "tds", for scores: twisted diffusion [Wu et al. 2023], whose target is what the sampler with `num_steps` steps
+      draws, given y. The sampler's own error is not corrected: take more steps, and see whether anything moves;
+    - "guided": the proposals alone, without weights. **It is biased, by any number of steps**: on mixtures it puts
+      mass where there is none, and rank tests do not show it. For pictures and for comparison.
+
+    Args:
+        source: a fit by DSM with several levels, or an energy, whose model takes `sigma`.
+        observation_model: a NumPyro model whose first argument is the data of one row, in the shape of its site (a
+            dictionary by name for several sites), and whose sites are all observed.
+        rng_key: a key.
+        *args: further arguments of the observation model, such as y.
+        method: by default "smc" where there is a density, and "tds" where there is only a score.
+        num_particles: N, of each run.
+        num_runs: R, independent runs, which share nothing but the target.
+        num_steps: levels, as in :func:`~numpyro_score.diffuse`.
+        twist: "moments", "isotropic" or "plain"; "moments" takes D products with the score's derivative a step, and
+            is worth them by a factor of ten in the number of particles.
+        grid: as in :func:`~numpyro_score.diffuse`.
+        noise_range: as in :func:`~numpyro_score.diffuse`.
+        **kwargs: further keyword arguments of the observation model.
+
+    Raises:
+        TypeError, ValueError: as :func:`~numpyro_score.diffuse`; an observation model with latent sites; "smc" for a
+            model without a density.
+        FloatingPointError: if weights are NaN, or the observation is impossible at all particles.
+
+    Warns:
+        UserWarning: if fewer than ten particles of a run counted at some level.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_score import Energy, posterior
+        >>> def prior(x, sigma=1.0):  # a standard normal law with noise
+        ...     with numpyro.plate("rows", len(x)):
+        ...         x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+        ...         numpyro.factor("energy", -0.5 * x**2 / (1 + sigma**2))
+        >>> def observed(x, y):
+        ...     numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+        >>> energy = Energy(prior, {}, jnp.array([-1.0, 1.0]))
+        >>> found = posterior(energy, observed, jax.random.key(0), 2.0, noise_range=(0.01, 10.0))
+        >>> evidence = dist.Normal(0.0, 2**0.5).log_prob(2.0)
+        >>> bool(abs(found.log_evidence - evidence) < 4 * found.log_evidence_stderr + 1e-3)
+        True
+    """
+    key = as_key(rng_key, "write posterior(fit, observed, jax.random.key(0), y)")
+    problem = Problem.of(
+        source, observation_model, method, num_particles, num_runs, num_steps, twist, grid, noise_range
+    )
+    y_key, prior_key = jax.random.split(key)
+    found = problem.run(y_key, args, kwargs)
+    draws, log_weights = problem.draws(found)
+    ancestors = sum(len(np.unique(a)) for a in found.ancestors)
+    if problem.method == "guided":
+        return PosteriorDraws(draws, log_weights, None, None, float(len(log_weights)), 1.0, ancestors, True)
+    log_evidence, stderr = _mean_and_error(found.log_z)
+    if problem.method == "smc":
+        without = problem._replace(observation=_nothing).run(prior_key, (), {})
+        constant, error = _mean_and_error(without.log_z)
+        log_evidence, stderr = log_evidence - constant, float(np.hypot(stderr, error))
+    ess = float(np.exp(-np.logaddexp.reduce(2 * log_weights)))
+    least = float(np.min(found.least_ess))
+    if least * num_particles < _FEW:
+        warnings.warn(
+            f"At some noise level the weights of {num_particles} particles counted as {least * num_particles:.1f}: "
+            "neither draws nor evidence are to be trusted; take more num_particles, more num_steps, or twist='moments'.",
+            stacklevel=2,
+        )
+    return PosteriorDraws(draws, log_weights, log_evidence, stderr, ess, least, ancestors, False)
+
+
+class Problem(NamedTuple):
+    """All of a posterior but the observed values."""
+
+    field: Field
+    rho: np.ndarray
+    observation: Callable[..., Any]
+    method: Method
+    twist: Twist
+    num_particles: int
+    num_runs: int
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        observation: Callable[..., Any],
+        method: Method | None,
+        num_particles: int,
+        num_runs: int,
+        num_steps: int,
+        twist: Twist,
+        grid: Any,
+        noise_range: tuple[float, float] | None,
+    ) -> Problem:
+        """From the arguments of :func:`posterior`, checked."""
+        for name, value in {"num_particles": num_particles, "num_runs": num_runs}.items():
+            at_least_one("posterior", name, value)
+        if twist not in ("moments", "isotropic", "plain"):
+            raise ValueError(f"posterior has no twist {twist!r}: use 'moments', 'isotropic' or 'plain'.")
+        model = noisy_model("posterior", source)
+        method = _method(model, method)
+        levels = levels_on(None, grid, num_steps, noise_ends(source, None, noise_range))
+        return cls(field_of(model), levels.rho, observation, method, twist, num_particles, num_runs)
+
+    def run(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+        """All runs, for one observation, on the host."""
+        arrays, static = split_arrays((args, kwargs))
+        if self.observation is not _nothing:
+            _check_observation(self.observation, self.field, arrays, static)
+        keys, rho = jax.random.split(rng_key, self.num_runs), jnp.asarray(self.rho, self.field.model.dtype)
+        settings = (self.observation, static, self.method, self.twist, self.num_particles)
+        found = jax.device_get(_runs(self.field, rho, keys, arrays, *settings))
+        _require_numbers(found, self.rho)
+        return found
+
+    def draws(self, found: Run) -> tuple[Any, Float[np.ndarray, "rn"]]:
+        """The particles of all runs in the data's own form, and their log weights, normalised."""
+        rows = jnp.asarray(found.u).reshape(-1, self.field.model.dim)
+        draws = jax.vmap(partial(as_data, self.field))(rows)
+        if self.method == "guided":
+            return draws, np.full(len(rows), -np.log(len(rows)))
+        log_weights = (found.log_weights + np.asarray(found.log_z)[:, None]).reshape(-1).astype(np.float64)
+        return draws, log_weights - np.logaddexp.reduce(log_weights)
+
+
+def as_data(field: Field, row: Float[Array, "d"]) -> Any:
+    """One row in the form of its site; by name where there are several sites."""
+    values = row_to_data(field.model.energy, row)
+    return values if len(values) > 1 else next(iter(values.values()))
+
+
+def inpaint(
+    source: Source, x: Any, mask: Any, rng_key: Key, *, noise: float | None = None, **settings: Any
+) -> PosteriorDraws:
+    """Draws of the data given some of their numbers: :func:`posterior` of what is known.
+
+    Args:
+        source: as in :func:`posterior`; one data site.
+        x: one row, in the shape of its site. What it holds where `mask` is false does not count, and may be NaN.
+        mask: where x is known, of the same shape.
+        rng_key: a key.
+        noise: the standard deviation with which x is known; by default the smallest noise level, as without any noise
+            x would have to be a number that the prior, which has this noise, all but excludes.
+        **settings: of :func:`posterior`.
+
+    Raises:
+        TypeError, ValueError: as :func:`posterior`; x or mask of another shape; NaN or infinity where x is known.
+    """
+    model = noisy_model("inpaint", source)
+    shapes = {k: v.shape for k, v in row_to_data(field_of(model).model.energy, jnp.zeros(model.dim)).items()}
+    if len(shapes) > 1:
+        raise TypeError(
+            f"inpaint needs one data site, got {sorted(shapes)}: write posterior with a model of the known."
+        )
+    (shape,) = shapes.values()
+    x, mask = np.asarray(x, np.float64), np.asarray(mask)
+    if x.shape != shape or mask.shape != shape or mask.dtype != bool:
+        raise ValueError(
+            f"inpaint needs x and a boolean mask of one row's shape {shape}, got {x.shape} and {mask.shape} of "
+            f"{mask.dtype}."
+        )
+    if not np.isfinite(x[mask]).all():
+        raise ValueError("x has NaN or infinity where mask says that it is known: set mask to False there.")
+    if noise is None:
+        noise = noise_ends(source, None, settings.get("noise_range"))[0]
+    positive("inpaint", "noise", noise)
+    known = jnp.asarray(np.where(mask, x, 0.0), model.dtype)
+    return posterior(source, _known, rng_key, known, jnp.asarray(mask), jnp.asarray(noise, model.dtype), **settings)
+
+
+def _known(x: Array, value: Array, mask: Array, noise: Array) -> None:
+    with handlers.mask(mask=mask):
+        numpyro.sample("known", dist.Normal(x, noise), obs=value)
+
+
+def _nothing(_: Any) -> None:
+    """No observation."""
+
+
+def _method(model: NoisyModel, method: Method | None) -> Method:
+    has_density = model.energy.has_density
+    if method is None:
+        return "smc" if has_density else "tds"
+    if method not in ("smc", "tds", "guided"):
+        raise ValueError(f"posterior has no method {method!r}: use 'smc', 'tds' or 'guided'.")
+    if method == "smc" and not has_density:
+        raise TypeError("posterior by 'smc' needs the density at every level, and the model has a score: use 'tds'.")
+    return method
+
+
+def log_likelihood(observation: Callable[..., Any], args: Any, kwargs: Any, field: Field, row: Array) -> Array:
+    """The log density of the observation given one row (D,)."""
+    seeded = handlers.seed(observation, jax.random.key(0))  # for its plates; nothing is drawn
+    return jnp.asarray(log_density(seeded, (as_data(field, row), *args), kwargs, {})[0], row.dtype)
+
+
+def _check_observation(observation: Callable[..., Any], field: Field, arrays: list[Any], static: Any) -> None:
+    """Raises unless all sites are observed, and there is one."""
+    args, kwargs = join_arrays(arrays, static)
+    seeded = handlers.seed(observation, jax.random.key(0))
+    trace = handlers.trace(seeded).get_trace(as_data(field, field.end.mean), *args, **kwargs)
+    sites = [s for s in trace.values() if s["type"] in ("sample", "param")]
+    if free := [s["name"] for s in sites if s["type"] == "param" or not s["is_observed"]]:
+        raise TypeError(
+            f"The observation model has the latent site '{free[0]}', of which posterior knows nothing: give its value, "
+            "or take the prior as ScoreDistribution in a model of both and run NUTS."
+        )
+    if not sites:
+        raise ValueError("The observation model observes nothing: write numpyro.sample(..., obs=y) in it.")
+
+
+@partial(jax.jit, static_argnames=("observation", "static", "method", "twist", "num_particles"))
+def _runs(
+    field: Field,
+    rho: Array,
+    keys: Array,
+    arrays: list[Any],
+    observation: Callable[..., Any],
+    static: Any,
+    method: Method,
+    twist: Twist,
+    num_particles: int,
+) -> Run:
+    args, kwargs = join_arrays(arrays, static)
+    likelihood = partial(log_likelihood, observation, args, kwargs, field)
+    return jax.lax.map(partial(run_particles, field, likelihood, rho, method, twist, num_particles), keys)
+
+
+def _require_numbers(found: Run, rho: np.ndarray) -> None:
+    if (found.failed >= 0).any():
+        step = int(np.min(found.failed[found.failed >= 0]))
+        raise FloatingPointError(
+            f"Weights are NaN from noise {rho[step]:.3g} on, in {int(np.sum(found.failed >= 0))} of "
+            f"{len(found.failed)} runs: look at the model and at the observation model there."
+        )
+    if not np.isfinite(found.log_z).all():
+        raise FloatingPointError(
+            "The observation is impossible at all particles of a run: take more num_particles, or look at its noise."
+        )
+
+
+def _mean_and_error(log_z: Any) -> tuple[float, float]:
+    """The log of the mean of Z over runs, and its standard error by the delta method."""
+    log_z = np.asarray(log_z, np.float64)
+    value = float(np.logaddexp.reduce(log_z) - np.log(len(log_z)))
+    ratios = np.exp(log_z - value)
+    return value, float(ratios.std(ddof=1) / np.sqrt(len(ratios))) if len(ratios) > 1 else float("nan")
