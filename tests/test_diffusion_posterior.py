@@ -168,7 +168,7 @@ def test_observation_with_two_modes():
     truth = np.log(np.sum(prior * np.exp(dist.Normal(grid**2, 1.0).log_prob(4.0))) / np.sum(prior))
     assert abs(found.log_evidence - truth) < 4 * found.log_evidence_stderr + 0.01
     assert abs(np.exp(found.log_weights) @ (found.draws > 0) - 0.5) < 3 / np.sqrt(found.ess)
-    with pytest.warns(UserWarning, match=r"weights of 8 particles counted as \d"):
+    with pytest.warns(UserWarning, match=r"8 particles counted as \d"):
         posterior(source, square, KEY, 4.0, num_particles=8, **settings)
 
 

@@ -107,7 +107,7 @@ def noise_ends(source: Source, sde: SDE | None, noise_range: Any) -> tuple[float
         if known is None:
             raise TypeError(
                 f"diffuse cannot see at which noise levels the model of this {type(source).__name__} is good: write "
-                "noise_range=(smallest, largest), or pass a fit by DSM with several levels."
+                "noise_range=(smallest, largest), or pass a fit by ContinuousDSM."
             )
         low, high = max(known[0], reach[0]), min(known[1], reach[1])
         if not low < high:

@@ -84,7 +84,7 @@ def posterior(
       mass where there is none, and rank tests do not show it. For pictures and for comparison.
 
     Args:
-        source: a fit by DSM with several levels, or an energy, whose model takes `sigma`.
+        source: a fit by ContinuousDSM or DSM with several levels, or an energy, whose model takes `sigma`.
         observation_model: a NumPyro model whose first argument is the data of one row, in the shape of its site (a
             dictionary by name for several sites), and whose sites are all observed.
         rng_key: a key.
@@ -142,8 +142,8 @@ def posterior(
     least = float(np.min(found.least_ess))
     if least * num_particles < _FEW:
         warnings.warn(
-            f"At some noise level the weights of {num_particles} particles counted as {least * num_particles:.1f}: "
-            "neither draws nor evidence are to be trusted; take more num_particles, more num_steps, or twist='moments'.",
+            f"At some noise level {num_particles} particles counted as {least * num_particles:.1f}: "
+            "trust neither draws nor evidence; take more num_particles, more num_steps, or twist='moments'.",
             stacklevel=2,
         )
     return PosteriorDraws(draws, log_weights, log_evidence, stderr, ess, least, ancestors, False)

@@ -75,7 +75,7 @@ def diffuse(
     :class:`~numpyro_score.PredictorCorrector`.
 
     Args:
-        source: a fit by DSM with several levels, or an energy.
+        source: a fit by ContinuousDSM or DSM with several levels, or an energy.
         rng_key: a key.
         num_samples: N, the number of draws, each a chain of its own.
         sde: the diffusion; by default that of Karras et al. 2022, with α = 1 and σ = t.
