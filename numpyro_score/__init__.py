@@ -3,7 +3,19 @@
 from numpyro_score.arviz import to_arviz
 from numpyro_score.closed_form import ClosedFormError, GradientSpread, QuadraticLoss, sparse_path
 from numpyro_score.comparison import audit, compare, hyvarinen_loo, hyvarinen_score
-from numpyro_score.diffusion import EDM, SDE, VE, VP, LinearSDE, SubVP
+from numpyro_score.diffusion import (
+    EDM,
+    SDE,
+    VE,
+    VP,
+    LinearSDE,
+    ScoreDistribution,
+    SubVP,
+    flow_decode,
+    flow_encode,
+    flow_interpolate,
+    flow_log_prob,
+)
 from numpyro_score.divergences import (
     de_bruijn,
     entropy_from_scores,
@@ -85,6 +97,7 @@ __all__ = [
     "NonFiniteLossError",
     "QuadraticLoss",
     "SandwichError",
+    "ScoreDistribution",
     "ScoreMatching",
     "ScoreMatchingResult",
     "SubVP",
@@ -97,6 +110,10 @@ __all__ = [
     "entropy_from_scores",
     "fisher_divergence",
     "fit_flow",
+    "flow_decode",
+    "flow_encode",
+    "flow_interpolate",
+    "flow_log_prob",
     "generalized_bayes",
     "geometric_levels",
     "hyvarinen_loo",
