@@ -113,8 +113,11 @@ class ScoreDistribution(dist.Distribution):
     @property
     def energy(self) -> Energy:
         """The model at the smallest noise, of one row."""
-        energy = self.flow.model.energy
-        return energy.bind(sigma=jnp.full(energy.num_rows, self.flow.smallest))
+        return self.energy_at(self.flow.end.mean[None])
+
+    def energy_at(self, x: Float[Array, "n d"]) -> Energy:
+        """The model at the smallest noise with rows x, (N, D), as its data."""
+        return self.flow.model.at(x, self.flow.smallest)
 
     @constraints.dependent_property
     def support(self) -> constraints.Constraint:
