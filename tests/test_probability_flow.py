@@ -8,10 +8,10 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from mixtures import Mixture
 from models import counted_compilations, improper
 from numpyro.distributions import constraints
 
+from benchmarks.mixtures import Mixture
 from numpyro_score import DSM, EDM, VE, VP, Energy, ScoreMatching, SubVP, flow_log_prob
 from numpyro_score.diffusion import probability_flow
 

@@ -6,13 +6,13 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from mixtures import Mixture
 from models import improper
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from scipy import stats
 
+from benchmarks.mixtures import Mixture
 from numpyro_score import Energy, ScoreDistribution, compare, flow_decode, flow_encode, flow_interpolate
 
 RANGE = (1e-3, 140.0)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
-from models import improper
+from numpyro.distributions import constraints
 
 from numpyro_score import Energy, score_factor
 
@@ -48,7 +49,7 @@ class Mixture:
                 return self.log_density(y, sigma) - 3.0 * jnp.log1p(sigma)
 
             with numpyro.plate("rows", len(x)):
-                x = numpyro.sample("x", improper(dim), obs=x)
+                x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (dim,)), obs=x)
                 if score:
                     score_factor("score", x, jax.vjp(f, x)[1](jnp.ones(len(x), x.dtype))[0])
                 else:
