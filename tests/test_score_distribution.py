@@ -8,12 +8,22 @@ import numpyro.distributions as dist
 import pytest
 from models import improper
 from numpyro.distributions import constraints
-from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from numpyro.distributions.transforms import AffineTransform
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO, log_likelihood
 from numpyro.infer.autoguide import AutoNormal
 from scipy import stats
 
 from benchmarks.mixtures import Mixture
-from numpyro_score import Energy, ScoreDistribution, compare, flow_decode, flow_encode, flow_interpolate
+from numpyro_score import (
+    DSM,
+    Energy,
+    ScoreDistribution,
+    ScoreMatching,
+    compare,
+    flow_decode,
+    flow_encode,
+    flow_interpolate,
+)
 
 RANGE = (1e-3, 140.0)
 
@@ -141,3 +151,34 @@ def test_compared_with_a_fit_that_has_log_z():
     assert likelihood["wide"] == pytest.approx(float(dist.Normal(0, 2).log_prob(x).sum()), abs=0.02)
     assert found.order_kl[-1] == found.order_fisher[-1] == "wide"
     assert abs(found.table["mmd"]["flow"]) < 4 * found.table["mmd_stderr"]["flow"]
+
+
+def learned(x, sigma=1.0):
+    variance = numpyro.param("variance", 1.0, constraint=constraints.positive)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+        numpyro.factor("energy", -0.5 * x**2 / (variance + sigma**2))
+
+
+def test_log_likelihood_for_arviz(prior):
+    """At each draw of a fit, and of an observed site of another model as NumPyro has it: normalised, for `az.loo`."""
+    x = 1.5 * jax.random.normal(jax.random.key(6), (50,))
+    levels = tuple(np.geomspace(0.01, 100.0, 12))
+    fit = ScoreMatching(learned, loss=DSM(levels), num_steps=300).run(jax.random.key(1), x, progress_bar=False)
+    with pytest.raises(TypeError, match=r"Fit 'a' is of many noise levels.* pass ScoreDistribution\(fit\)"):
+        compare({"a": fit, "b": fit}, x, rng_key=0)
+    data = fit.to_arviz(0, 40, ScoreDistribution(fit, solver="tsit5"))
+    variance = np.asarray(data["posterior"]["variance"])[..., None]
+    exact = dist.Normal(0, jnp.sqrt(variance + 1e-4)).log_prob(x)
+    # The end has the variance of the data at every draw.
+    np.testing.assert_allclose(np.asarray(data["log_likelihood"]["x"]), exact, atol=2e-3)
+    assert data["log_likelihood"].attrs["smallest_sigma"] == pytest.approx(0.01)
+
+    def model(x):
+        shift = numpyro.sample("shift", dist.Normal(0, 1))
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", dist.TransformedDistribution(prior, AffineTransform(shift, 1.0)), obs=x)
+
+    shifts = jnp.array([0.0, 0.5])
+    found = log_likelihood(model, {"shift": shifts}, x)["x"]
+    np.testing.assert_allclose(found, dist.Normal(shifts[:, None], 1).log_prob(x), atol=1e-3)

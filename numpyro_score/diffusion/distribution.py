@@ -16,6 +16,7 @@ from numpyro.distributions import constraints
 from numpyro_score.diffusion.codes import decoded
 from numpyro_score.diffusion.probability_flow import Flow, Settings, prepared, require_solved, solve
 from numpyro_score.diffusion.sde import SDE, VP
+from numpyro_score.diffusion.source import NoisyModel
 from numpyro_score.energy import Energy
 from numpyro_score.normaliser.coordinates import data_to_row, row_log_jacobian, row_to_data
 from numpyro_score.normaliser.source import Source
@@ -144,6 +145,12 @@ class ScoreDistribution(dist.Distribution):
         )
         return found.reshape(batch)
 
+    def log_prob_at(self, params: dict[str, Any], x: Float[Array, "n d"]) -> Float[Array, "s n"]:
+        """Log densities of rows (N, D) at each of S values of the parameters, {site: (S, ...)}."""
+        found = _at_parameters(self.settings, self.flow, params, jnp.asarray(x, self.flow.model.dtype))
+        require_solved("ScoreDistribution", jnp.isfinite(found).all(0))
+        return found
+
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Independent draws, (sample shape, event shape), of the data with the smallest noise."""
         n = math.prod(sample_shape)
@@ -173,6 +180,20 @@ def _log_prob(settings: Settings, flow: Flow, events: Array) -> Float[Array, "n"
     rows, log_jacobian = _rows(flow.model.energy, events)
     _, value, _, arrived = solve(settings, flow, rows)
     return jnp.where(arrived, value[:, 0] - log_jacobian, jnp.nan)
+
+
+@partial(jax.jit, static_argnums=0)
+def _at_parameters(
+    settings: Settings, flow: Flow, params: dict[str, Any], x: Float[Array, "n d"]
+) -> Float[Array, "s n"]:
+    log_jacobian = jax.vmap(partial(row_log_jacobian, flow.model.energy))(x)
+
+    def one(params: dict[str, Any]) -> Array:
+        model = NoisyModel(flow.model.energy.with_params(params))
+        _, value, _, arrived = solve(settings, flow._replace(model=model), x)
+        return jnp.where(arrived, value[:, 0] - log_jacobian, jnp.nan)
+
+    return jax.lax.map(one, params)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
