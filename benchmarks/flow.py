@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.mixtures import Mixture
 from numpyro_score import EDM, VE, VP, SubVP, flow_log_prob
-from numpyro_score.diffusion import probability_flow
+from numpyro_score.diffusion import flow
 
 OUTPUT = Path(__file__).with_name("FLOW.md")
 
@@ -30,7 +30,7 @@ def cells(error: np.ndarray) -> str:
 def solutions(double: bool, rows: int, dims: tuple[int, ...]) -> Iterator[str]:
     """Errors against the closed form, with and without the smallest noise."""
     smallest = 3e-4 if double else 1e-3
-    own = probability_flow.end_law
+    own = flow.end_law
     cases = [
         (VP(), "dopri8", 1e-5, True),
         (VP(), "dopri8", 1e-5, False),
@@ -46,7 +46,7 @@ def solutions(double: bool, rows: int, dims: tuple[int, ...]) -> Iterator[str]:
             x, energy = jnp.asarray(mixture.draw(rows, 1), float), mixture.energy()
             for sde, solver, tolerance, moments in cases:
                 law = own if moments else lambda x, w, dtype: own(0.0 * x, w, dtype)
-                with mock.patch.object(probability_flow, "end_law", law):
+                with mock.patch.object(flow, "end_law", law):
                     options = dict(sde=sde, noise_range=(smallest, 140.0), solver=solver)
                     found = flow_log_prob(energy, x, **options, rtol=tolerance, atol=tolerance)
                 wrong, noised = (np.abs(found.value - mixture.log_density(x, s)) for s in (0.0, smallest))

@@ -13,7 +13,7 @@ from numpyro.distributions import constraints
 
 from benchmarks.mixtures import Mixture
 from numpyro_score import DSM, EDM, VE, VP, Energy, ScoreMatching, SubVP, flow_log_prob
-from numpyro_score.diffusion import probability_flow
+from numpyro_score.diffusion import flow
 
 RANGE = (1e-3, 140.0)
 PLANE, WIDE = Mixture(2, 4, 0), Mixture(16, 4, 1)
@@ -26,8 +26,8 @@ def errors(mixture, found, x, sigma=0.0):
 @pytest.fixture
 def plain_end(monkeypatch):
     """The law at the end as it usually is, N(0, ρ²I) in u: that of data without mean and covariance."""
-    own = probability_flow.end_law
-    monkeypatch.setattr(probability_flow, "end_law", lambda x, w, dtype: own(0.0 * x, w, dtype))
+    own = flow.end_law
+    monkeypatch.setattr(flow, "end_law", lambda x, w, dtype: own(0.0 * x, w, dtype))
 
 
 @pytest.mark.parametrize("mixture, sde", [(PLANE, VP()), (PLANE, SubVP()), (WIDE, VE(3e-4, 140.0))])
@@ -132,7 +132,7 @@ def test_a_fit_knows_its_levels_and_short_ranges_are_suspect():
         run(noise_range=(0.01, 2.0))
 
 
-def test_bad_input_gives_no_number():
+def test_bad_input_gives_no_number(unchecked):
     energy, x = of_variance(1.0), jnp.array([0.5, 1.0])
     with pytest.raises(TypeError, match="cannot see at which noise levels the model of this Energy is good"):
         flow_log_prob(energy, x)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from numpyro_score.diffusion.probability_flow import (
+from numpyro_score.diffusion.flow import (
     Flow,
     Settings,
     prepared,

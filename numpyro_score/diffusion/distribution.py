@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
 from numpyro_score.diffusion.codes import decoded
-from numpyro_score.diffusion.probability_flow import Flow, Settings, prepared, require_solved, solve
+from numpyro_score.diffusion.flow import Flow, Settings, prepared, require_solved, solve
 from numpyro_score.diffusion.sde import SDE, VP
 from numpyro_score.diffusion.source import NoisyModel
 from numpyro_score.energy import Energy

@@ -167,7 +167,7 @@ def time_at(sde: SDE, rho: Float[Array, "..."]) -> Time:
     rho = jnp.asarray(rho)
     low, high = jnp.zeros_like(rho), jnp.full_like(rho, sde.final_time)
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: int | Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = 0.5 * (low + high)
         above = noise_at(sde, middle) > rho
