@@ -90,7 +90,9 @@ def to_arviz(
         rng_key: a key for the draws of a fit; `jax.random.key(0)` if not given.
         num_samples: how many draws of a fit.
         log_partition: log Z at the estimates of a fit, by :func:`~numpyro_score.log_partition`, or as a number where
-            it is known exactly.
+            it is known exactly. Of a fit at every noise level its :class:`~numpyro_score.ScoreDistribution`, which
+            needs none: the `log_likelihood` is then by the probability flow at each draw, of the data with the noise
+            that the attribute `smallest_sigma` says.
         coords: labels of axes, {name: labels}, as in `az.from_numpyro`.
         dims: names of a variable's axes besides chain and draw, {variable: [name, ...]}; `x_dim_0` and so on if not
             given. Those of a data site include the axis of its rows.

@@ -28,6 +28,8 @@ from numpyro_score.comparison.verdict import (
     paired,
     told_apart,
 )
+from numpyro_score.diffusion import ScoreDistribution
+from numpyro_score.diffusion.source import noise_range_of
 from numpyro_score.divergences.mmd import mmd
 from numpyro_score.divergences.moments import moment_test
 from numpyro_score.divergences.stein import closed_sites, kernel_stein_discrepancy
@@ -40,7 +42,7 @@ from numpyro_score.random import Key, as_key
 
 __all__ = ["Comparison", "compare"]
 
-Fit = ScoreMatchingResult | AdversarialResult | Energy
+Fit = ScoreMatchingResult | AdversarialResult | Energy | ScoreDistribution
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,6 +141,9 @@ def compare(
     Args:
         fits: two or more by name: of :class:`~numpyro_score.ScoreMatching` or
             :class:`~numpyro_score.AdversarialDynamicsEmbedding`, or energies. Their models may differ, their data not.
+            For a model fitted at every noise level, a :class:`~numpyro_score.ScoreDistribution`: its likelihood is by
+            the probability flow, without log Z, also where it has a score alone; its Hyvärinen score is that of the
+            smallest noise.
         data: new rows, as the data site takes them, or {site: values} for several.
         rng_key: a key, for draws of the fits, bootstrap and log Z.
         log_partition: log Z by name, by :func:`~numpyro_score.log_partition`, or a number where it is known exactly.
@@ -174,32 +179,44 @@ def compare(
     energies = {}
     for name in names:
         try:
-            energies[name] = own[name].at(rows)
+            fit = fits[name]
+            energies[name] = fit.energy_at(rows) if isinstance(fit, ScoreDistribution) else own[name].at(rows)
             energies[name].check()
         except ValueError as error:
             raise ValueError(f"Fit '{name}' cannot take the data: {error}") from None
     keys = dict(zip(names, jax.random.split(as_key(rng_key), (len(names), 3)), strict=True))
     scores = {k: hyvarinen_score(e).pointwise.values for k, e in energies.items()}
     likelihoods, log_zs = None, {}
-    if all(e.has_density for e in own.values()):
+    flows = {k: fit for k, fit in fits.items() if isinstance(fit, ScoreDistribution)}
+    if all(k in flows or e.has_density for k, e in own.items()):
         for k, e in own.items():
-            log_zs[k] = _log_partition(k, e, given.get(k), keys[k][0])
-        likelihoods = {k: _log_likelihoods(e, log_zs[k].value) for k, e in energies.items()}
+            if k not in flows:
+                log_zs[k] = _log_partition(k, e, given.get(k), keys[k][0])
+        likelihoods = {
+            k: np.asarray(flows[k].log_prob(data), np.float64) if k in flows else _log_likelihoods(e, log_zs[k].value)
+            for k, e in energies.items()
+        }
 
     record = pd.DataFrame(index=names)
     exact = dict.fromkeys(names, 0.0)
     columns, order_fisher = _sums("score", {k: -v for k, v in scores.items()}, exact, sign=-1)
     order_kl, table, errors = None, None, exact
     if likelihoods is not None:
-        errors = {k: z.stderr for k, z in log_zs.items()}
+        errors = {k: log_zs[k].stderr if k in log_zs else 0.0 for k in names}
         more, _ = _sums("log_likelihood", likelihoods, errors, sign=1)
-        log_z = {"log_partition": {k: z.value for k, z in log_zs.items()}, "log_partition_stderr": errors}
+        log_z = {
+            "log_partition": {k: z.value for k, z in log_zs.items()},
+            "log_partition_stderr": {k: z.stderr for k, z in log_zs.items()},
+        }
         columns |= more | log_z
         table = _compared_by_arviz(likelihoods)
         order_kl = tuple(table.index)
     found = {}
     for k, fit in fits.items():
-        found[k] = _against_data(k, own[k], energies[k], data, keys[k], num_samples) | _cost(fit)
+        if isinstance(fit, ScoreDistribution):
+            found[k] = _draws_against_data(fit, data, keys[k][2], num_samples)
+        else:
+            found[k] = _against_data(k, own[k], energies[k], data, keys[k], num_samples) | _cost(fit)
     record = pd.DataFrame(columns, names).join(pd.DataFrame.from_dict(found, orient="index"))
     sentence = None
     if likelihoods is not None:
@@ -226,6 +243,11 @@ def _energies(fits: Mapping[str, Fit], log_partition: dict[str, Any]) -> dict[st
     for name, fit in fits.items():
         if not isinstance(fit, Fit):
             raise TypeError(f"Fit '{name}' is a {type(fit).__name__}: pass fits of ScoreMatching, or Energy objects.")
+        if isinstance(fit, ScoreMatchingResult) and noise_range_of(fit) is not None:
+            raise TypeError(
+                f"Fit '{name}' is of many noise levels, and what it says of the data is the density at the smallest: "
+                "pass ScoreDistribution(fit), whose likelihood is by the probability flow."
+            )
     if unknown := sorted(set(log_partition) - set(fits)):
         raise ValueError(f"log_partition has '{unknown[0]}', which is no fit: the fits are {sorted(fits)}.")
     energies = {k: fit if isinstance(fit, Energy) else fit.energy for k, fit in fits.items()}
@@ -329,6 +351,12 @@ def _against_data(
         "ess": min(float(v.min()) for v in draws["ess"].data_vars.values()),
         "r_hat": max(float(v.max()) for v in draws["r_hat"].data_vars.values()),
     }
+
+
+def _draws_against_data(fit: ScoreDistribution, data: Any, rng_key: Array, num_samples: int) -> dict[str, Any]:
+    """The same of independent draws by the probability flow."""
+    distance = mmd(data, fit.sample(rng_key, (4 * num_samples,)))
+    return {"mmd": distance.value, "mmd_stderr": distance.stderr, "ess": 4.0 * num_samples}
 
 
 def _cost(fit: Fit) -> dict[str, Any]:

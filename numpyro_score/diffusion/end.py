@@ -50,10 +50,14 @@ class NoisyNormal(NamedTuple):
 _product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def end_law(x: np.ndarray, weights: np.ndarray, dtype: Any = jnp.float32) -> NoisyNormal:
-    """The normal law with the mean and covariance of weighted rows x, (N, D); one row has no variance."""
-    mean = np.average(x, axis=0, weights=weights)
+def end_law(x: Any, weights: Any, dtype: Any = jnp.float32) -> NoisyNormal:
+    """The normal law with the mean and covariance of weighted rows x, (N, D); one row has no variance.
+
+    In NumPy's precision for its arrays, in JAX's for others.
+    """
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    mean = xp.average(x, axis=0, weights=weights)
     away = x - mean
     covariance = (away * weights[:, None]).T @ away / weights.sum()
-    variances, axes = np.linalg.eigh(covariance)
-    return NoisyNormal(*(jnp.asarray(v, dtype) for v in (mean, axes, np.maximum(variances, 0.0))))
+    variances, axes = xp.linalg.eigh(covariance)
+    return NoisyNormal(*(jnp.asarray(v, dtype) for v in (mean, axes, xp.maximum(variances, 0.0))))

@@ -9,12 +9,10 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_score.diffusion.sde import SDE, Time, drift_and_diffusion, noise_at, time_at
-from numpyro_score.diffusion.source import noise_range_of
 from numpyro_score.losses.base import at_least_one
-from numpyro_score.normaliser.source import Source
 from numpyro_score.programs import run_compiled
 
-__all__ = ["Grid", "Levels", "levels_on", "noise_ends"]
+__all__ = ["Grid", "Levels", "levels_on"]
 
 Grid = Literal["karras", "log_snr", "uniform"]
 
@@ -87,50 +85,3 @@ def _checked(rho: np.ndarray, low: float, high: float) -> np.ndarray:
             "SDE are known: take levels within."
         )
     return rho
-
-
-def noise_ends(source: Source, sde: SDE | None, noise_range: Any) -> tuple[float, float]:
-    """The smallest and the largest noise level that the fit has seen and the diffusion reaches.
-
-    Args:
-        source: a fit or an energy.
-        sde: the diffusion; None for any noise.
-        noise_range: what the user asked for, if anything.
-
-    Raises:
-        TypeError: if the levels of the fit are not known and not given.
-        ValueError: if the levels asked for are not known to the model or not reached.
-    """
-    known = noise_range_of(source)
-    reach = (0.0, np.inf) if sde is None else (_noise(sde, 0.0), _noise(sde, sde.final_time))
-    if noise_range is None:
-        if known is None:
-            raise TypeError(
-                f"diffuse cannot see at which noise levels the model of this {type(source).__name__} is good: write "
-                "noise_range=(smallest, largest), or pass a fit by ContinuousDSM."
-            )
-        low, high = max(known[0], reach[0]), min(known[1], reach[1])
-        if not low < high:
-            raise ValueError(
-                f"The fit has seen noise levels from {known[0]:.3g} to {known[1]:.3g}, and sigma/alpha of the SDE goes "
-                f"from {reach[0]:.3g} to {reach[1]:.3g}: fit at levels that the SDE passes."
-            )
-        return low, high
-    ends = np.asarray(noise_range, np.float64)
-    if ends.shape != (2,) or not 0 < ends[0] < ends[1] < np.inf:
-        raise ValueError(f"diffuse needs noise_range=(smallest, largest) of positive numbers, got {noise_range!r}.")
-    low, high = (float(v) for v in ends)
-    for (least, most), what in (
-        (known or (0.0, np.inf), "the fit has seen"),
-        (reach, "sigma/alpha of the SDE reaches"),
-    ):
-        if low < least * (1 - 1e-5) or high > most * (1 + 1e-5):
-            raise ValueError(
-                f"noise_range goes from {low:.3g} to {high:.3g}, but {what} {least:.3g} to {most:.3g}: stay within."
-            )
-    return low, high
-
-
-def _noise(sde: SDE, t: float) -> float:
-    rho = float(noise_at(sde, jnp.asarray(t, jnp.result_type(float))))
-    return rho if t > 0 or np.isfinite(rho) else 0.0  # at the data α or σ need not be known

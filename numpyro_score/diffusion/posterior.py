@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.infer.util import log_density
 
-from numpyro_score.diffusion.grids import levels_on, noise_ends
+from numpyro_score.diffusion.grids import levels_on
+from numpyro_score.diffusion.noise_range import shared_noise_range
 from numpyro_score.diffusion.particles import Run, run_particles
 from numpyro_score.diffusion.samplers import field_of
 from numpyro_score.diffusion.source import NoisyModel, noisy_model
@@ -180,7 +181,7 @@ class Problem(NamedTuple):
             raise ValueError(f"posterior has no twist {twist!r}: use 'moments', 'isotropic' or 'plain'.")
         model = noisy_model("posterior", source)
         method = _method(model, method)
-        levels = levels_on(None, grid, num_steps, noise_ends(source, None, noise_range))
+        levels = levels_on(None, grid, num_steps, shared_noise_range("posterior", source, None, noise_range))
         return cls(field_of(model), levels.rho, observation, method, twist, num_particles, num_runs)
 
     def run(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
@@ -243,7 +244,7 @@ def inpaint(
     if not np.isfinite(x[mask]).all():
         raise ValueError("x has NaN or infinity where mask says that it is known: set mask to False there.")
     if noise is None:
-        noise = noise_ends(source, None, settings.get("noise_range"))[0]
+        noise = shared_noise_range("inpaint", source, None, settings.get("noise_range"))[0]
     positive("inpaint", "noise", noise)
     known = jnp.asarray(np.where(mask, x, 0.0), model.dtype)
     return posterior(source, _known, rng_key, known, jnp.asarray(mask), jnp.asarray(noise, model.dtype), **settings)

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from numpyro_score.diffusion.chains import advance, require_finite, run_chains, start
 from numpyro_score.diffusion.end import end_law
-from numpyro_score.diffusion.grids import levels_on, noise_ends
+from numpyro_score.diffusion.grids import levels_on
 from numpyro_score.diffusion.methods import Method, method_named
+from numpyro_score.diffusion.noise_range import shared_noise_range
 from numpyro_score.diffusion.sde import SDE
 from numpyro_score.diffusion.source import NoisyModel, data_rows, noisy_model
 from numpyro_score.diffusion.steps import Field
@@ -118,10 +119,8 @@ def diffuse(
     model, method = noisy_model("diffuse", source), method_named(method)
     if not model.energy.is_concrete:
         raise TypeError("The energy is traced by a JAX transformation: only the key of diffuse may be.")
-    if sde is not None and (isinstance(sde, type) or not isinstance(sde, SDE)):
-        raise TypeError(f"diffuse needs a diffusion such as VP() as sde, got {sde!r}.")
     with jax.ensure_compile_time_eval():  # also while a key is traced by jax.jit
-        levels = levels_on(sde, grid, num_steps, noise_ends(source, sde, noise_range))
+        levels = levels_on(sde, grid, num_steps, shared_noise_range("diffuse", source, sde, noise_range))
         field = field_of(model)
         _warn_of_structure(field, levels.rho[0])
         plan = jax.tree.map(lambda v: jnp.asarray(v, model.dtype), method.plan(levels, field.end))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,11 +19,21 @@ from numpyro_score.normaliser.ratios import partition_ratios
 from numpyro_score.printed import without_addresses
 from numpyro_score.uncertainty import SandwichError
 
-__all__ = ["fit_groups"]
+__all__ = ["NormalisedDensity", "fit_groups"]
+
+
+@runtime_checkable
+class NormalisedDensity(Protocol):
+    """A density that needs no log Z, as :class:`~numpyro_score.ScoreDistribution`."""
+
+    smallest_sigma: Any
+
+    def log_prob_at(self, params: dict[str, Any], x: Float[Array, "n d"]) -> Float[Array, "s n"]:
+        """Log densities of rows (N, D) at each of S values of the parameters."""
 
 
 def fit_groups(
-    fit: Any, rng_key: Any, num_samples: int, log_partition: LogPartition | float | None
+    fit: Any, rng_key: Any, num_samples: int, log_partition: LogPartition | NormalisedDensity | float | None
 ) -> dict[str, xr.Dataset]:
     """The groups of a :class:`~numpyro_score.ScoreMatchingResult`; see :func:`~numpyro_score.to_arviz`."""
     losses, weights = jax.jit(partial(row_losses, fit.svi.score_loss))(fit.energy, jax.random.key(0))
@@ -46,11 +56,25 @@ def fit_groups(
     posterior = dataset(arrays, ("chain", "draw"))
     law = "normal with sandwich covariance in unconstrained space, at a point estimate"
     posterior.attrs["draws"] = law if fit.is_point else f"from the guide {type(fit.svi.guide).__name__}"
-    if log_partition is not None:
+    if isinstance(log_partition, NormalisedDensity):
+        groups["log_likelihood"] = _by_density(fit.energy, draws, log_partition, chains)
+    elif log_partition is not None:
         key = jax.random.fold_in(rng_key, 1)  # the draws have used the key itself
         groups["log_likelihood"], ratios = _log_likelihood(fit.energy, draws, log_partition, key, chains)
         groups["score_matching"] = details.assign(ratios)
     return {"posterior": posterior, **groups}
+
+
+def _by_density(energy: Energy, draws: dict[str, Any], density: NormalisedDensity, chains: int) -> xr.Dataset:
+    """Log densities of the data that count, at each draw."""
+    x, weights = jax.device_get(jax.jit(Energy.data_and_weights)(energy))
+    (used,) = np.nonzero(weights)
+    values = density.log_prob_at({k: v for k, v in draws.items() if k in energy.params}, x[used])
+    name = "_".join(a.name for a in energy.arrays)
+    group = dataset({name: np.reshape(values, (chains, -1, len(used)))}, ("chain", "draw", "row"))
+    group = group.assign_coords(row=used)
+    group.attrs["smallest_sigma"] = float(density.smallest_sigma)
+    return group
 
 
 def _log_likelihood(

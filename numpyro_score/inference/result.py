@@ -19,7 +19,7 @@ from numpyro.infer.autoguide import AutoDelta, AutoGuide
 from numpyro_score.arviz import as_arviz
 from numpyro_score.energy import Energy
 from numpyro_score.inference.cost import FitCost
-from numpyro_score.inference.export import fit_groups
+from numpyro_score.inference.export import NormalisedDensity, fit_groups
 from numpyro_score.losses import Loss
 from numpyro_score.normaliser import LogPartition
 from numpyro_score.printed import values_with_errors
@@ -238,7 +238,7 @@ class ScoreMatchingResult:
         self,
         rng_key: Key | None = None,
         num_samples: int = 1000,
-        log_partition: LogPartition | float | None = None,
+        log_partition: LogPartition | NormalisedDensity | float | None = None,
         *,
         coords: Mapping[str, Any] | None = None,
         dims: Mapping[str, Sequence[str]] | None = None,
