@@ -95,9 +95,12 @@ def prepared(
     one = NoisyModel(energy.at(end.mean[None]))
     with jax.ensure_compile_time_eval():
         levels = jnp.asarray([low, high], dtype)
-        times = time_at(sde, levels)
+        times = _times(sde, levels)
         tolerances = jnp.asarray([rtol, atol], dtype)
     return Flow(one, end, times[0], times[1], levels[0], tolerances[0], tolerances[1]), Settings(sde, solver, adjoint)
+
+
+_times = jax.jit(time_at, static_argnums=0)  # its loop would be compiled at every call
 
 
 def solve(

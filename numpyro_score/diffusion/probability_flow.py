@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -21,6 +22,7 @@ __all__ = ["FlowLogProb", "flow_log_prob"]
 Adjoint = Literal["recursive", "backsolve", "direct"]
 Divergence = Literal["exact", "hutchinson"]
 
+_MOST_CURL = 0.3  # of the Jacobian's antisymmetric part over its symmetric one
 _LOOSER = 30.0  # how much, for the second solve that tells the error of the first: covers on 95 to 99% of rows
 
 
@@ -88,7 +90,7 @@ def flow_log_prob(
         divergence: "exact", at the cost of a Laplacian, D + 2 energies or D derivatives of a score; or "hutchinson",
             from random probes of each row, held along its path: unbiased, with the error `stderr` [Grathwohl et al.
             2019].
-        num_probes: how many, of random signs.
+        num_probes: how many, each a uniform direction of length √D.
         rng_key: for the probes.
         adjoint: how derivatives with respect to x and parameters are taken: "recursive" checkpoints, exact for the
             steps taken; "backsolve", another flow backwards in constant memory, as exact as the tolerance [Chen et al.
@@ -108,7 +110,8 @@ def flow_log_prob(
         FloatingPointError: naming rows whose solution did not arrive. Inside `jax.jit` these rows are NaN.
 
     Warns:
-        UserWarning: if the largest noise is less than three standard deviations of the data.
+        UserWarning: if the largest noise is less than three standard deviations of the data; if a
+            :func:`~numpyro_score.score_factor` is far from a gradient.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -134,6 +137,7 @@ def flow_log_prob(
     flow, settings = prepared("flow_log_prob", source, sde, noise_range, solver, rtol, atol, adjoint)
     rows = flow.model.energy.flatten(x)
     require_finite("flow_log_prob", rows)
+    _warn_of_curl(flow, rows)
     found, arrived = _values_and_errors(settings, flow, rows, key, num_probes)
     require_solved("flow_log_prob", arrived)
     return found
@@ -146,7 +150,9 @@ def _values_and_errors(
     log_jacobian = jax.vmap(partial(row_log_jacobian, flow.model.energy))(x)
     probes = None
     if rng_key is not None:
-        probes = jax.random.rademacher(rng_key, (len(x), num_probes, x.shape[1]), x.dtype)
+        # Uniform on the sphere. Random signs have in two dimensions two values in all, and too small errors by chance.
+        z = jax.random.normal(rng_key, (len(x), num_probes, x.shape[1]), x.dtype)
+        probes = x.shape[1] ** 0.5 * z / jnp.linalg.norm(z, axis=-1, keepdims=True)
 
     def at_tolerance(looser: Array) -> tuple[Array, ...]:
         return solve(settings, flow._replace(rtol=looser * flow.rtol, atol=looser * flow.atol), x, probes)
@@ -177,3 +183,24 @@ def _end_error(settings: Settings, flow: Flow, u: Float[Array, "n d"]) -> Float[
         return jnp.sum((u - mean) * (score - flow.end.score(at, rho)), axis=-1)
 
     return jax.lax.stop_gradient(jnp.abs(0.5 * along(0.5 - 12**-0.5) + 0.5 * along(0.5 + 12**-0.5)))
+
+
+def _warn_of_curl(flow: Flow, x: Float[Array, "n d"]) -> None:
+    """Warns of a score that is far from a gradient at the smallest noise; nothing while it is traced."""
+    if flow.model.energy.has_density or not flow.model.energy.is_concrete or isinstance(x, jax.core.Tracer):
+        return
+    share = float(jnp.median(_curl_shares(flow, x[:16])))
+    if share > _MOST_CURL:
+        warnings.warn(
+            f"The score is not a gradient: the antisymmetric part of its Jacobian is {share:.0%} of the symmetric one "
+            "at the smallest noise (median of the first rows). The values are log densities of what flow_decode draws, "
+            "and no energy with this score has them.",
+            stacklevel=3,
+        )
+
+
+@jax.jit
+def _curl_shares(flow: Flow, x: Float[Array, "n d"]) -> Float[Array, "n"]:
+    jacobian = jax.vmap(jax.jacfwd(lambda u: flow.model.score(u[None], flow.smallest)[0]))(x)
+    other = jnp.swapaxes(jacobian, -1, -2)
+    return jnp.linalg.norm(jacobian - other, axis=(-1, -2)) / jnp.linalg.norm(jacobian + other, axis=(-1, -2))

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float
@@ -69,7 +70,7 @@ def _by_density(energy: Energy, draws: dict[str, Any], density: NormalisedDensit
     """Log densities of the data that count, at each draw."""
     x, weights = jax.device_get(jax.jit(Energy.data_and_weights)(energy))
     (used,) = np.nonzero(weights)
-    values = density.log_prob_at({k: v for k, v in draws.items() if k in energy.params}, x[used])
+    values = density.log_prob_at({k: v for k, v in draws.items() if k in energy.params}, jnp.asarray(x[used]))
     name = "_".join(a.name for a in energy.arrays)
     group = dataset({name: np.reshape(values, (chains, -1, len(used)))}, ("chain", "draw", "row"))
     group = group.assign_coords(row=used)
