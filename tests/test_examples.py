@@ -270,3 +270,25 @@ def test_noise_levels_recover_the_weights(optimised):
     assert draws["Langevin, fit at the data alone"][1] < 0.65
     for name in ("annealed, exact scores", "annealed, fit at many levels"):
         assert abs(draws[name][0] - 0.2) < 0.07 and draws[name][2] < 0.01
+
+
+# -- two_moons.py ----------------------------------------------------------------------------------
+
+
+def test_two_moons_law_is_exact():
+    """Its density integrates to one, and its rows and its posterior are of that law."""
+    moons, rng = load_script("two_moons"), np.random.default_rng(0)
+    across, up = np.linspace(-2.5, 2.5, 200), np.linspace(-2, 2, 160)
+    grid = jnp.asarray(np.stack(np.meshgrid(across, up), axis=-1), float)
+    mass = np.exp(np.asarray(moons.log_density(grid.reshape(-1, 2)), np.float64)).reshape(160, 200)
+    mass *= (across[1] - across[0]) * (up[1] - up[0])
+    np.testing.assert_allclose(mass.sum(), 1.0, rtol=1e-4)
+    rows = np.asarray(moons.draw(rng, 20_000))
+    upper = mass[up > 0.1].sum()
+    assert abs((rows[:, 1] > 0.1).mean() - upper) < 4 * (upper * (1 - upper) / 20_000) ** 0.5 + 0.01
+    given = mass * np.exp(dist.Normal(across, moons.SEEN_NOISE).log_prob(moons.SEEN))
+    np.testing.assert_allclose(np.log(given.sum()), moons.log_evidence(), atol=2e-3)
+    share = given[up > 0.1].sum() / given.sum()
+    draws = moons.seen_exactly(rng, 20_000)
+    assert abs((draws[:, 1] > 0.1).mean() - share) < 0.015
+    np.testing.assert_allclose(draws[:, 0].mean(), (given.sum(0) @ across) / given.sum(), atol=0.01)
