@@ -84,7 +84,7 @@ def test_mixtures(model, method, optimised):
     for i in range(20):
         x = draws_of_mixture(rng, WEIGHTS, MEANS, np.array([np.diag(v) for v in VARIANCES]), 1)[0]
         y = A @ x + NOISE * rng.normal(size=1)
-        found = posterior(source, observed, jax.random.key(i), y, **settings)
+        found = posterior(source, observed, jax.random.key(i), y, method=method, **settings)
         assert not found.biased and 0 < found.least_ess <= 1 and 500 < found.unique_ancestors <= 1024
         log_evidence, *law = exact(y[0])
         errors.append((found.log_evidence - log_evidence, found.log_evidence_stderr))
@@ -116,7 +116,7 @@ def test_normal_prior_is_exact():
 
     rows = np.random.default_rng(2).normal(size=(2000, 2)) * VARIANCES[0] ** 0.5 + MEANS[0]
     source, y = Energy(normal, {}, jnp.asarray(rows)), np.array([-1.0])
-    found = posterior(source, observed, KEY, y, noise_range=RANGE, num_particles=128, num_runs=4)
+    found = posterior(source, observed, KEY, y, method="smc", noise_range=RANGE, num_particles=128, num_runs=4)
     spread = A[0] ** 2 @ (VARIANCES[0] + RANGE[0] ** 2) + NOISE**2
     truth = dist.Normal(A[0] @ MEANS[0], spread**0.5).log_prob(y[0])
     assert abs(found.log_evidence - truth) < 1e-2
@@ -143,7 +143,7 @@ def test_counts_of_a_scalar():
     """An observation that is not normal, against quadrature; rows that are numbers."""
     source = Energy(bimodal, {}, jnp.array([-1.0, 1.0, 0.9]))
     y = np.array([2, 1, 3])
-    found = posterior(source, counts, KEY, y, noise_range=(0.01, 5.0), num_particles=256, num_runs=4)
+    found = posterior(source, counts, KEY, y, method="smc", noise_range=(0.01, 5.0), num_particles=256, num_runs=4)
     grid = np.linspace(-3, 3, 4001)
     prior = np.exp(np.asarray(log_bimodal(grid, 0.01)))
     likelihood = np.exp(dist.Poisson(np.exp(1 + 0.8 * grid[:, None])).log_prob(y).sum(-1))
@@ -162,7 +162,7 @@ def test_observation_with_two_modes():
         numpyro.sample("y", dist.Normal(x**2, 1.0), obs=y)
 
     source, settings = Energy(bimodal, {}, jnp.array([-1.0, 1.0, 0.9])), {"noise_range": (0.01, 5.0), "num_runs": 4}
-    found = posterior(source, square, KEY, 4.0, num_particles=512, **settings)
+    found = posterior(source, square, KEY, 4.0, method="smc", num_particles=512, **settings)
     grid = np.linspace(-3, 3, 4001)
     prior = np.exp(np.asarray(log_bimodal(grid, 0.01)))
     truth = np.log(np.sum(prior * np.exp(dist.Normal(grid**2, 1.0).log_prob(4.0))) / np.sum(prior))

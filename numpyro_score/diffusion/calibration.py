@@ -14,9 +14,10 @@ import scipy.stats
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
-from numpyro_score.diffusion.posterior import Problem, as_data, log_likelihood
+from numpyro_score.diffusion.posterior import Method, Problem, as_data, log_likelihood
 from numpyro_score.diffusion.samplers import diffuse
 from numpyro_score.diffusion.steps import Field
+from numpyro_score.diffusion.twists import Twist
 from numpyro_score.energy import join_arrays, split_arrays, takes_keyword
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import data_to_row
@@ -60,10 +61,10 @@ def simulation_ranks(
     num_draws: int = 19,
     quantities: Mapping[str, Callable[..., Any]] | None = None,
     truths: Any = None,
-    method: Any = None,
+    method: Method = "tds",
     num_particles: int = 512,
     num_steps: int = 32,
-    twist: Any = "moments",
+    twist: Twist = "moments",
     grid: Any = "karras",
     noise_range: tuple[float, float] | None = None,
     **kwargs: Any,
