@@ -166,7 +166,7 @@ def test_a_plate_inside_a_scan():
 
         scan(step, jnp.zeros(x.shape[1]), x)
 
-    with pytest.raises(ValueError, match="Plate 'series' of 'x' stands inside a scan.*one site"):
+    with pytest.raises(ValueError, match=r"Plate 'series' of 'x' stands inside a scan.*one site"):
         Energy(model, {}, X)
 
 

@@ -20,7 +20,7 @@ from numpyro.infer.autoguide import (
 )
 from numpyro.primitives import Messenger
 
-from numpyro_score.energy import Site, takes_keyword
+from numpyro_score.energy import Sealed, Site, takes_keyword
 
 __all__ = [
     "GUIDES_WITH_DENSITY",
@@ -81,7 +81,7 @@ class InitParams(Messenger):
 
     def process_message(self, msg: Site) -> None:
         """Looks at the value given."""
-        name = msg.get("name")
+        name = msg.get("name", "")
         if msg["type"] == "param":
             self.known.append(name)
             if name in self.init_params:
@@ -97,11 +97,13 @@ class InitParams(Messenger):
 
 def _check_shape(name: str, given: Any, site: Site) -> None:
     """Raises ValueError if a value given is not of the shapes of a param site's own initial value."""
-    own = site["args"][0] if site["args"] else None
+    if site["args"]:
+        (own,) = site["args"]
+    else:  # a function of a key, whose draw must not take one from the handlers around
+        with Sealed(jax.random.key(0)):
+            own = jax.eval_shape(site["fn"])
     if own is None:  # a later mention of the site
         return
-    if callable(own):
-        own = jax.eval_shape(own, jax.random.key(0))
     shapes, expected = _shapes(given), _shapes(own)
     if shapes.keys() != expected.keys():
         raise ValueError(
@@ -138,7 +140,7 @@ def as_floats(init_params: dict[str, Any] | None) -> dict[str, Any] | None:
         dtype = getattr(value, "dtype", None) or np.asarray(value).dtype
         if jnp.issubdtype(dtype, jnp.inexact):
             return value
-        if not (jnp.issubdtype(dtype, jnp.integer) or dtype == bool):
+        if not (any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_))):
             raise TypeError(f"init_params has {name} of {dtype}, which are no numbers: give it numbers.")
         return jnp.asarray(value, float)
 
