@@ -6,9 +6,10 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from models import improper
+from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
-from numpyro_score import Energy
+from numpyro_score import Energy, ScoreMatching
 
 # The package's own errors, which the checks of annotations would come before.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -43,7 +44,12 @@ def with_zero(x):
     ("model", "data", "match"),
     [
         (on(constraints.circular, f=jnp.cos), ANGLES, r"write \(x \+ np.pi\) % \(2 \* np.pi\) - np.pi"),
-        (on(constraints.circular, f=jnp.cos), np.rad2deg(ANGLES), "degrees.*np.deg2rad"),
+        (on(constraints.circular, f=jnp.cos), np.rad2deg(ANGLES), "degrees: if.*np.deg2rad.*another period"),
+        (on(constraints.circular, f=jnp.cos), np.rad2deg(ANGLES) - 180, "degrees: if.*np.deg2rad"),
+        (on(constraints.circular, f=jnp.cos), np.linspace(0, 23.8, 20), r"another unit.*2 \* np.pi / period.*hours"),
+        (on(constraints.circular, f=jnp.cos), np.arange(1.0, 13.0), "another unit.*period"),
+        (on(constraints.circular, f=jnp.cos), np.arange(20.0) % 7, "another unit.*period"),
+        (on(constraints.circular, f=jnp.cos), np.linspace(1.0, 366.0, 20), "another unit.*period"),
         (on(constraints.simplex, 3, f=last), 0.99 * SHARES, "sums on the simplex are off one by up to 0.01.*x.sum"),
         (on(constraints.simplex, 3, f=last), 100 * SHARES, "sums on the simplex lie between.*proportions.*x.sum"),
         (on(constraints.simplex, 3, f=last), with_zero(SHARES), "rows 0, 1 .*share of zero.*half of the smallest"),
@@ -94,12 +100,74 @@ def test_data_of_another_shape(model, data, match):
         (X[:, 0].tolist(), "'x' is a list.*np.asarray"),
         ((v for v in X), "'x' is a generator.*array"),
         (X.astype(object), "'x' is an array of Python objects.*np.asarray"),
-        (np.array(["a", "b"]), "'x' is an array of <U1"),
+        (np.array([1.0, None], dtype=object), "'x' is an array of Python objects"),
+        (np.array(["a", "b"]), r"'x' is an array of <U1.*x.astype\(float\)"),
+        (
+            np.array(["2020-01-01", "2020-01-03"], dtype="datetime64[D]"),
+            r"datetime64.*\(x - x.min\(\)\) / np.timedelta64",
+        ),
+        (np.array([1, 2], dtype="timedelta64[h]"), r"timedelta64.*e.g. days, x / np.timedelta64"),
+        (np.ma.masked_array([1.0, 2.0], [0, 1]), "'x' is a masked array.*handlers.mask"),
+        (np.ma.masked_array([1.0, 2.0]), "'x' is a masked array"),
+        (np.array([(1.0, 2.0)], dtype=[("a", float), ("b", float)]), "structured array with the fields a, b"),
+        (np.array([1j, 2.0]), "complex.*x.real, x.imag"),
     ],
 )
 def test_data_that_are_no_array(data, match):
+    """As an argument of an energy or of a fit, and observed by the model itself, with the name of what it is."""
+
+    def closure(rows):
+        with numpyro.plate("rows", rows):
+            numpyro.sample("x", improper(), obs=data)
+
     with pytest.raises(TypeError, match=match):
         Energy(on(constraints.real), {}, data)
+    if isinstance(data, np.ndarray):
+        with pytest.raises(TypeError, match=match):
+            Energy(closure, {}, len(data))
+        with pytest.raises(TypeError, match=match):
+            ScoreMatching(on(constraints.real)).init(0, data)
+
+
+def test_the_remedies_for_arrays_work():
+    masked = np.ma.masked_array([1.0, np.nan, 3.0], [0, 1, 0])
+
+    def model(x, mask):
+        with numpyro.plate("rows", len(x)), numpyro.handlers.mask(mask=mask):
+            x = numpyro.sample("x", improper(), obs=x)
+            numpyro.factor("energy", -0.5 * x**2)
+
+    energy = Energy(model, {}, np.ma.getdata(masked), ~np.ma.getmaskarray(masked))
+    energy.check()
+    assert energy.weights.tolist() == [1, 0, 1]
+    dates = np.array(["2020-01-01", "2020-01-03"], dtype="datetime64[D]")
+    assert Energy(on(constraints.real), {}, (dates - dates.min()) / np.timedelta64(1, "D")).data.tolist() == [[0], [2]]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_weights_that_are_no_numbers(wrong):
+    def model(x, scale):
+        with numpyro.plate("rows", len(x)), numpyro.handlers.scale(scale=scale):
+            x = numpyro.sample("x", improper(), obs=x)
+            numpyro.factor("energy", -0.5 * x**2)
+
+    scale = np.ones(20)
+    scale[3] = wrong
+    with pytest.raises(ValueError, match=r"weight of site .* NaN or infinite in row 3 \(1 of 20\).*handlers.scale"):
+        Energy(model, {}, X[:, 0], scale).check()
+
+
+def test_a_plate_inside_a_scan():
+    def model(x):
+        def step(previous, value):
+            with numpyro.plate("series", len(value)):
+                value = numpyro.sample("x", dist.Normal(0.5 * previous, 1.0), obs=value)
+            return value, None
+
+        scan(step, jnp.zeros(x.shape[1]), x)
+
+    with pytest.raises(ValueError, match=r"Plate 'series' of 'x' stands inside a scan.*one site"):
+        Energy(model, {}, X)
 
 
 def test_an_observed_list():

@@ -1,12 +1,15 @@
 """Natural mistakes with arguments, each with one sentence that says what to write."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 from models import improper
 from numpyro.distributions import constraints
+from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_score import (
     CD,
@@ -20,6 +23,7 @@ from numpyro_score import (
     KLContraction,
     ScoreMatching,
     generalized_bayes,
+    log_partition,
     parzen_score,
     to_arviz,
 )
@@ -58,6 +62,13 @@ def fit():
         (lambda: PCD(), "PCD needs kernel.*MALA"),
         (lambda: ScoreMatching(model, ISM()), r"is a loss: write ScoreMatching\(model, loss=ISM"),
         (lambda: ScoreMatching(model, None, DSM(0.5)), "is a loss.*loss=DSM"),
+        (lambda: ScoreMatching(model, ISM), r"ISM\(\.\.\.\) is a loss: write ScoreMatching\(model, loss=ISM\("),
+        (lambda: ScoreMatching(model, optax.adam(0.1)), "guide given is an optimiser: write .*optim="),
+        (lambda: ScoreMatching(model, numpyro.optim.Adam(0.1)), "guide given is an optimiser: write .*optim="),
+        (lambda: ScoreMatching(model, optim=optax.adam), r"optim must be an optimiser, got adam.*optax.adam\("),
+        (lambda: ScoreMatching(model, optim=AutoNormal), "optim must be an optimiser, got AutoNormal"),
+        (lambda: AdversarialDynamicsEmbedding(model, flow_optim=0.1), "flow_optim must be an optimiser, got 0.1"),
+        (lambda: AdversarialDynamicsEmbedding(model, optax.adam(0.1)), "optim=... for an optimiser"),
         (lambda: AdversarialDynamicsEmbedding(model, ISM()), "takes no loss"),
         (lambda: generalized_bayes(model), r"needs a loss.*ISM\(\)"),
         (lambda: ScoreMatching(model).run(0, X, num_step=5), "no argument 'num_step'.*did you mean num_steps"),
@@ -65,6 +76,16 @@ def fit():
         (lambda: AdversarialDynamicsEmbedding(model).run(0, X, progres_bar=False), "did you mean progress_bar"),
         (lambda: ScoreMatching(model).run(X), r"rng_key must be one random key.*run\(jax.random.key\(0\), x\)"),
         (lambda: Energy(model, {"a": 1.0}, X).bind(sigma=np.ones(7)), r"sigma of shape \(7,\).*\(20,\)"),
+        (lambda: Energy(model, {"a": 1.0}, X).bind(sigma="a"), "evaluated with sigma = 'a'"),
+        (lambda: Energy(model, {"a": 1.0}, X).bind(sigma=np.array(["1"])), "'sigma' is an array of <U1"),
+        (lambda: Energy(model, {"a": 1.0}, X).score(np.ma.masked_array(X)), "'x' is a masked array"),
+        (lambda: Energy(model, {"a": 1.0}, X).flatten(X.astype(object)), "'x' is an array of Python objects"),
+        (lambda: Energy(model, X), r"params must be a dict.*shape \(20, 2\).*Energy\(model, params, x\)"),
+        (lambda: Energy(model, None, X), "params must be a dict.*got None"),
+        (lambda: log_partition(fit(), 0), "method must be one of 'quadrature'.*rng_key="),
+        (lambda: log_partition(fit(), jax.random.key(0)), "method must be one of 'quadrature'.*rng_key="),
+        (lambda: ScoreMatching(model).init(0, X, init_params=[1.0]), "init_params must be a dict.*got a list"),
+        (lambda: ScoreMatching(model).init(0, X, init_params={"a": "1"}), "init_params has a of <U1"),
         (lambda: to_arviz(fit(), num_sample=8), "leave out 'num_sample'"),
     ],
 )
@@ -88,6 +109,50 @@ def test_types(make, match):
 def test_values(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def means(x):
+    m = numpyro.param("m", jnp.zeros(2))
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", dist.Normal(m, 1.0).to_event(1), obs=x)
+
+
+def with_priors(x):
+    m, s = numpyro.sample("m", dist.Normal(0, 5)), numpyro.sample("s", dist.HalfNormal(5))
+    w = numpyro.param("w", lambda key: jax.random.normal(key, (3,)))
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", dist.Normal(m + w.sum(), s).expand([2]).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("make", [ScoreMatching, AdversarialDynamicsEmbedding])
+@pytest.mark.parametrize(
+    ("model", "init_params", "match"),
+    [
+        (means, {"m": 0.0}, r"init_params has m of shape \(\), the site has \(2,\)"),
+        (means, {"m": np.zeros(4)}, r"init_params has m of shape \(4,\), the site has \(2,\)"),
+        (means, {"m": {"a": 1.0}}, "init_params has m with the parts"),
+        (with_priors, {"w": np.zeros((3, 1))}, r"init_params has w of shape \(3, 1\), the site has \(3,\)"),
+        (with_priors, {"m_auto_loc": np.zeros(2)}, r"m_auto_loc of shape \(2,\), the site has \(\)"),
+        (with_priors, {"m": 7.0, "s": -1.0}, "'m', which is a sample site.*'m_auto_loc'"),
+        (with_priors, {"s": 2.0}, "'s', which is a sample site.*'s_auto_loc'"),
+    ],
+)
+def test_initial_values(make, model, init_params, match):
+    with pytest.raises(ValueError, match=match):
+        make(model).init(0, X, init_params=init_params)
+
+
+def test_initial_values_of_another_guide():
+    for init_params, match in [({"s": -1.0}, "sample site"), ({"s_auto_scale": np.ones(2)}, r"has \(\)")]:
+        with pytest.raises(ValueError, match=match):
+            ScoreMatching(with_priors, AutoNormal).init(0, X, init_params=init_params)
+
+
+@pytest.mark.parametrize("value", [np.array([3, -1]), jnp.array([3, -1])])
+def test_integers_as_initial_values(value):
+    svi = ScoreMatching(means, optim=optax.sgd(0.0), num_steps=1)
+    fit = svi.run(0, X, init_params={"m": value}, progress_bar=False)
+    np.testing.assert_array_equal(fit.params["m"], [3.0, -1.0])
 
 
 def test_names_of_axes():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -49,6 +49,13 @@ class ModelAtValues:
     """
 
     def __init__(self, model: Callable[..., Any], params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if not isinstance(params, Mapping):
+            kind = type(self).__name__
+            given = f"an array of shape {np.shape(params)}" if hasattr(params, "shape") else repr(params)
+            raise TypeError(
+                f"params must be a dict of values by site, got {given}: write {kind}(model, params, x), with {{}} for "
+                "a model without parameters."
+            )
         choice = kwargs.pop("data") if isinstance(kwargs.get("data"), str) else None
         self._set(model, params, {}, None, choice, args, kwargs)
 

@@ -34,6 +34,7 @@ from numpyro_score.energy.layout import (
 from numpyro_score.energy.rows import assemble
 from numpyro_score.energy.supports import Block, can_be_outside, outside
 from numpyro_score.energy.trace import is_observed_sample, term_log_prob
+from numpyro_score.energy.values import check_argument
 
 __all__ = ["BoundModel"]
 
@@ -166,6 +167,7 @@ class BoundModel(ModelAtValues):
         """
         values, columns = by_name(self._layout, values), []
         for a in self._layout.arrays:
+            check_argument(a.name, values[a.name])
             value = jnp.asarray(values[a.name], self.dtype)
             check_row_shape(a, value.shape)
             value = a.support.to_coordinates(value)
@@ -195,7 +197,8 @@ class BoundModel(ModelAtValues):
             TypeError: if the model takes no such argument.
             TypeError, ValueError: if the model fails with it, naming its shape.
         """
-        for name in kwargs:
+        for name, value in kwargs.items():
+            check_argument(name, value)
             if not takes_keyword(self.model, name):
                 raise TypeError(
                     f"The model takes no keyword '{name}': add it with a default, e.g. def model(x, {name}=1.0)."
@@ -206,14 +209,14 @@ class BoundModel(ModelAtValues):
         try:
             new._layout = new._read_layout()
         except (TypeError, ValueError) as error:  # the model's own, which need not know what is new to it
-            given = ", ".join(f"{k} of shape {np.shape(v)}" for k, v in kwargs.items() if hasattr(v, "shape"))
+            given = [f"{k} of shape {np.shape(v)}" for k, v in kwargs.items() if hasattr(v, "shape")]
+            rule = f"an argument of rows is as a rule of shape ({self.num_rows},) with one value for each row, or () "
+            rule += "with one for all."
             if not given:
-                raise
-            rows = f"({self.num_rows},) with one value for each row, or () with one for all"
+                given = [f"{k} = {v!r}" for k, v in kwargs.items()]
+                rule = "pass what the model computes with."
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(
-                f"The model cannot be evaluated with {given}: an argument of rows is as a rule of shape {rows}. {error}"
-            ) from error
+            raise kind(f"The model cannot be evaluated with {', '.join(given)}: {rule} {error}") from error
         return new
 
     def at(self: M, x: Float[AnyArray, "n d"]) -> M:

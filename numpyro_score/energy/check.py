@@ -32,6 +32,11 @@ def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> N
     x, outside, weights, f, there, changed = jax.device_get(found)
     layout = energy._layout
     for name, weight in weights.items():
+        if bad := rows_text(~np.isfinite(weight).all(-1)):
+            raise ValueError(
+                f"The weight of site '{name}' is NaN or infinite in {bad}: correct the scale in handlers.scale, and "
+                "give rows that are not to count the weight zero."
+            )
         if (weight != weight[:, :1]).any():
             raise ValueError(
                 f"The scale or mask of site '{name}' differs within a row: weigh whole rows, or drop terms inside "

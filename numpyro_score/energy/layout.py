@@ -144,9 +144,12 @@ def find_arrays(
     for a, value in zip(arrays, values, strict=True):
         kind = "site" if a.is_site else "argument"
         if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            floats = f"{a.name}.astype(float)"
+            if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+                floats = f"np.stack([{a.name}.real, {a.name}.imag], -1)"
             raise TypeError(
                 f"Data {kind} '{a.name}' holds {jnp.result_type(value)} values: score matching differentiates in "
-                f"the data, so pass floats, e.g. {a.name}.astype(float)."
+                f"the data, so pass floats, e.g. {floats}."
             )
         if 0 in a.shape:
             raise ValueError(

@@ -41,12 +41,7 @@ def outside_remedy(name: str, kind: str, constraint: constraints.Constraint, val
             return f"some shares are negative, at least {value.min():.3g}: correct them"
         return _off_one(name, value.sum(-1), "sums on the simplex", f"{name}.sum(-1, keepdims=True)")
     if isinstance(base, type(constraints.circular)):
-        if np.abs(value).max() > 4 * np.pi:
-            return (
-                f"angles up to {np.abs(value).max():.4g} look like degrees: write x = np.deg2rad({name}), then "
-                + _wrap("x")
-            )
-        return f"angles are to lie in [-π, π): write {_wrap(name)}"
+        return _turn(name, value)
     lower, upper = (np.asarray(getattr(base, b, i), np.float64) for b, i in _ENDS)
     if kind == "box":
         if ((value >= lower) & (value <= upper)).all():
@@ -81,6 +76,23 @@ def on_boundary(kind: str, constraint: constraints.Constraint, value: Any) -> np
 
 def _wrap(name: str) -> str:
     return f"({name} + np.pi) % (2 * np.pi) - np.pi"
+
+
+def _turn(name: str, value: np.ndarray) -> str:
+    """Of angles outside of [-π, π), whose unit only their range suggests: hours, say, lie far from 360."""
+    most = np.abs(value).max()
+    by_period = f"x = {name} * 2 * np.pi / period, e.g. with the period 24 for hours, then {_wrap('x')}"
+    if 90 < most <= 360:
+        return (
+            f"angles up to {most:.4g} look like degrees: if they are, write x = np.deg2rad({name}), then {_wrap('x')}; "
+            f"if they have another period, write {by_period}"
+        )
+    if most > 2 * np.pi or (value == value.round()).all():
+        return (
+            f"angles are to lie in [-π, π), and values up to {most:.4g} seem to be of another unit: write {by_period}; "
+            f"if they are radians, write {_wrap(name)}"
+        )
+    return f"angles are to lie in [-π, π): if they are radians, write {_wrap(name)}, and if not, {by_period}"
 
 
 def _interval(lower: np.ndarray, upper: np.ndarray) -> str:

@@ -146,6 +146,12 @@ def assemble(arrays: Sequence[DataArray], sites: Trace, shapes: dict[str, Shape]
     if entering:  # improper data sites have no density of their own, but stand in the plates that number the rows
         entering += tuple(a.name for a in arrays if a.is_site and a.name not in entering)
     row_dims, row_shape, row_plates = find_rows(sites, shapes, entering, arrays)
+    if hidden := [p for p in row_plates if p not in sites]:
+        raise ValueError(
+            f"Plate '{hidden[0]}' of {', '.join(repr(k) for k in entering)} stands inside a scan or cond of NumPyro, "
+            "where it cannot number rows: observe the whole of a row, such as a time series, as one site, outside of "
+            "the scan, with one factor."
+        )
     arrays = [with_row_axes(a, sites[a.name] if a.is_site else None, row_dims, row_shape) for a in arrays]
     masked = any(
         unwrap(sites[k]["fn"])[1] or jnp.ndim(0 if sites[k]["scale"] is None else sites[k]["scale"]) for k in entering

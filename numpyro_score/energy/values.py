@@ -20,14 +20,40 @@ def check_argument(name: str, value: Any) -> None:
             f"np.array(list({name}))."
         )
     for leaf in jax.tree.leaves(value):
-        if isinstance(leaf, np.ndarray) and not (np.issubdtype(leaf.dtype, np.number) or leaf.dtype.kind in "bV"):
-            # Extended floats such as bfloat16 are of kind V; JAX takes them.
-            if leaf.dtype.kind == "O":
-                raise TypeError(
-                    f"Argument '{name}' is an array of Python objects, of shape {leaf.shape}: pass numbers, e.g. "
-                    f"np.asarray({name}, float), with rows of equal length and nothing missing."
-                )
-            raise TypeError(f"Argument '{name}' is an array of {leaf.dtype}, which are no numbers: pass numbers.")
+        if isinstance(leaf, np.ndarray):
+            _check_array(f"Argument '{name}'", name, leaf)
+
+
+def _check_array(what: str, name: str, array: np.ndarray) -> None:
+    """Raises TypeError for an array that JAX does not take, or only without its mask."""
+    kind = array.dtype.kind
+    if isinstance(array, np.ma.MaskedArray):
+        # Values that a fill value replaces would be data.
+        raise TypeError(
+            f"{what} is a masked array: pass np.ma.getdata({name}), and put the sites of the rows in "
+            f"numpyro.handlers.mask(mask=~np.ma.getmaskarray({name})), with one value for each row."
+        )
+    if kind == "O":
+        raise TypeError(
+            f"{what} is an array of Python objects, of shape {array.shape}: pass numbers, e.g. "
+            f"np.asarray({name}, float), with rows of equal length and nothing missing."
+        )
+    if kind in "mM":
+        start = f"({name} - {name}.min())" if kind == "M" else name
+        raise TypeError(
+            f"{what} is an array of {array.dtype}, which are no numbers: pass them in a unit, e.g. days, "
+            f"{start} / np.timedelta64(1, 'D')."
+        )
+    if kind in "UST":
+        raise TypeError(
+            f"{what} is an array of {array.dtype}, which are no numbers: pass numbers, e.g. {name}.astype(float) if "
+            "they are written as text."
+        )
+    if array.dtype.names is not None:  # extended floats such as bfloat16 are of the same kind; JAX takes them
+        raise TypeError(
+            f"{what} is a structured array with the fields {', '.join(array.dtype.names)}: pass numbers, e.g. "
+            f"np.lib.recfunctions.structured_to_unstructured({name})."
+        )
 
 
 def check_list(name: str, value: Any) -> None:
@@ -40,7 +66,7 @@ def check_observed(site: Any) -> None:
     """Raises for an observed value that is no array, or not of the shape of the site's distribution and plates.
 
     Raises:
-        TypeError: for a list or tuple.
+        TypeError: for a list or tuple, and an array that is masked or holds no numbers.
         ValueError: for another shape. NumPyro's improper distributions would take it without a word.
     """
     fn, value, name = site["fn"], site["value"], site["name"]
@@ -50,6 +76,8 @@ def check_observed(site: Any) -> None:
         raise TypeError(
             f"Observed site '{name}' is observed at a {type(value).__name__}: pass an array, e.g. np.asarray({name})."
         )
+    if isinstance(value, np.ndarray):
+        _check_array(f"Observed site '{name}'", name, value)
     shape, event = tuple(np.shape(value)), tuple(fn.event_shape)
     sizes = {f.dim: f.size for f in site["cond_indep_stack"] if f.dim is not None}
     batch = shape[: len(shape) - len(event)]

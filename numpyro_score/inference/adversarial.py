@@ -21,7 +21,14 @@ from numpyro_score.flows.dynamics import Trajectory, as_pytree
 from numpyro_score.flows.fit import FlowFunction, LearnedFlow, build_flow, flow_params, flow_step
 from numpyro_score.generalized import LOSS_SITE, point_guide, prior_model
 from numpyro_score.inference.adversarial_result import AdversarialResult, AdversarialState, AdversarialTerms
-from numpyro_score.inference.arguments import InitParams, check_keywords, is_loss
+from numpyro_score.inference.arguments import (
+    InitParams,
+    as_floats,
+    check_keywords,
+    check_optimizer,
+    is_loss,
+    refuse_unknown,
+)
 from numpyro_score.inference.cost import with_cost
 from numpyro_score.inference.loop import (
     NonFiniteLossError,
@@ -118,10 +125,13 @@ class AdversarialDynamicsEmbedding(Compiling):
                 "AdversarialDynamicsEmbedding is a likelihood method and takes no loss: leave it out, or write "
                 "ScoreMatching(model, loss=...)."
             )
+        for name, value in {"optim": optim, "flow_optim": flow_optim}.items():
+            if value is not None:
+                check_optimizer(name, value)
         if flow is not None and not callable(flow):
             raise TypeError(
                 f"flow must be a function from a log density to a flow, got {type(flow).__name__}: write e.g. "
-                "flow=LearnedFlow(2)."
+                "flow=LearnedFlow(2), or optim=... for an optimiser."
             )
         self.model, self.flow, self.data = model, flow, data
         self.flow_steps, self.num_samples, self.num_steps = flow_steps, num_samples, check_num_steps(num_steps)
@@ -154,11 +164,11 @@ class AdversarialDynamicsEmbedding(Compiling):
         """
         run_key, svi_key, flow_key = jax.random.split(as_key(rng_key), 3)
         check_keywords(self.init, self.model, kwargs)
+        init_params = as_floats(init_params)
         with InitParams(init_params):
             optim_state = self._svi.init(svi_key, *args, init_params=init_params, **kwargs).optim_state
         known = self._constrained(optim_state)
-        if unknown := set(init_params or ()) - set(known):
-            raise ValueError(f"init_params has {sorted(unknown)}, but the param sites are {sorted(known)}: use these.")
+        refuse_unknown(init_params, known)
         energy = self._energy(known, flow_key, args, kwargs)
         flow = self.flow or _flow_at_data(energy)
         params = flow_params(flow, as_pytree(energy.log_density), flow_key)

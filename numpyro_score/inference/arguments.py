@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,9 +20,19 @@ from numpyro.infer.autoguide import (
 )
 from numpyro.primitives import Messenger
 
-from numpyro_score.energy import Site, takes_keyword
+from numpyro_score.energy import Sealed, Site, takes_keyword
 
-__all__ = ["GUIDES_WITH_DENSITY", "InitParams", "check_inside", "check_keywords", "is_loss"]
+__all__ = [
+    "GUIDES_WITH_DENSITY",
+    "InitParams",
+    "as_floats",
+    "check_inside",
+    "check_keywords",
+    "check_optimizer",
+    "is_loss",
+    "refuse_misplaced",
+    "refuse_unknown",
+]
 
 GUIDES_WITH_DENSITY = (
     AutoLaplaceApproximation,
@@ -56,19 +67,109 @@ def is_loss(value: Any) -> bool:
 
 
 class InitParams(Messenger):
-    """Raises ValueError at a param site whose initial value, as given by the user, violates its constraint.
+    """Raises ValueError for an initial value, as given by the user, that its param site cannot take.
 
-    Its unconstrained value would be NaN, and the fit fail at its first step.
+    One that violates the site's constraint would be NaN without it, and the fit fail at its first step. One of another
+    shape would be broadcast, so that fewer numbers are fitted, or fail inside the model. One that is named after a
+    sample site, not after the guide's parameter, would move the density that is checked, but not the fit.
     """
 
     def __init__(self, init_params: dict[str, Any] | None) -> None:
         self.init_params = init_params or {}
+        self.known: list[str] = []
         super().__init__()
 
     def process_message(self, msg: Site) -> None:
         """Looks at the value given."""
+        name = msg.get("name", "")
         if msg["type"] == "param":
-            check_inside(self.init_params, {msg["name"]: msg["kwargs"].get("constraint", constraints.real)})
+            self.known.append(name)
+            if name in self.init_params:
+                _check_shape(name, self.init_params[name], msg)
+            check_inside(self.init_params, {name: msg["kwargs"].get("constraint", constraints.real)})
+        elif msg["type"] == "sample" and name in self.init_params and name not in self.known:
+            near = [k for k in self.known if k.startswith(f"{name}_")] or self.known
+            uses = f"name the guide's, e.g. '{near[-1]}'" if near else "leave it out"
+            raise ValueError(
+                f"init_params has '{name}', which is a sample site, and init_params are values of param sites: {uses}."
+            )
+
+
+def _check_shape(name: str, given: Any, site: Site) -> None:
+    """Raises ValueError if a value given is not of the shapes of a param site's own initial value."""
+    if site["args"]:
+        (own,) = site["args"]
+    else:  # a function of a key, whose draw must not take one from the handlers around
+        with Sealed(jax.random.key(0)):
+            own = jax.eval_shape(site["fn"])
+    if own is None:  # a later mention of the site
+        return
+    shapes, expected = _shapes(given), _shapes(own)
+    if shapes.keys() != expected.keys():
+        raise ValueError(
+            f"init_params has {name} with the parts {sorted(shapes)}, the site has {sorted(expected)}: give it these."
+        )
+    for part, shape in shapes.items():
+        if shape != expected[part]:
+            raise ValueError(
+                f"init_params has {name}{part} of shape {shape}, the site has {expected[part]}: give it one value for "
+                "each number of the site."
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf, by its path."""
+    return {jax.tree_util.keystr(k): tuple(np.shape(v)) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def as_floats(init_params: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Initial values with integers as floats, which can be differentiated.
+
+    Raises:
+        TypeError: for what is no dict, and values that are no numbers.
+    """
+    if init_params is None:
+        return None
+    if not isinstance(init_params, Mapping):
+        raise TypeError(
+            f"init_params must be a dict of values by param site, got a {type(init_params).__name__}: write e.g. "
+            "init_params={'a': 1.0}, or init_params=fit.params."
+        )
+
+    def as_float(name: str, value: Any) -> Any:
+        dtype = getattr(value, "dtype", None) or np.asarray(value).dtype
+        if jnp.issubdtype(dtype, jnp.inexact):
+            return value
+        if not (any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_))):
+            raise TypeError(f"init_params has {name} of {dtype}, which are no numbers: give it numbers.")
+        return jnp.asarray(value, float)
+
+    return {k: jax.tree.map(partial(as_float, k), v) for k, v in init_params.items()}
+
+
+def refuse_misplaced(guide: Any, optim: Any) -> None:
+    """Raises TypeError where ScoreMatching's guide or optimiser is a loss, or the guide an optimiser."""
+    for value in (guide, optim):
+        if is_loss(value):
+            made = f"{value.__name__}(...)" if inspect.isclass(value) else repr(value)
+            raise TypeError(f"{made} is a loss: write ScoreMatching(model, loss={made}).")
+    if hasattr(guide, "init") and hasattr(guide, "update"):
+        raise TypeError("The guide given is an optimiser: write ScoreMatching(model, optim=...).")
+    if optim is not None:
+        check_optimizer("optim", optim)
+
+
+def check_optimizer(name: str, value: Any) -> None:
+    """Raises TypeError for a value of the argument `name` that is no optimiser of Optax, NumPyro or JAX."""
+    if inspect.isclass(value) or not (hasattr(value, "init") or hasattr(value, "init_fn")):
+        given = getattr(value, "__name__", repr(value))
+        raise TypeError(f"{name} must be an optimiser, got {given}: write e.g. {name}=optax.adam(1e-3).")
+
+
+def refuse_unknown(init_params: dict[str, Any] | None, known: Collection[str]) -> None:
+    """Raises ValueError for names in `init_params` that no param site has."""
+    if unknown := set(init_params or ()) - set(known):
+        raise ValueError(f"init_params has {sorted(unknown)}, but the param sites are {sorted(known)}: use these.")
 
 
 def check_inside(init_params: dict[str, Any] | None, supports: dict[str, constraints.Constraint]) -> None:

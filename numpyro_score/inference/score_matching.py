@@ -19,9 +19,17 @@ from numpyro.infer.util import transform_fn
 from numpyro.optim import Minimize
 
 from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minimise
-from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, layouts_kept, split_arrays
+from numpyro_score.energy import Energy, check_arguments, evaluate_for_check, join_arrays, layouts_kept, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
-from numpyro_score.inference.arguments import GUIDES_WITH_DENSITY, InitParams, check_inside, check_keywords, is_loss
+from numpyro_score.inference.arguments import (
+    GUIDES_WITH_DENSITY,
+    InitParams,
+    as_floats,
+    check_inside,
+    check_keywords,
+    refuse_misplaced,
+    refuse_unknown,
+)
 from numpyro_score.inference.arrival import warn_if_average_lags, warn_if_still_falling
 from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
@@ -108,8 +116,7 @@ class ScoreMatching(Compiling, SVI):
         average: float | None = None,
     ) -> None:
         num_steps = check_num_steps(num_steps)
-        if misplaced := [v for v in (guide, optim) if is_loss(v)]:
-            raise TypeError(f"{misplaced[0]!r} is a loss: write ScoreMatching(model, loss={misplaced[0]!r}).")
+        refuse_misplaced(guide, optim)
         self.score_model, self.score_loss = model, DefaultLoss() if loss is None else loss
         self.num_steps, self.learning_rate, self.data, self.average = num_steps, learning_rate, data, average
         self.prior = prior_model(model, data, loss=self.score_loss)
@@ -194,11 +201,13 @@ class ScoreMatching(Compiling, SVI):
                 message names the site and the remedy.
         """
         check_keywords(self.init, self.score_model, kwargs)
-        rng_key, found = as_key(rng_key), None
+        check_arguments(self.score_model, args, kwargs)
+        rng_key, found, init_params = as_key(rng_key), None, as_floats(init_params)
         if self._start is not None and not being_traced((rng_key, args, kwargs, init_params)):
             found = self._start(rng_key, init_params, args, kwargs)
         if found is not None:
             state, transforms, energy = found
+            refuse_unknown(init_params, transforms)
             check_inside(init_params, {k: t.codomain for k, t in transforms.items()})
             self.constrain_fn = partial(transform_fn, transforms)
             self._check(energy)
@@ -214,9 +223,7 @@ class ScoreMatching(Compiling, SVI):
                 state = structure.init(rng_key, *args, init_params=init_params, **kwargs)
             self.constrain_fn = structure.constrain_fn
         self._mutable = sorted(state.mutable_state or {})
-        known = self.get_params(state)
-        if unknown := set(init_params or ()) - set(known):
-            raise ValueError(f"init_params has {sorted(unknown)}, but the param sites are {sorted(known)}: use these.")
+        refuse_unknown(init_params, self.get_params(state))
         return state
 
     @with_cost
@@ -273,6 +280,7 @@ class ScoreMatching(Compiling, SVI):
             return calibrated_fit(self, run, init_state=init_state, init_params=init_params)
         rng_key = as_key(0 if rng_key is None else rng_key, RUN)
         check_keywords(self.run, self.score_model, kwargs)
+        check_arguments(self.score_model, args, kwargs)
         if init_state is None or self.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state

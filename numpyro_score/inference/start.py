@@ -16,6 +16,7 @@ from numpyro.infer.autoguide import AutoDelta
 
 from numpyro_score.energy import Energy, join_arrays, split_arrays
 from numpyro_score.generalized import point_guide, prior_model
+from numpyro_score.inference.arguments import InitParams
 from numpyro_score.losses import Loss
 
 __all__ = ["CompiledStart", "being_traced"]
@@ -90,5 +91,6 @@ class CompiledStart:
         guide._init_locs = locs
         prior = prior_model(self.model, self.data, loss=self.loss, inspect_energy=lambda e: held.append(e.held))
         svi = SVI(prior, guide, self.optim, Trace_ELBO())
-        state = svi.init(rng_key, *args, init_params=init_params, **kwargs)
+        with InitParams(init_params):
+            state = svi.init(rng_key, *args, init_params=init_params, **kwargs)
         return state, svi.constrain_fn.args[0], held[0]

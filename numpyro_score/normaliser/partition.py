@@ -91,6 +91,11 @@ def log_partition(
         >>> round(result.value, 3)  # log 2Γ(5/4)
         0.595
     """
+    if method is not None and not isinstance(method, str):
+        raise TypeError(
+            f"method must be one of {', '.join(map(repr, METHODS))}, got a {type(method).__name__}: if this is the "
+            "key, write rng_key=..."
+        )
     if method is not None and method not in METHODS:
         raise ValueError(f"log_partition has no method '{method}': use one of {', '.join(map(repr, METHODS))}.")
     energy = density_of(energy)
