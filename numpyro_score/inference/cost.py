@@ -11,7 +11,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from numpyro_score.losses import CD, DSM, ESM, FSM, ISM, NCE, PCD, SSM, ContinuousDSM, KLContraction, Loss
+from numpyro_score.losses import (
+    CD,
+    DSM,
+    ESM,
+    FSM,
+    ISM,
+    NCE,
+    PCD,
+    SSM,
+    ContinuousDSM,
+    DefaultLoss,
+    KLContraction,
+    Loss,
+)
 
 __all__ = ["FitCost", "evaluations_per_row", "with_cost"]
 
@@ -43,6 +56,8 @@ def evaluations_per_row(loss: Loss, dim: int, num_rows: int) -> float | None:
 
     None for a loss that is not the package's.
     """
+    if isinstance(loss, DefaultLoss):
+        loss = loss.of_dimension(dim)
     count: float
     match loss:
         case ISM():

@@ -344,11 +344,7 @@ class ScoreMatching(Compiling, SVI):
         searches = isinstance(self.optim, Minimize) or getattr(self.optim, "searches", False)
         if searches or isinstance(self.learning_rate, str) or int(fit.state.optim_state[0]) == 0:
             return None
-        dim, num_rows = self._shape
-        loss = self.score_loss
-        if isinstance(loss, DefaultLoss):
-            loss = loss.of_dimension(dim)
-        return evaluations_per_row(loss, dim, num_rows)
+        return evaluations_per_row(self.score_loss, *self._shape)
 
     def _check_memory(self, state: Any) -> None:
         # NumPyro would start the memory anew in every step.
