@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
@@ -40,7 +41,10 @@ def compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     program, treedef = _program(closed.jaxpr), jax.tree.structure(shapes)
 
     def run(*args: Any) -> Any:
-        return jax.tree.unflatten(treedef, program(closed.consts, jax.tree.leaves(args)))
+        # As JAX's arrays: JAX 0.10 to 0.12 may take a NumPy array in the precision of the program that last returned
+        # it, and fail on it in another precision.
+        leaves = [jnp.asarray(v) if isinstance(v, np.ndarray) else v for v in jax.tree.leaves(args)]
+        return jax.tree.unflatten(treedef, program(closed.consts, leaves))
 
     return run
 

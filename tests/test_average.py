@@ -120,8 +120,8 @@ def test_stable_updates_leave_bad_steps_out():
 def test_interrupted_and_failing_fits(monkeypatch):
     """Ctrl-C gives the average so far; the error of a loss that is not finite looks at the step, not at the average."""
     sm = ScoreMatching(gaussian, optim=optax.adam(0.05), loss=ISM(), num_steps=50, average=0.9)
-    size = loop._next_size
-    monkeypatch.setattr(loop, "_next_size", lambda *a: signal.raise_signal(signal.SIGINT) or size(*a))
+    size = loop.next_size
+    monkeypatch.setattr(loop, "next_size", lambda *a: signal.raise_signal(signal.SIGINT) or size(*a))
     with pytest.warns(UserWarning, match="Interrupted after"):
         fit = run(sm, X)
     assert fit.interrupted

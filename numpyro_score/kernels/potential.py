@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from numpyro.infer.util import constrain_fn, find_valid_initial_params, potentia
 from numpyro.primitives import Messenger
 
 from numpyro_score.energy import is_constant
+from numpyro_score.programs import run_compiled
 
 __all__ = ["ModelPotential", "is_concrete"]
 
@@ -77,7 +79,7 @@ class ModelPotential:
     def unconstrain(self, values: dict[str, Array], what: str) -> dict[str, Array]:
         """Constrained values of all latent sites, in unconstrained space; `what` names them in errors."""
         self.check_names(values, what)
-        return unconstrain_fn(_on_first_rows(self.model), self.args, self.kwargs, values)
+        return run_compiled(partial(unconstrain_fn, _on_first_rows(self.model), self.args, self.kwargs), values)
 
     def check_names(self, values: dict[str, Any], what: str) -> None:
         """Raises ValueError unless there is a value for each latent site."""
@@ -114,15 +116,19 @@ class ModelPotential:
     def initial(self, rng_key: Array, init_strategy: Callable[..., Any]) -> dict[str, Array]:
         """Positions at which the energy and its gradient are finite, if they are found: one for each of the keys."""
         prototype = self.unconstrain({k: s["value"] for k, s in self.latents.items()}, "the model")
-        (z, _, _), _ = find_valid_initial_params(
-            rng_key,
-            _on_first_rows(self.model, hide_types=["sample"]),
-            init_strategy=init_strategy,
-            model_args=self.args,
-            model_kwargs=self.kwargs,
-            prototype_params=prototype,
-        )
-        return z
+
+        def find(rng_key: Array) -> dict[str, Array]:
+            (z, _, _), _ = find_valid_initial_params(
+                rng_key,
+                _on_first_rows(self.model, hide_types=["sample"]),
+                init_strategy=init_strategy,
+                model_args=self.args,
+                model_kwargs=self.kwargs,
+                prototype_params=prototype,
+            )
+            return z
+
+        return run_compiled(find, rng_key)  # NumPyro would run the model one operation at a time
 
     def not_finite(self, z: dict[str, Array]) -> list[str]:
         """The sites whose log density is not finite at one position."""
