@@ -75,9 +75,7 @@ done
 certificates=/etc/ssl/certs/ca-certificates.crt
 host_certificates=${PIP_CERT:-$certificates}
 [[ ! -e $host_certificates ]] || cp --dereference --remove-destination "$host_certificates" "$root$certificates"
-# With all of XLA's optimisations, as users compile the package: tests/conftest.py leaves most of them out elsewhere.
-settings=(XLA_FLAGS=--xla_backend_optimization_level=3)
-settings+=(PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 "PIP_CERT=$certificates" PIP_ROOT_USER_ACTION=ignore)
+settings=(PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 "PIP_CERT=$certificates" PIP_ROOT_USER_ACTION=ignore)
 for name in CI PIP_INDEX_URL PIP_DEFAULT_TIMEOUT http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
     [[ -z ${!name:-} ]] || settings+=("$name=${!name}")
 done
@@ -100,3 +98,7 @@ print("Python", sys.version.split()[0] + ":", ", ".join(f"{name} {version(name)}
 # The array shapes that annotations state are checked here: the checks take time, and once is enough.
 inside sh -c 'cd /src && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"' pytest \
     --jaxtyping-packages=numpyro_score,beartype.beartype "$@"
+# With all of XLA's optimisations, as users compile the package: tests/conftest.py leaves most of them out elsewhere.
+settings+=(XLA_FLAGS=--xla_backend_optimization_level=3)
+(($#)) || inside sh -c 'cd /src && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"' pytest \
+    tests/test_operators.py tests/test_losses.py tests/test_random.py tests/test_kernels.py tests/test_flows.py

@@ -82,8 +82,7 @@ def posterior(
       smallest level counts, for draws and evidence alike. The levels' unknown constants are estimated by a second set
       of runs without observation. **Take it for energies that are known, and not for those learned by denoising**: a
       score at little noise does not see the weights of parts that are far apart, so that the energy has them wrong
-      there, while the sampler has them from more noise. Of a network fitted to two moons "smc" gave half a nat too
-      much evidence, and "tds" was right to 0.02;
+      there, while the sampler has them from more noise; `examples/two_moons.py` compares the two;
     - "guided": the proposals alone, without weights. **It is biased, by any number of steps**: on mixtures it puts
       mass where there is none, and rank tests do not show it. For pictures and for comparison.
 
