@@ -189,7 +189,7 @@ def test_inpainting():
         inpaint(source, np.zeros((3, 2)), np.array([True, True]), KEY, **settings)
 
 
-def test_what_is_refused():
+def test_what_is_refused(unchecked):
     """Latent sites, no observation, an unknown method or twist, densities asked of scores, NaN in the likelihood."""
     source, settings = Energy(energy, {}, DATA), {"noise_range": RANGE, "num_particles": 8, "num_runs": 2}
 

@@ -5,7 +5,7 @@ from numpyro_score.diffusion.codes import flow_decode, flow_encode, flow_interpo
 from numpyro_score.diffusion.distribution import ScoreDistribution
 from numpyro_score.diffusion.methods import EDMHeun, PredictorCorrector
 from numpyro_score.diffusion.nonlinear import reverse_sde
-from numpyro_score.diffusion.posterior import PosteriorDraws, inpaint, posterior
+from numpyro_score.diffusion.posteriors import PosteriorDraws, inpaint, posterior
 from numpyro_score.diffusion.preconditioning import preconditioned_energy, preconditioned_score
 from numpyro_score.diffusion.probability_flow import FlowLogProb, flow_log_prob
 from numpyro_score.diffusion.samplers import Diffused, diffuse

@@ -14,7 +14,7 @@ import scipy.stats
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
-from numpyro_score.diffusion.posterior import Method, Problem, as_data, log_likelihood
+from numpyro_score.diffusion.posteriors import Method, Problem, as_data, log_likelihood
 from numpyro_score.diffusion.samplers import diffuse
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.diffusion.twists import Twist
