@@ -14,8 +14,9 @@ import scipy.stats
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
-from numpyro_score.diffusion.posteriors import Method, Problem, as_data, log_likelihood
+from numpyro_score.diffusion.posteriors import Method, Problem, log_likelihood
 from numpyro_score.diffusion.samplers import diffuse
+from numpyro_score.diffusion.source import as_data
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.diffusion.twists import Twist
 from numpyro_score.energy import join_arrays, split_arrays, takes_keyword
@@ -130,7 +131,7 @@ def simulation_ranks(
         y = dict(zip(observed, values, strict=True))
         draw_key, choice_key = jax.random.split(key)
         found = problem.run(draw_key, args, {**kwargs, **y})
-        weights = jnp.exp(jnp.asarray(problem.draws(found)[1]))
+        weights = jnp.exp(jnp.asarray(problem.log_weights(found)))
         chosen = jax.random.choice(choice_key, len(weights), (num_draws,), p=weights)
         points = jnp.concatenate([truth[None], jnp.asarray(found.u[0])[chosen]])
         pairs.append([np.r_[p, np.ravel(jax.tree.leaves(y))] for p in np.asarray(points)])
@@ -175,7 +176,7 @@ def _simulated(
 
     def one(row: Array, key: Array) -> dict[str, Array]:
         seeded = handlers.seed(problem.observation, key)
-        trace = handlers.trace(seeded).get_trace(as_data(problem.field, row), *args, **kwargs)
+        trace = handlers.trace(seeded).get_trace(as_data(problem.field.model.energy, row), *args, **kwargs)
         return {k: s["value"] for k, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
 
     found = jax.jit(jax.vmap(one))(rows, keys)
@@ -208,4 +209,4 @@ def _values(
         found["log joint"] = likelihood + field.model.log_density(rows, rho)
     if not functions:
         return {**found, **{f"x[{i}]": rows[:, i] for i in range(min(_COORDINATES, rows.shape[1]))}}
-    return {**found, **{k: jax.vmap(lambda r, f=f: f(as_data(field, r), **y))(rows) for k, f in functions}}
+    return {**found, **{k: jax.vmap(lambda r, f=f: f(as_data(field.model.energy, r), **y))(rows) for k, f in functions}}

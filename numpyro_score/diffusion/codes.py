@@ -18,8 +18,8 @@ from numpyro_score.diffusion.flow import (
     solve,
 )
 from numpyro_score.diffusion.sde import SDE, VP, noise_at
+from numpyro_score.diffusion.source import as_data
 from numpyro_score.losses.base import at_least_one
-from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
 
 __all__ = ["decoded", "flow_decode", "flow_encode", "flow_interpolate"]
@@ -120,7 +120,7 @@ def flow_decode(
     require_finite("flow_decode", z)
     values, arrived = decoded(settings, flow, z)
     require_solved("flow_decode", arrived)
-    return values if len(values) > 1 else next(iter(values.values()))
+    return values
 
 
 def flow_interpolate(source: Source, first: Any, last: Any, num: int, **options: Any) -> Any:
@@ -167,9 +167,9 @@ def _encoded(settings: Settings, flow: Flow, x: Float[Array, "n d"]) -> tuple[Fl
 
 
 @partial(jax.jit, static_argnums=0)
-def decoded(settings: Settings, flow: Flow, z: Float[Array, "n d"]) -> tuple[dict[str, Array], Bool[Array, "n"]]:
-    """Data by site from codes, and which of them arrived; NaN for others."""
+def decoded(settings: Settings, flow: Flow, z: Float[Array, "n d"]) -> tuple[Any, Bool[Array, "n"]]:
+    """Data from codes, and which of them arrived; NaN for others."""
     u = flow.end.mean + (_units(settings, flow) * z) @ flow.end.axes.T
     x, _, _, arrived = solve(settings, flow, u, backwards=True, density=False)
     x = jnp.where(arrived[:, None], x, jnp.nan)
-    return jax.vmap(partial(row_to_data, flow.model.energy))(x), arrived
+    return jax.vmap(partial(as_data, flow.model.energy))(x), arrived

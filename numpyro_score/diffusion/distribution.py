@@ -16,9 +16,9 @@ from numpyro.distributions import constraints
 from numpyro_score.diffusion.codes import decoded
 from numpyro_score.diffusion.flow import Flow, Settings, prepared, require_solved, solve
 from numpyro_score.diffusion.sde import SDE, VP
-from numpyro_score.diffusion.source import NoisyModel
+from numpyro_score.diffusion.source import NoisyModel, as_data
 from numpyro_score.energy import Energy
-from numpyro_score.normaliser.coordinates import data_to_row, row_log_jacobian, row_to_data
+from numpyro_score.normaliser.coordinates import data_to_row, row_log_jacobian
 from numpyro_score.normaliser.source import Source
 from numpyro_score.random import Key, as_key
 
@@ -98,7 +98,7 @@ class ScoreDistribution(dist.Distribution):
         self.flow, self.settings = prepared(owner, source, sde, noise_range, solver, rtol, atol, name)
         if len(arrays := self.flow.model.energy.arrays) > 1:
             raise TypeError(f"The data are several sites, {[a.name for a in arrays]}: join them in one site.")
-        event = partial(_event, self.flow.model.energy)
+        event = partial(as_data, self.flow.model.energy)
         shape = jax.eval_shape(event, jnp.zeros(self.flow.model.dim, self.flow.model.dtype)).shape
         super().__init__((), shape, validate_args=validate_args)
 
@@ -160,12 +160,7 @@ class ScoreDistribution(dist.Distribution):
         z = jax.random.normal(as_key(key), (n, self.flow.model.dim), self.flow.model.dtype)
         values, arrived = decoded(self.settings, self.flow, z)
         require_solved("ScoreDistribution.sample", arrived)
-        return next(iter(values.values())).reshape(shape)
-
-
-def _event(energy: Energy, row: Float[Array, "d"]) -> Array:
-    (value,) = row_to_data(energy, row).values()
-    return value
+        return values.reshape(shape)
 
 
 def _rows(energy: Energy, events: Array) -> tuple[Float[Array, "n d"], Float[Array, "n"]]:

@@ -20,7 +20,7 @@ from numpyro_score.diffusion.grids import levels_on
 from numpyro_score.diffusion.noise_range import shared_noise_range
 from numpyro_score.diffusion.particles import Run, run_particles
 from numpyro_score.diffusion.samplers import field_of
-from numpyro_score.diffusion.source import NoisyModel, noisy_model
+from numpyro_score.diffusion.source import NoisyModel, as_data, noisy_model
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.diffusion.twists import Twist
 from numpyro_score.energy import join_arrays, split_arrays
@@ -29,7 +29,7 @@ from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
 from numpyro_score.random import Key, as_key
 
-__all__ = ["PosteriorDraws", "Problem", "as_data", "inpaint", "log_likelihood", "posterior"]
+__all__ = ["PosteriorDraws", "Problem", "inpaint", "log_likelihood", "posterior"]
 
 Method = Literal["smc", "tds", "guided"]
 
@@ -84,7 +84,7 @@ def posterior(
       score at little noise does not see the weights of parts that are far apart, so that the energy has them wrong
       there, while the sampler has them from more noise; `examples/two_moons.py` compares the two;
     - "guided": the proposals alone, without weights. **It is biased, by any number of steps**: on mixtures it puts
-      mass where there is none, and rank tests do not show it. For pictures and for comparison.
+      mass where there is none, and ranks of the data's own numbers do not show it. For pictures and for comparison.
 
     Args:
         source: a fit by ContinuousDSM or DSM with several levels, or an energy, whose model takes `sigma`.
@@ -132,7 +132,8 @@ def posterior(
     )
     y_key, prior_key = jax.random.split(key)
     found = problem.run(y_key, args, kwargs)
-    draws, log_weights = problem.draws(found)
+    rows, log_weights = jnp.asarray(found.u).reshape(-1, problem.field.model.dim), problem.log_weights(found)
+    draws = jax.vmap(partial(as_data, problem.field.model.energy))(rows)
     ancestors = sum(len(np.unique(a)) for a in found.ancestors)
     if problem.method == "guided":
         return PosteriorDraws(draws, log_weights, None, None, float(len(log_weights)), 1.0, ancestors, True)
@@ -197,20 +198,13 @@ class Problem(NamedTuple):
         _require_numbers(found, self.rho)
         return found
 
-    def draws(self, found: Run) -> tuple[Any, Float[np.ndarray, "rn"]]:
-        """The particles of all runs in the data's own form, and their log weights, normalised."""
-        rows = jnp.asarray(found.u).reshape(-1, self.field.model.dim)
-        draws = jax.vmap(partial(as_data, self.field))(rows)
+    def log_weights(self, found: Run) -> Float[np.ndarray, "rn"]:
+        """The log weights of the particles of all runs, normalised."""
         if self.method == "guided":
-            return draws, np.full(len(rows), -np.log(len(rows)))
+            n = found.log_weights.size
+            return np.full(n, -np.log(n))
         log_weights = (found.log_weights + np.asarray(found.log_z)[:, None]).reshape(-1).astype(np.float64)
-        return draws, log_weights - np.logaddexp.reduce(log_weights)
-
-
-def as_data(field: Field, row: Float[Array, "d"]) -> Any:
-    """One row in the form of its site; by name where there are several sites."""
-    values = row_to_data(field.model.energy, row)
-    return values if len(values) > 1 else next(iter(values.values()))
+        return log_weights - np.logaddexp.reduce(log_weights)
 
 
 def inpaint(
@@ -271,14 +265,14 @@ def _check_method(model: NoisyModel, method: Method) -> None:
 def log_likelihood(observation: Callable[..., Any], args: Any, kwargs: Any, field: Field, row: Array) -> Array:
     """The log density of the observation given one row (D,)."""
     seeded = handlers.seed(observation, jax.random.key(0))  # for its plates; nothing is drawn
-    return jnp.asarray(log_density(seeded, (as_data(field, row), *args), kwargs, {})[0], row.dtype)
+    return jnp.asarray(log_density(seeded, (as_data(field.model.energy, row), *args), kwargs, {})[0], row.dtype)
 
 
 def _check_observation(observation: Callable[..., Any], field: Field, arrays: list[Any], static: Any) -> None:
     """Raises unless all sites are observed, and there is one."""
     args, kwargs = join_arrays(arrays, static)
     seeded = handlers.seed(observation, jax.random.key(0))
-    trace = handlers.trace(seeded).get_trace(as_data(field, field.end.mean), *args, **kwargs)
+    trace = handlers.trace(seeded).get_trace(as_data(field.model.energy, field.end.mean), *args, **kwargs)
     sites = [s for s in trace.values() if s["type"] in ("sample", "param")]
     if free := [s["name"] for s in sites if s["type"] == "param" or not s["is_observed"]]:
         raise TypeError(

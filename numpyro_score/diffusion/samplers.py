@@ -17,11 +17,10 @@ from numpyro_score.diffusion.grids import levels_on
 from numpyro_score.diffusion.methods import Method, method_named
 from numpyro_score.diffusion.noise_range import shared_noise_range
 from numpyro_score.diffusion.sde import SDE
-from numpyro_score.diffusion.source import NoisyModel, data_rows, noisy_model
+from numpyro_score.diffusion.source import NoisyModel, as_data, data_rows, noisy_model
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.energy import plural
 from numpyro_score.losses.base import at_least_one
-from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
 from numpyro_score.random import Key, as_key
 
@@ -132,8 +131,7 @@ def diffuse(
     state = run_chains(partial(_advance, method.step, field, plan, run_key), state, levels.num_steps, progress_bar)
     u = _denoised(field, state.u, jnp.asarray(levels.rho[-1], u.dtype)) if denoise else state.u
     require_finite(u, state.failed, [f"noise {rho:.3g}" for rho in levels.rho])
-    values = jax.vmap(partial(row_to_data, field.model.energy))(u)
-    draws = values if len(values) > 1 else next(iter(values.values()))
+    draws = jax.vmap(partial(as_data, field.model.energy))(u)
     return Diffused(draws, method.calls * levels.num_steps + denoise, levels.rho, state.trajectory)
 
 

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 from numpyro_score.energy import Energy, takes_keyword
 from numpyro_score.losses import ContinuousDSM
 from numpyro_score.losses.terms import require_flat
+from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
 
-__all__ = ["NoisyModel", "data_rows", "noise_range_of", "noisy_model"]
+__all__ = ["NoisyModel", "as_data", "data_rows", "noise_range_of", "noisy_model"]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -128,3 +129,9 @@ def data_rows(energy: Energy) -> tuple[np.ndarray, np.ndarray]:
             "finite: bind it to finite data, whose mean and covariance say where noise begins."
         )
     return x[used], weights[used]
+
+
+def as_data(energy: Energy, row: Float[Array, "d"]) -> Any:
+    """One row in the form of its data site; by name where there are several sites."""
+    values = row_to_data(energy, row)
+    return values if len(values) > 1 else next(iter(values.values()))
