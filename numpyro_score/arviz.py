@@ -211,7 +211,9 @@ class ScoreData(xr.DataTree if hasattr(az, "convert_to_datatree") else az.Infere
 def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, xr.Dataset]:
     draws = mcmc.get_samples(group_by_chain=True)
     _warn_of_lost_chains(mcmc, draws)
-    groups = {"posterior": dataset(flat(draws), ("chain", "draw"))}
+    # Of a bare potential_fn there are no sites: ArviZ's own names.
+    named = draws if isinstance(draws, dict) else {f"Param:{i}": v for i, v in enumerate(jax.tree.leaves(draws))}
+    groups = {"posterior": dataset(flat(named), ("chain", "draw"))}
     if stats := sample_stats(mcmc.get_extra_fields(group_by_chain=True)):
         groups["sample_stats"] = dataset(stats, ("chain", "draw"))
     if args or kwargs:

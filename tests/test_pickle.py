@@ -122,7 +122,8 @@ def two_chains(step_size, *args, init_params=None, **target):
 
 
 def test_sound_chains_are_not_warned_of():
-    to_arviz(two_chains(0.1, init_params=jnp.ones(2), potential_fn=well))  # warnings are errors
+    data = to_arviz(two_chains(0.1, init_params=jnp.ones(2), potential_fn=well))  # warnings are errors
+    assert data.posterior["Param:0"].shape == (2, 50)
     to_arviz(two_chains(0.1, model=defined_nowhere))
 
 

@@ -19,9 +19,9 @@ from numpyro.distributions import constraints
 
 import numpyro_score as ns
 from numpyro_score import DSM, ISM, NCE, PCD, ScoreMatching, generalized_bayes
-from numpyro_score.inference.adversarial_result import AdversarialResult
+from numpyro_score.inference.adversarial_result import AdversarialResult, AdversarialState
 from numpyro_score.inference.calibration import CalibratedRate
-from numpyro_score.inference.generator import GeneratorResult
+from numpyro_score.inference.generator import GeneratorResult, GeneratorState
 
 KEY = jax.random.key(0)
 X = 0.3 * jax.random.normal(KEY, (60, 1))
@@ -101,9 +101,11 @@ CASES = {
     "NCE": lambda: fitted(precision, loss=NCE(BASE)),
     "PCD": lambda: fitted(precision, loss=PCD(kernel=ns.MALA(step_size=0.1))),
     "AdversarialDynamicsEmbedding": lambda: ns.AdversarialDynamicsEmbedding(precision),
-    "AdversarialResult": lambda: AdversarialResult({}, None, *[np.ones(3)] * 4, ENERGY, flow()),
+    "AdversarialResult": lambda: AdversarialResult(
+        {}, AdversarialState(None, {}, None, KEY), *[np.ones(3)] * 4, ENERGY, flow()
+    ),
     "DenoisingGenerator": lambda: ns.DenoisingGenerator(precision, moved, 0.5, BASE),
-    "GeneratorResult": lambda: GeneratorResult(jnp.zeros(1), None, np.ones(3)),
+    "GeneratorResult": lambda: GeneratorResult(jnp.zeros(1), GeneratorState(jnp.zeros(1), None, None, KEY), np.ones(3)),
     "QuadraticLoss": lambda: quadratic(precision),
     "QuadraticFit": lambda: quadratic(precision).solve(),
     "SparsePath": lambda: ns.sparse_path(quadratic(sparse)),

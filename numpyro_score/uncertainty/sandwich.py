@@ -110,12 +110,12 @@ def curvature(objective: Objective) -> Curvature:
     # In double precision on the host: H is often badly scaled, and P is small.
     beta, loss_hessian = float(objective.learning_rate), np.asarray(loss_hessian, np.float64)
     hessian = beta * loss_hessian + np.asarray(prior_hessian, np.float64)
-    lowest = np.linalg.eigvalsh(hessian)[0] if np.isfinite(hessian).all() else np.nan
-    if not lowest > 0:
+    lowest = _lowest_eigenvalue(hessian)
+    if not lowest > p * np.finfo(np.float64).eps:  # else rounding decides its sign, and a Cholesky factor may not exist
         raise SandwichError(
-            f"The objective is not curved upwards at the estimates (lowest eigenvalue of its Hessian {lowest:.3g} for "
-            f"{p} parameters): take more steps, or drop or shrink parameters that the data do not determine."
-            + _why_not_curved(objective)
+            "The objective is not curved upwards at the estimates (lowest eigenvalue of its Hessian, scaled to a "
+            f"diagonal of one, {lowest:.3g} for {p} parameters): take more steps, or drop or shrink parameters that "
+            "the data do not determine." + _why_not_curved(objective)
         )
     g = np.asarray(gradients, np.float64)[used]
     gradient = beta * g.sum(axis=0) + np.asarray(prior_gradient, np.float64)
@@ -128,6 +128,17 @@ def curvature(objective: Objective) -> Curvature:
     warn_if_not_converged(objective, objective.unravel(jnp.asarray(distance, objective.position.dtype)))
     size = np.sqrt(np.sum(g**2, axis=0))
     return Curvature(hessian, loss_hessian, root, size, beta, spread, names, distance)
+
+
+def _lowest_eigenvalue(hessian: np.ndarray) -> float:
+    """The lowest eigenvalue in units where the diagonal is one, if it is positive: of the same sign as without."""
+    if not np.isfinite(hessian).all():
+        return np.nan
+    curvatures = np.diag(hessian)
+    if curvatures.min() <= 0:
+        return float(curvatures.min())
+    scale = np.sqrt(curvatures)
+    return float(np.linalg.eigvalsh(hessian / scale / scale[:, None])[0])
 
 
 def _why_not_curved(objective: Objective) -> str:
