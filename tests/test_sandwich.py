@@ -1,6 +1,7 @@
 """Sandwich covariances against closed forms, and against the spread of estimates over many data sets."""
 
 import functools
+import operator
 
 import flax.linen as nn
 import jax
@@ -346,12 +347,13 @@ def test_masked_rows_are_no_rows():
 def test_variances_beyond_single_precision():
     """The standard error of τ̂ scales as the inverse square of the data, in units of any size."""
     x = quantiles(GAUSSIAN, 100)
-    errors = []
+    errors, of = [], operator.itemgetter("k")
+    sm = ScoreMatching(precision_model)
     for s in (1.0, 1e-9, 1e10):
         with jax.enable_x64(False):
-            fit = ScoreMatching(precision_model).run(KEY, jnp.asarray(s * x, np.float32), "k", progress_bar=False)
+            fit = sm.run(KEY, np.float32(s * x), "k", progress_bar=False)
             errors.append(fit.stderr()["k"] * s**2)
-            np.testing.assert_allclose(fit.stderr(of=lambda e: e["k"]) * s**2, errors[-1], rtol=1e-4)
+            np.testing.assert_allclose(fit.stderr(of=of) * s**2, errors[-1], rtol=1e-4)
             draws = fit.sample_posterior(KEY, 2000)["k"] * s**2
             np.testing.assert_allclose(np.std(draws), errors[-1], rtol=0.1)
     np.testing.assert_allclose(errors[1:], errors[0], rtol=1e-4)
