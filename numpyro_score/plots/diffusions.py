@@ -93,7 +93,8 @@ def plot_draws_by_calls(
             draws = _two_columns(found.draws, columns)
             if draws.shape[1] == 1:
                 both = draws if known is None else np.concatenate([draws, known])
-                edges = np.linspace(*np.percentile(both, [0.5, 99.5]), 40)
+                low, high = np.percentile(both, [0.5, 99.5])
+                edges = np.linspace(low, high, 40)
                 if known is not None:
                     panel.hist(known[:, 0], edges, density=True, color=GREY, alpha=0.5)
                 panel.hist(draws[:, 0], edges, density=True, color=BLUE, histtype="step")
