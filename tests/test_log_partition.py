@@ -368,7 +368,7 @@ def test_flow_of_mapped_and_correlated_rows():
 
     z = RNG.normal(size=(200, 2))
     y = np.column_stack([z[:, 0] + 0.9 * z[:, 1], z[:, 1]])
-    result = log_partition(Energy(model, {}, RNG.exponential(0.5, 200), y), "flow", KEY)
+    result = log_partition(Energy(model, {}, RNG.exponential(0.5, 200), y), "flow", KEY, num_steps=400)
     expected = math.log(0.5) + LOG_2PI
     assert abs(result.value - expected) < 5 * result.stderr < 0.05
     bound, error = (result.diagnostics[k] for k in ("bound", "bound_stderr"))
