@@ -77,11 +77,11 @@ def standardised(found, law):
 
 
 @pytest.mark.parametrize(("model", "method"), [(energy, "smc"), (score, "tds")])
-def test_mixtures(model, method, optimised):
-    """Draws and evidence are those of the exact posterior, over twenty observations; guidance alone is far off."""
+def test_mixtures(model, method):
+    """Draws and evidence are those of the exact posterior, over ten observations; guidance alone is far off."""
     source, settings = Energy(model, {}, DATA), {"noise_range": RANGE, "num_particles": 256, "num_runs": 4}
     rng, errors, away, guided, distances, floors = np.random.default_rng(1), [], [], [], [], []
-    for i in range(20):
+    for i in range(10):
         x = draws_of_mixture(rng, WEIGHTS, MEANS, np.array([np.diag(v) for v in VARIANCES]), 1)[0]
         y = A @ x + NOISE * rng.normal(size=1)
         found = posterior(source, observed, jax.random.key(i), y, method=method, **settings)
@@ -93,7 +93,7 @@ def test_mixtures(model, method, optimised):
         floors.append(np.mean([sliced_distance(a, b) for a, b in zip(draws[:5], draws[5:], strict=True)]))
         ours = [np.asarray(found.resample(jax.random.key(j), 1024)) for j in range(5)]
         distances.append(np.mean([sliced_distance(a, b) for a, b in zip(ours, draws, strict=False)]))
-        if i < 5:
+        if method == "tds" and i < 5:
             alone = posterior(source, observed, jax.random.key(i), y, method="guided", **settings)
             assert alone.biased and alone.log_evidence is None
             guided.append(standardised(alone, law))
@@ -102,7 +102,7 @@ def test_mixtures(model, method, optimised):
     assert np.mean(np.abs(errors) < 3 * stderr + 0.01) >= 0.8
     assert np.sqrt(np.mean(np.square(away))) < 1.6  # 1 for independent draws
     assert np.mean(distances) < 1.5 * np.mean(floors)
-    assert np.sqrt(np.mean(np.square(guided))) > 3
+    assert method == "smc" or np.sqrt(np.mean(np.square(guided))) > 3
 
 
 def test_normal_prior_is_exact():
@@ -168,8 +168,8 @@ def test_observation_with_two_modes():
     truth = np.log(np.sum(prior * np.exp(dist.Normal(grid**2, 1.0).log_prob(4.0))) / np.sum(prior))
     assert abs(found.log_evidence - truth) < 4 * found.log_evidence_stderr + 0.01
     assert abs(np.exp(found.log_weights) @ (found.draws > 0) - 0.5) < 3 / np.sqrt(found.ess)
-    with pytest.warns(UserWarning, match=r"8 particles counted as \d"):
-        posterior(source, square, KEY, 4.0, num_particles=8, **settings)
+    with pytest.warns(UserWarning, match=r"512 particles counted as \d"):  # none of them is near ±10
+        posterior(source, square, KEY, 100.0, method="smc", num_particles=512, **settings)
 
 
 def test_inpainting():
