@@ -41,15 +41,16 @@ def everything(loss, theta, x):
     def total(theta, x=x):
         return total_loss(loss, energy_of(rugged, theta, x), key)
 
+    def reverse(theta):
+        return jax.value_and_grad(total, argnums=(0, 1))(theta, x)
+
     direction = jax.tree.map(jnp.ones_like, theta)
     scaled = jax.tree.map(lambda v: jnp.multiply.outer(jnp.array([0.5, 2.0]), v), theta)
     return {
         "value": total(theta),
         "rows": row_losses(loss, energy_of(rugged, theta, x), key),
-        "gradient": jax.grad(total)(theta),
+        "gradient in both, and Hessian times vector": jax.jvp(reverse, (theta,), (direction,)),
         "forward": jax.jacfwd(total)(theta),
-        "hessian times vector": jax.jvp(jax.grad(total), (theta,), (direction,))[1],
-        "data": jax.grad(total, argnums=1)(theta, x),
         "mapped": jax.vmap(jax.value_and_grad(total))(scaled),
     }
 
@@ -59,9 +60,9 @@ def all_at_once():
     return jax.jit(functools.partial(everything, InChunks(None)), compiler_options=FAST_COMPILE)(RUGGED, MANY)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_chunks_change_nothing(rows):
-    """In chunks, value and derivatives in parameters and data are those of all rows at once."""
+    """In chunks, one of them of what is left over, value and derivatives are those of all rows at once."""
     whole = all_at_once()
     of = jax.jit(functools.partial(everything, InChunks(rows)), compiler_options=FAST_COMPILE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), of(RUGGED, MANY), whole)
@@ -99,12 +100,19 @@ def mask_from_argument(x, mask, radial=False):
     masked(numpyro.param("theta"), x, mask, radial)
 
 
-@pytest.mark.parametrize("rows", [None, 3], ids=["whole", "chunks"])
-@pytest.mark.parametrize("radial", [False, True], ids=["smooth", "singular at the origin"])
-@pytest.mark.parametrize("model", [mask_from_data, mask_from_argument])
+@pytest.mark.parametrize(
+    ("model", "radial", "rows"),
+    [
+        (mask_from_data, True, 3),
+        (mask_from_data, False, None),
+        (mask_from_argument, True, None),
+        (mask_from_argument, False, 3),
+    ],
+    ids=["data, singular at the origin, chunks", "data", "argument, singular at the origin", "argument, chunks"],
+)
 def test_masked_rows_do_not_count(model, radial, rows):
     """Rows that hold NaN and are masked out leave value and gradient as if they were not there."""
-    theta = jax.tree.map(jnp.asarray, RUGGED)
+    theta = RUGGED
     x = MANY.copy()
     x[[0, 5, 12], [0, 2, 1]] = np.nan
     kept = ~np.isnan(x).any(-1)

@@ -27,7 +27,6 @@ from quadratics import (
 from numpyro_score import (
     DSM,
     FSM,
-    ISM,
     SSM,
     KLContraction,
     ScoreMatching,
@@ -137,6 +136,7 @@ def test_result_is_that_of_a_converged_optimiser():
     sm = ScoreMatching(location)
     fit = run(sm, Y, prior=prior)
     slow = run(ScoreMatching(location, optim=optax.sgd(0.05), num_steps=300), Y, prior=prior)
+    assert len(slow.losses) == 300  # as an optimiser was given
     assert_sites_close(fit.estimates, slow.estimates, rtol=1e-5)
     assert_sites_close(fit.params, slow.params, rtol=1e-5)
     np.testing.assert_allclose(fit.losses[-1], slow.losses[-1], rtol=1e-8)
@@ -159,35 +159,36 @@ TOTAL = Y.sum(0)
 COVARIANCE = np.array([[0.4, 0.1], [0.1, 0.2]])
 
 
-def priors():
-    """Priors and, as the objective is ½Σ‖x − μ‖² less the log prior, the MAP."""
-    return {
-        "Normal": (lambda: dist.Normal(jnp.array([1.0, -1.0]), 0.2).to_event(1), (TOTAL + 25 * np.array([1, -1])) / 75),
-        "MultivariateNormal": (
-            lambda: dist.MultivariateNormal(jnp.zeros(2), jnp.asarray(COVARIANCE)),
-            np.linalg.solve(50 * np.eye(2) + np.linalg.inv(COVARIANCE), TOTAL),
-        ),
-        "HalfNormal": (lambda: dist.HalfNormal(0.5).expand([2]).to_event(1), TOTAL / 54),
-        "Exponential": (lambda: dist.Exponential(3.0).expand([2]).to_event(1), (TOTAL - 3) / 50),
-        "Uniform": (lambda: dist.Uniform(-1.0, 2.0).expand([2]).to_event(1), TOTAL / 50),
-    }
+PRIORS = {  # and, as the objective is ½Σ‖x − μ‖² less the log prior, the MAP
+    "Normal": (lambda: dist.Normal(jnp.array([1.0, -1.0]), 0.2).to_event(1), (TOTAL + 25 * np.array([1, -1])) / 75),
+    "MultivariateNormal": (
+        lambda: dist.MultivariateNormal(jnp.zeros(2), jnp.asarray(COVARIANCE)),
+        np.linalg.solve(50 * np.eye(2) + np.linalg.inv(COVARIANCE), TOTAL),
+    ),
+    "HalfNormal": (lambda: dist.HalfNormal(0.5).expand([2]).to_event(1), TOTAL / 54),
+    "Exponential": (lambda: dist.Exponential(3.0).expand([2]).to_event(1), (TOTAL - 3) / 50),
+    "Uniform": (lambda: dist.Uniform(-1.0, 2.0).expand([2]).to_event(1), TOTAL / 50),
+}
 
 
-@pytest.mark.parametrize("name", priors())
-def test_priors_make_it_a_ridge(name):
+def location_by_prior(x):
+    """Two columns beside each other for each prior."""
+    mu = jnp.concatenate([numpyro.sample(name, prior()) for name, (prior, _) in PRIORS.items()])
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(len(mu)), obs=x)
+        numpyro.factor("energy", -0.5 * jnp.sum((x - mu) ** 2, axis=-1))
+
+
+def test_priors_make_it_a_ridge():
     """The MAP in the constrained space: of each prior what its formula says, on 50 rows of mean (½, ½) or so."""
-    prior, expected = priors()[name]
-    fit = run(ScoreMatching(location), Y, prior=prior)
+    fit = run(ScoreMatching(location_by_prior), np.tile(Y, len(PRIORS)))
     assert len(fit.losses) == 1
-    np.testing.assert_allclose(fit.estimates["mu"], expected, rtol=1e-10)
+    assert_sites_close(fit.estimates, {name: expected for name, (_, expected) in PRIORS.items()}, rtol=1e-10)
 
 
 LOSSES = {
-    "ISM": (ISM(), True),
     "SSM": (SSM(projection="gaussian"), True),
-    "plain SSM": (SSM(variance_reduced=False), True),
     "DSM": (DSM(0.3), True),
-    "plain DSM": (DSM(0.3, control_variate=False), True),
     "FSM": (FSM(), True),
     "KLContraction": (KLContraction(0.5), False),
 }
@@ -245,7 +246,6 @@ def cases():
         "violated constraint": (ScoreMatching(scaled), (2 * Y,), {}),
         "subsampled plate": (ScoreMatching(location), (Y,), {"batch": 10}),
         "Laplace prior": (ScoreMatching(location), (Y,), {"prior": laplace}),
-        "optimiser given": (ScoreMatching(location, optim=optax.adam(0.01)), (Y,), {}),
         "guide given": (ScoreMatching(location, AutoDelta), (Y,), {}),
         "simplex": (ScoreMatching(on_simplex), (Y,), {}),
     }
@@ -305,5 +305,7 @@ def test_single_precision_on_badly_scaled_data():
 
 def test_bad_data_are_refused_as_before():
     """NaN in the data is an error, not a solution."""
+    x = X.copy()
+    x[3, 0] = np.nan
     with pytest.raises(ValueError, match=r"NaN or infinity in row 3 \(1 of 240\)"):
-        run(ScoreMatching(pairwise), jnp.asarray(X).at[3, 0].set(jnp.nan))
+        run(ScoreMatching(pairwise), x)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import pytest
-from models import FAST_COMPILE, assert_mean, energy_of, improper
+from models import assert_mean, energy_of, improper
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
@@ -26,11 +26,15 @@ def rugged(k, x):
     return quadratic(k, x) - 0.2 * jnp.sum(x**4, -1) + jnp.sin(2 * x[:, 0] * x[:, -1])
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def compiled(loss, f, theta, x, key):
+    return loss(energy_of(f, theta, x), key)
+
+
 def values(loss, f, theta, x, key):
-    """The loss of each row; compiled for each loss."""
-    theta, x = jnp.asarray(theta), jnp.asarray(x)
-    of = jax.jit(lambda t, x, k: loss(energy_of(f, t, x), k), compiler_options=FAST_COMPILE)
-    return np.asarray(of(theta, x, key))
+    """The loss of each row, in the precision that JAX is set to."""
+    theta, x = jax.tree.map(jnp.asarray, (theta, x))
+    return np.asarray(compiled(loss, f, theta, x, key))
 
 
 def error_slope(errors, steps):
@@ -86,26 +90,31 @@ def wave(k, x):
     return jnp.sin(2 * x[:, 0]) - 0.2 * x[:, 0] ** 4
 
 
+def rescaled_rugged(t, x):
+    k, scale = t
+    return rugged(k, x / scale)
+
+
+def rescaled_wave(scale, x):
+    return wave(None, x / scale)
+
+
 @pytest.mark.parametrize(("bits", "sliced", "denoising"), [(64, 1e-6, 1e-8), (32, 1e-2, 1e-3)])
 def test_default_step(bits, sliced, denoising):
     """Without an epsilon the values are those of derivatives, as well as the precision allows, at any scale."""
     for scale in (1e-3, 1.0, 1e3):
-
-        def scaled(f, k, x, scale=scale):
-            return f(k, x / scale)
-
         with jax.enable_x64(True):  # signs are the same in both precisions
             loss = SSM(variance_reduced=False)
-            exact = values(loss, partial(scaled, rugged), K, ROWS * scale, jax.random.split(KEY())[0])
+            exact = values(loss, rescaled_rugged, (K, scale), ROWS * scale, jax.random.split(KEY())[0])
         with jax.enable_x64(bits == 64):
-            found = values(FSM(), partial(scaled, rugged), K, ROWS * scale, KEY())
+            found = values(FSM(), rescaled_rugged, (K, scale), ROWS * scale, KEY())
             error = np.abs(found - exact) * scale**2
             assert np.sqrt(np.mean(error**2)) < sliced * np.std(exact * scale**2), np.sqrt(np.mean(error**2))
 
             x = ROWS[:, :1] * scale
             loss = DSM(0.5 * scale, control_variate=False)
-            exact = values(loss, partial(scaled, wave), 1.0, x, jax.random.split(KEY())[1])
-            found = values(FSM(sigma=0.5 * scale), partial(scaled, wave), 1.0, x, KEY())
+            exact = values(loss, rescaled_wave, scale, x, jax.random.split(KEY())[1])
+            found = values(FSM(sigma=0.5 * scale), rescaled_wave, scale, x, KEY())
             error = np.abs(found - exact)
             assert np.sqrt(np.mean(error**2)) < denoising * np.std(exact), np.sqrt(np.mean(error**2))
 
@@ -162,7 +171,7 @@ def test_steps_lost_to_rounding_are_refused():
         FSM(1e-4)(energy_of(rugged, K.astype(np.float32), x), KEY())
     with pytest.raises(ValueError, match="loses everything to rounding"):
         ScoreMatching(model, loss=FSM(1e-4)).run(KEY(), x, progress_bar=False)
-    FSM(0.03)(energy_of(rugged, K.astype(np.float32), x), KEY())
+    FSM(0.03).check(energy_of(rugged, K.astype(np.float32), x))
     FSM(1e-4, sigma=0.5).check(energy_of(rugged, K.astype(np.float32), x))
     with jax.enable_x64(True):
         FSM(1e-4).check(energy_of(rugged, K, ROWS))
@@ -193,8 +202,8 @@ def contraction_of_normals(t, tau2):
     return (0.5 * np.log(tau2 / (tau2 + t)) - (1 + t) / (2 * (tau2 + t)) + 1 / (2 * tau2)) / t
 
 
-@pytest.mark.parametrize("t", [0.01, 0.1, 1.0, 10.0, 100.0])
-def test_contraction_of_normals(t, x64):
+@pytest.mark.parametrize("t", [0.01, 1.0, 100.0])
+def test_contraction_of_normals(t, x64, optimised):
     """The mean on N(0, 1) data is the closed form, at parameters away from the truth."""
     x, tau2 = np.random.default_rng(1).normal(size=(4000, 1)), 2.0
     draws = values(KLContraction(t, 1000), bell, 1 / tau2, x, KEY())
@@ -219,7 +228,7 @@ def test_contraction_tends_to_the_hyvarinen_objective(x64):
 def optimum_by_quadrature(t):
     """The best a of f = -a x⁴ for the KL contraction on N(0, 1) data."""
     far = 8 * np.sqrt(1 + t)
-    start, y = np.linspace(-far, far, 1201), np.linspace(-8, 8, 1601)
+    start, y = np.linspace(-far, far, 601), np.linspace(-8, 8, 801)
     kernel = -0.5 * (start[:, None] - y) ** 2 / t + np.log((y[1] - y[0]) / np.sqrt(2 * np.pi * t))
     weight = np.exp(-0.5 * start**2 / (1 + t))
 

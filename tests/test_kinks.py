@@ -225,7 +225,7 @@ def test_hyvarinen_scores_of_jumps_are_refused():
     assert np.isfinite(hyvarinen_score(smooth).estimate)
 
 
-def test_nce_fits_laplace():
+def test_nce_fits_laplace(optimised):
     """What the error recommends finds location and rate: 0.5 and 0.66."""
     x = np.random.default_rng(2).laplace(0.5, 1 / 0.66, 2000).astype(np.float32)
     noise = dist.Normal(x.mean(), x.std())

@@ -77,12 +77,16 @@ LEVELS = {  # pass the model a noise level
     "continuous DSM own": ContinuousDSM(0.1, 5.0, jnp.sqrt),
 }
 ALL = {**LOSSES, **LIKELIHOOD, **LEVELS}
+# Those of which another with the same code and one setting more is there; their slopes are tested below.
+PLAINER = {"SSM plain", "SSM gaussian", "DSM plain", "KL contraction", "continuous DSM own"}
+KINDS = {name: loss for name, loss in ALL.items() if name not in PLAINER}
 EXACT = (ISM, ESM)  # draw no random numbers
 SLICED = {
     f"{law} {form}": SSM(projection=law, variance_reduced=form == "reduced")
     for law in LAWS
     for form in ("reduced", "plain")
 }
+SLOPES = LOSSES | {name: loss for name, loss in SLICED.items() if loss not in LOSSES.values()}
 DENOISING = {
     "plain": {"control_variate": False},
     "control variate": {},
@@ -132,7 +136,7 @@ def test_is_a_loss(loss):
         loss.sigma = 2.0
 
 
-@pytest.mark.parametrize("loss", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("loss", KINDS.values(), ids=KINDS)
 def test_is_pointwise_and_transformable(loss):
     """Each row's value is its own; jit and vmap change nothing; new values compile nothing."""
     traces = []
@@ -157,15 +161,15 @@ def test_is_pointwise_and_transformable(loss):
     np.testing.assert_allclose(mapped(scaled, ROWS, key), np.stack(one_by_one), rtol=1e-10)
 
     with jax.enable_x64(False):
-        single = of(jax.tree.map(np.float32, RUGGED), np.float32(ROWS), jax.random.key(1))
-    assert single.dtype == jnp.float32
-    if isinstance(loss, EXACT):  # the others draw other numbers in float32
-        np.testing.assert_allclose(single, value, rtol=1e-4)
+        singles = jax.tree.map(np.float32, RUGGED), np.float32(ROWS), jax.random.key(1)
+        assert jax.eval_shape(plain, *singles).dtype == jnp.float32
+        if isinstance(loss, EXACT):  # the others draw other numbers in float32
+            np.testing.assert_allclose(of(*singles), value, rtol=1e-4)
 
 
 # The chains of CD move with the parameters, and its gradient leaves that out.
 @pytest.mark.parametrize(
-    "loss", [v for v in ALL.values() if not isinstance(v, CD)], ids=[k for k in ALL if "CD" != k[:2]]
+    "loss", [v for v in KINDS.values() if not isinstance(v, CD)], ids=[k for k in KINDS if "CD" != k[:2]]
 )
 def test_gradient_is_that_of_finite_differences(loss):
     """The gradient in the parameters is right in reverse and in forward mode."""
@@ -175,12 +179,12 @@ def test_gradient_is_that_of_finite_differences(loss):
 
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     def of(theta, step):
-        return mean(theta), jax.grad(mean)(theta), jax.jvp(mean, (theta,), (step,))[1]
+        return *jax.jvp(mean, (theta,), (step,)), jax.grad(mean)(theta)
 
     rng = np.random.default_rng(7)
     step = {k: 1e-5 * rng.normal(size=v.shape) for k, v in RUGGED.items()}
     ahead, behind = (of({k: v + sign * step[k] for k, v in RUGGED.items()}, step)[0] for sign in (1, -1))
-    _, gradient, forward = of(RUGGED, step)
+    _, forward, gradient = of(RUGGED, step)
     reverse = sum(np.vdot(gradient[k], step[k]) for k in step)
     np.testing.assert_allclose(forward, reverse, rtol=1e-10)
     np.testing.assert_allclose((ahead - behind) / 2, reverse, rtol=1e-6)
@@ -231,7 +235,7 @@ def test_worked_denoising_example(monkeypatch):
     np.testing.assert_allclose(values(DSM(0.5, antithetic=True), f, 1.0, x), [expected], rtol=1e-12)
 
 
-@pytest.mark.parametrize("loss", {**LOSSES, **SLICED}.values(), ids={**LOSSES, **SLICED})
+@pytest.mark.parametrize("loss", SLOPES.values(), ids=SLOPES)
 def test_slope_at_the_flat_density(loss):
     """For f = -½a‖x‖² at a = 0, dJ/da = -D: every term has its sign."""
     slope = slope_at(loss, isotropic, 0.0, np.random.default_rng(3).normal(size=(40_000, 3)))
@@ -250,27 +254,26 @@ def test_slices_are_unbiased(loss):
     assert_mean(draws.T, values(ISM(), rugged, RUGGED, ROWS))
 
 
-@pytest.mark.parametrize("num_projections", [1, 4])
 @pytest.mark.parametrize("loss", SLICED.values(), ids=SLICED)
-def test_variance_of_slices(loss, num_projections):
-    """Where the score is zero the variance is that of v·Kv over M, known for each law."""
+def test_variance_of_slices(loss):
+    """Where the score is zero the variance is that of v·Kv over M = 4, known for each law."""
     squares, d = np.sum(K**2), len(K)
     variance = {
         "rademacher": 2 * (squares - np.sum(np.diag(K) ** 2)),
         "gaussian": 2 * squares,
         "sphere": 2 * d / (d + 2) * (squares - np.trace(K) ** 2 / d),
     }[loss.projection]
-    loss = dataclasses.replace(loss, num_projections=num_projections)
+    loss = dataclasses.replace(loss, num_projections=4)
     draws = values(loss, quadratic, K, np.zeros((40_000, 3)))
     assert_mean(draws, -np.trace(K))
-    assert_variance(draws, variance / num_projections)
+    assert_variance(draws, variance / 4)
 
 
 # -- noise -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", DENOISING)
-@pytest.mark.parametrize("sigma", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("sigma", [0.1, 2.0])
 def test_dsm_is_the_objective_of_noisy_data(sigma, form):
     """On N(0, I) data and f = -½xᵀKx the mean is J of N(0, (1+σ²)I): ½(1+σ²)‖K‖² - tr K."""
     x = np.random.default_rng(4).normal(size=(100_000, 3))
@@ -292,9 +295,9 @@ def test_dsm_is_ism_of_the_noisy_row(form):
 
 
 def variances(loss, of):
-    """The variance over noise at one row, at σ = 0.1, 0.01, 0.001, and its slope in log σ."""
+    """The variance over noise at one row, at σ = 0.1 and 0.001, and its slope in log σ."""
     x = np.tile([0.7, -1.1, 0.4], (50_000, 1))
-    sigmas = np.array([0.1, 0.01, 0.001])
+    sigmas = np.array([0.1, 0.001])
     found = [np.var(of(dataclasses.replace(loss, sigma=s), x)) for s in sigmas]
     return np.array(found), np.polyfit(np.log(sigmas), np.log(found), 1)[0]
 
@@ -332,8 +335,7 @@ def test_variance_of_the_gradient_of_dsm_as_noise_vanishes():
 
 
 @pytest.mark.parametrize("form", DENOISING)
-@pytest.mark.parametrize("sigma", [0.5, 1.5])
-def test_optimum_of_dsm(sigma, form):
+def test_optimum_of_dsm(form, sigma=1.5):
     """On N(0, I) data the best N(0, τ²I) has τ² = 1 + σ²: there the slope is zero, on average."""
     x = np.random.default_rng(5).normal(size=(100_000, 3))
     optimum = 1 / (1 + sigma**2)

@@ -26,11 +26,11 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 @pytest.fixture(scope="module")
 def batches():
-    """Three batches of the rows of `small`, with a prior on b: the target, the sum, and the whole fit."""
+    """Two batches of the rows of `small`, with a prior on b: the target, the sum, and the whole fit."""
     with jax.enable_x64(True):
         prior = (0.3, 0.05)
         target = generalized_bayes(pairwise, ISM(), 0.7)
-        total = sum(QuadraticLoss.of(target, KEY, jnp.asarray(x), prior=prior) for x in np.split(X, 3))
+        total = sum(QuadraticLoss.of(target, KEY, jnp.asarray(x), prior=prior) for x in np.split(X, 2))
         return target, prior, total, run(ScoreMatching(pairwise, learning_rate=0.7), X, prior=prior)
 
 
@@ -47,7 +47,7 @@ def test_second_pass_gives_the_sandwich(batches):
     """Standard errors are those of the whole fit, which come from unconstrained space by the delta method."""
     target, prior, total, whole = batches
     estimates = total.solve().estimates
-    parts = [GradientSpread.of(target, estimates, KEY, jnp.asarray(x), prior=prior) for x in np.split(X, 3)]
+    parts = [GradientSpread.of(target, estimates, KEY, jnp.asarray(x), prior=prior) for x in np.split(X, 2)]
     assert_sites_close(total.stderr(sum(parts)), whole.stderr(), rtol=1e-8)
 
 
@@ -103,13 +103,13 @@ def test_what_is_no_quadratic_sum_is_refused(batches):
         QuadraticLoss.of(generalized_bayes(on_simplex, ISM()), KEY, y)
     with pytest.raises(ClosedFormError, match="constraint of site 'tau'"):
         QuadraticLoss.of(generalized_bayes(scaled, ISM()), KEY, 2 * y).solve()
-    other = QuadraticLoss.of(target, KEY, jnp.asarray(X[:80]), prior=(0.0, 1.0))
+    other = QuadraticLoss.of(target, KEY, jnp.asarray(X[:120]), prior=(0.0, 1.0))
     with pytest.raises(ValueError, match="differ in their parameters or priors"):
         total + other
     with pytest.raises(ValueError, match="leave subsample_size out"):
         QuadraticLoss.of(generalized_bayes(location, ISM()), KEY, y, batch=10)
     with pytest.raises(ValueError, match="NaN or infinity in row 0"):
-        QuadraticLoss.of(target, KEY, jnp.asarray(X[:80]).at[0, 0].set(jnp.nan), prior=prior)
+        QuadraticLoss.of(target, KEY, jnp.asarray(X[:120]).at[0, 0].set(jnp.nan), prior=prior)
     with pytest.raises(ValueError, match="at least two"):
         GradientSpread(np.eye(2), np.zeros(2), 1).covariance()
 

@@ -33,14 +33,14 @@ def quantiles(law, n=N):
 GAUSSIAN, LAPLACE = scipy.stats.norm(scale=0.8), scipy.stats.laplace(scale=0.6)
 
 
-def precision_model(x, parameter="tau", scale=1.0, mask=True):
+def precision_model(x, parameter="tau", scale=1.0):
     """N(0, 1/τ), by its precision, its precision unconstrained, or its standard deviation."""
     if parameter == "sd":
         tau = numpyro.param("sd", 1.0, constraint=constraints.positive) ** -2
     else:
         support = constraints.positive if parameter == "tau" else constraints.real
         tau = numpyro.param(parameter, 1.0, constraint=support)
-    with numpyro.plate("rows", len(x)), handlers.scale(scale=scale), handlers.mask(mask=mask):
+    with numpyro.plate("rows", len(x)), handlers.scale(scale=scale):
         x = numpyro.sample("x", FLAT, obs=x)
         numpyro.factor("energy", -0.5 * tau * x**2)
 
@@ -88,19 +88,11 @@ def test_precision_of_a_gaussian(name, spread, request):
     np.testing.assert_allclose(fit.covariance(), [[spread / N]], rtol=0.06)
 
 
-@pytest.mark.parametrize("parameter", ["free", "sd"])
-def test_reparametrisation_changes_nothing(laplace_fit, parameter):
-    """Standard errors of τ as it is, or of σ = τ^(−½) by |dσ/dτ| = ½τ^(−3/2), are those by way of log τ."""
-    fit = fitted(precision_model, quantiles(LAPLACE), parameter)
+def test_reparametrisation_changes_nothing(laplace_fit):
+    """Standard errors of σ = τ^(−½), by |dσ/dτ| = ½τ^(−3/2), are those by way of log τ."""
+    fit = fitted(precision_model, quantiles(LAPLACE), "sd")
     tau, error = laplace_fit.estimates["tau"], laplace_fit.stderr()["tau"]
-    jacobian = 1.0 if parameter == "free" else 0.5 * tau**-1.5
-    np.testing.assert_allclose(fit.stderr()[parameter], jacobian * error, rtol=1e-5)
-
-
-def test_learning_rate_cancels_without_a_prior(laplace_fit):
-    """β multiplies H and, squared, S."""
-    fit = fitted(precision_model, quantiles(LAPLACE), beta=3.0)
-    np.testing.assert_allclose(fit.covariance(), laplace_fit.covariance(), rtol=1e-5)
+    np.testing.assert_allclose(fit.stderr()["sd"], 0.5 * tau**-1.5 * error, rtol=1e-5)
 
 
 def test_weights_enter_gradients_not_counts(laplace_fit):
@@ -109,7 +101,7 @@ def test_weights_enter_gradients_not_counts(laplace_fit):
     A weight of 2 on all rows cancels, as it does not say that there are more independent rows.
     """
     x = quantiles(LAPLACE)
-    double = fitted(precision_model, x, scale=2.0)
+    double = fitted(precision_model, x, scale=jnp.full(N, 2.0))
     np.testing.assert_allclose(double.covariance(), laplace_fit.covariance(), rtol=1e-5)
     weight = 1.5 + np.cos(np.arange(N))
     fit = fitted(precision_model, x, scale=jnp.asarray(weight))
@@ -118,13 +110,6 @@ def test_weights_enter_gradients_not_counts(laplace_fit):
     np.testing.assert_allclose(fit.estimates["tau"], tau, rtol=1e-6)
     error = (N * spread) ** 0.5 / (weight @ x**2)
     np.testing.assert_allclose(fit.stderr()["tau"], error, rtol=1e-5)
-
-
-def test_masked_rows_do_not_count(laplace_fit):
-    """Rows of weight zero, which may hold NaN, leave all as it was."""
-    x = np.concatenate([quantiles(LAPLACE), np.full(N, np.nan)])
-    fit = fitted(precision_model, x, mask=jnp.arange(2 * N) < N)
-    np.testing.assert_allclose(fit.covariance(), laplace_fit.covariance(), rtol=1e-5)
 
 
 def test_prior_bends_the_objective_but_adds_no_noise():
@@ -336,7 +321,7 @@ def shrunk(x, mask=True):
 
 
 def test_masked_rows_are_no_rows():
-    """With a prior the mean gradient is not zero, so that rows without one would look like spread."""
+    """With a prior the mean gradient is not zero, so rows without one, of NaN here, would look like spread."""
     x = np.random.default_rng(0).normal(5.0, 1.0, 100)
     alone = fitted(shrunk, x)
     mask = np.arange(400) % 4 == 0
@@ -358,16 +343,15 @@ def test_masked_rows_are_no_rows():
         fitted(shrunk, padded, jnp.asarray(np.arange(400) == 0))
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1e10])
-def test_variances_beyond_single_precision(scale):
+def test_variances_beyond_single_precision():
     """The standard error of τ̂ scales as the inverse square of the data, in units of any size."""
     x = quantiles(GAUSSIAN, 100)
     errors = []
-    for s in (1.0, scale):
+    for s in (1.0, 1e-9, 1e10):
         with jax.enable_x64(False):
             fit = ScoreMatching(precision_model).run(KEY, jnp.asarray(s * x, np.float32), "k", progress_bar=False)
             errors.append(fit.stderr()["k"] * s**2)
             np.testing.assert_allclose(fit.stderr(of=lambda e: e["k"]) * s**2, errors[-1], rtol=1e-4)
             draws = fit.sample_posterior(KEY, 2000)["k"] * s**2
             np.testing.assert_allclose(np.std(draws), errors[-1], rtol=0.1)
-    np.testing.assert_allclose(errors[1], errors[0], rtol=1e-4)
+    np.testing.assert_allclose(errors[1:], errors[0], rtol=1e-4)

@@ -1,5 +1,7 @@
 """Fitting by `ScoreMatching.run`: closed forms, NumPyro's own SVI, and subsampled rows."""
 
+import functools
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -14,6 +16,7 @@ from jax.example_libraries import optimizers
 from models import assert_sites_close, counted_compilations, gaussian
 from numpyro.contrib.module import eqx_module, flax_module, nnx_module
 from numpyro.distributions import constraints
+from numpyro.distributions.transforms import StickBreakingTransform
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
 
@@ -50,7 +53,7 @@ def conjugate_guide(x):
 
 def data(seed):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(1.5, 0.7, (N, D)), dtype=float)
+    return rng.normal(1.5, 0.7, (N, D)).astype(np.float32)
 
 
 X = data(0)
@@ -61,44 +64,6 @@ def run(sm, *args, **kwargs):
 
 
 # -- closed forms -----------------------------------------------------------------------------------
-
-
-def graphical_model(latent, mean):
-    rows, cols = np.triu_indices(20, k=1)
-
-    def site(name, start):
-        shape = np.shape(start)
-        return numpyro.sample(name, real(*shape)) if latent else numpyro.param(name, start)
-
-    def model(x):
-        diagonal, coupling = site("diagonal", np.ones(20)), site("coupling", np.zeros(len(rows)))
-        k = jnp.diag(diagonal).at[rows, cols].set(coupling).at[cols, rows].set(coupling)
-        mu = site("mu", np.zeros(20)) if mean else 0.0
-        numpyro.deterministic("k", k)
-        with numpyro.plate("rows", len(x)):
-            x = numpyro.sample("x", real(20), obs=x)
-            numpyro.factor("energy", -0.5 * jnp.einsum("...i,ij,...j", x - mu, k, x - mu))
-
-    return model
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("latent", "mean"), [(False, False), (True, True)], ids=["params", "flat priors, unknown mean"]
-)
-def test_gaussian_graphical_model_is_fitted_by_its_mle(x64, latent, mean):
-    """ISM's minimiser is the MLE: the inverse of the second moments, and the mean [Hyvärinen 2005]."""
-    rng = np.random.default_rng(1)
-    root = np.eye(20) + 0.1 * rng.normal(size=(20, 20))
-    x = rng.normal(size=(200, 20)) @ root + (rng.normal(size=20) if mean else 0.0)
-    sm = ScoreMatching(graphical_model(latent, mean), optim=optax.lbfgs(), num_steps=150)
-    fit = run(sm, jnp.asarray(x))
-    expected = np.linalg.inv(np.cov(x.T, bias=True) if mean else x.T @ x / len(x))
-    upper = np.triu_indices(20, k=1)
-    np.testing.assert_allclose(fit.estimates["diagonal"], np.diag(expected), atol=1e-4)
-    np.testing.assert_allclose(fit.estimates["coupling"], expected[upper], atol=1e-4)
-    if mean:
-        np.testing.assert_allclose(fit.estimates["mu"], x.mean(0), atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +92,9 @@ def test_run_needs_nothing_for_a_model_that_holds_its_data():
 
 OPTIMISERS = {
     "numpyro Adam": (lambda: numpyro.optim.Adam(0.02), 1500),
-    "numpyro ClippedAdam": (lambda: numpyro.optim.ClippedAdam(0.02, clip_norm=1e3), 1500),
     "numpyro Minimize": (numpyro.optim.Minimize, 5),
     "optax adam": (lambda: optax.adam(0.02), 1500),
     "optax lbfgs": (optax.lbfgs, 30),
-    "optax chain": (lambda: optax.chain(optax.clip(1e3), optax.adam(0.02)), 1500),
     "jax adam": (lambda: optimizers.adam(0.02), 1500),
 }
 
@@ -190,27 +153,26 @@ class Eqx(eqx.Module):
         return jax.vmap(lambda row: self.second(self.first(row) ** 2))(x)
 
 
-MODULES = {
-    "flax": lambda: flax_module("net", Flax(), input_shape=(1, 1)),
-    "nnx": lambda: nnx_module("net", Nnx(nnx.Rngs(0))),
-    "eqx": lambda: eqx_module("net", Eqx(jax.random.key(0))),
-}
+def test_network_energies_learn_the_score():
+    """A network with one hidden layer of squares has a linear score: its best fit is −(x − x̄)/s², exactly.
 
-
-@pytest.mark.parametrize("name", MODULES)
-def test_network_energies_learn_the_score(name):
-    """A network with one hidden layer of squares has a linear score: its best fit is −(x − x̄)/s², exactly."""
+    One of each library, each of a column of its own.
+    """
 
     def model(x):
-        net = MODULES[name]()
+        nets = (
+            flax_module("flax", Flax(), input_shape=(1, 1)),
+            nnx_module("nnx", Nnx(nnx.Rngs(0))),
+            eqx_module("eqx", Eqx(jax.random.key(0))),
+        )
         with numpyro.plate("rows", len(x)):
-            x = numpyro.sample("x", real(1), obs=x)
-            numpyro.factor("energy", -net(x)[:, 0])
+            x = numpyro.sample("x", real(3), obs=x)
+            numpyro.factor("energy", -sum(net(x[:, i : i + 1])[:, 0] for i, net in enumerate(nets)))
 
-    x = X[:, :1]
+    x = np.column_stack([X, X[::-1, 0] + X[:, 1]])
     fit = run(ScoreMatching(model), x)
-    points = jnp.linspace(-1.0, 4.0, 11)[:, None]
-    expected = -(points - x.mean()) / x.var()
+    points = np.linspace(-1.0, 4.0, 11, dtype=np.float32)[:, None].repeat(3, axis=1)
+    expected = -(points - x.mean(0)) / x.var(0)
     np.testing.assert_allclose(fit.energy.score(points), expected, atol=0.02)
 
 
@@ -222,7 +184,7 @@ def test_steps_are_those_of_plain_svi():
     ours = ScoreMatching(gaussian, AutoNormal, optax.adam(0.05), NOISY)
     model = generalized_bayes(gaussian, NOISY)
     svi = SVI(model, AutoNormal(model), optax.adam(0.05), Trace_ELBO())
-    states = ours.init(KEY, X), svi.init(KEY, X)
+    states = [jax.jit(i.init)(KEY, X) for i in (ours, svi)]
     steps = [jax.jit(lambda s, i=i: (i.evaluate(s, X), i.update(s, X))) for i in (ours, svi)]
     for _ in range(4):
         (evaluated, (mine, loss)), (_, (plain, plain_loss)) = (
@@ -266,28 +228,28 @@ def test_starts_where_numpyros_own_point_guide_does(monkeypatch):
 
     def model(x, least):
         scale = numpyro.sample("scale", dist.LogNormal(0.0, 1.0).expand([3]).to_event(1))
-        share = numpyro.sample("share", dist.Dirichlet(jnp.ones(3)))
+        logits = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+        share = numpyro.sample("share", dist.TransformedDistribution(logits, StickBreakingTransform()))
         numpyro.factor("region", jnp.where(scale.sum() > least, 0.0, -jnp.inf))
         with numpyro.plate("rows", len(x)):
             x = numpyro.sample("x", real(3), obs=x)
             numpyro.factor("energy", -0.5 * jnp.sum(x**2 * scale * share, axis=-1))
 
     x = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
-    sums = []
-    for key in jax.random.split(KEY, 3):
-        evaluated.clear()
-        fitter = ScoreMatching(model)
-        start = fitter.get_params(fitter.init(key, x, 4.0))
-        assert not evaluated
+
+    @jax.jit
+    def numpyros(key, least):
         prior = prior_model(model)
         plain = SVI(prior, AutoDelta(prior), optax.adam(0.1), Trace_ELBO())
-        assert_sites_close(start, plain.get_params(plain.init(key, x, 4.0)), rtol=1e-6)
-        assert evaluated
-        fitter = ScoreMatching(model)
-        anywhere = fitter.get_params(fitter.init(key, x, 0.0))
-        sums.append([p["scale_auto_loc"].sum() for p in (start, anywhere)])
-    constrained, free = np.array(sums).T
-    assert (constrained > 4).all() and (free < 4).any()
+        return plain.get_params(plain.init(key, x, least))
+
+    fitter = ScoreMatching(model)
+    start = fitter.get_params(fitter.init(KEY, x, 5.0))
+    assert not evaluated
+    assert_sites_close(start, numpyros(KEY, 5.0), rtol=1e-6)
+    assert evaluated
+    # The medians of 15 draws have a sum of 3.2 ± 0.6, of which the penalty leaves few.
+    assert np.sum(numpyros(KEY, 0.0)["scale_auto_loc"]) < 5 < np.sum(start["scale_auto_loc"])
 
 
 def test_starts_where_other_priors_are_finite():
@@ -328,9 +290,9 @@ def test_laplace_guide_on_the_unnormalised_model_is_refused():
 
 def test_init_params_are_where_the_fit_starts():
     """`init_params` set params of model and guide: the first loss is the closed form there."""
-    start = {"tau": jnp.array(0.3), "mu_auto_loc": jnp.array(-2.0)}
+    start = {"tau": np.float32(0.3), "mu_auto_loc": np.float32(-2.0)}
     fit = run(ScoreMatching(gaussian, optim=optax.sgd(0.0), num_steps=1), X, init_params=start)
-    expected = 0.5 * 0.3**2 * jnp.sum((X + 2) ** 2) - 0.3 * N * D
+    expected = 0.5 * 0.3**2 * np.sum((X + 2) ** 2) - 0.3 * N * D
     np.testing.assert_allclose(fit.losses, [expected], rtol=1e-5)
     assert_sites_close(fit.estimates, {"tau": 0.3, "mu": -2.0}, rtol=1e-6)
 
@@ -372,12 +334,12 @@ def test_loss_changes_from_exact_to_sliced_above_64_dimensions():
             numpyro.factor("energy", -0.5 * tau * jnp.sum(x, axis=-1) ** 2)
 
     for d in (64, 65):
-        x = jnp.asarray(np.random.default_rng(d).normal(size=(3, d)), dtype=float)
-        exact = jnp.sum(0.5 * 0.01 * d * x.sum(-1) ** 2 - 0.1 * d)
+        x = np.random.default_rng(d).normal(size=(3, d)).astype(np.float32)
+        exact = np.sum(0.5 * 0.01 * d * x.sum(-1) ** 2 - 0.1 * d)
         loss = {}
         for name, given in {"default": None, "SSM": SSM()}.items():
             sm = ScoreMatching(model, loss=given)
-            loss[name] = sm.evaluate(sm.init(KEY, x), x)
+            loss[name] = jax.jit(sm.evaluate)(sm.init(KEY, x), x)
         np.testing.assert_allclose(loss["default"], exact if d == 64 else loss["SSM"], rtol=1e-4)
         assert abs(loss["SSM"] / exact - 1) > 1e-3
 
@@ -390,13 +352,15 @@ def test_subsampled_gradient_is_unbiased():
     sm = ScoreMatching(gaussian)
     params = sm.get_params(sm.init(KEY, X))
 
+    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(jax.vmap, in_axes=(0, None))
     def gradient(key, batch):
         loss = lambda p: sm.loss.loss(key, p, sm.model, sm.guide, X, batch)  # noqa: E731
         return jax.grad(loss)(params)
 
     keys = jax.random.split(jax.random.key(1), 4000)
-    parts = jax.jit(jax.vmap(lambda key: gradient(key, BATCH)))(keys)
-    for name, whole in gradient(KEY, None).items():
+    parts = {name: np.asarray(v) for name, v in gradient(keys, BATCH).items()}
+    for name, whole in gradient(keys[:1], None).items():
         error = parts[name].std() / len(keys) ** 0.5
         assert 0 < error < abs(whole)
         assert abs(parts[name].mean() - whole) < 5 * error
@@ -411,4 +375,4 @@ def test_subsampled_fit_agrees_with_the_full_fit(default):
     fit, errors = run(default[0], X, batch=200), default[1].stderr()
     for name, value in default[1].estimates.items():
         assert abs(fit.estimates[name] - value) < 0.25 * errors[name]
-        np.testing.assert_allclose(fit.stderr()[name], errors[name], rtol=0.1)
+    assert_sites_close(fit.stderr(), errors, rtol=0.1)

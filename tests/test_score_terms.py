@@ -47,7 +47,7 @@ def gradient(k, x):
 
 @pytest.mark.parametrize(
     "loss",
-    [ISM(), SSM(), SSM(2, "gaussian", False), DSM(0.3), DSM(0.3, False), DSM(0.3, antithetic=True), ESM(jnp.negative)],
+    [ISM(), SSM(), SSM(2, "gaussian", False), DSM(0.3, antithetic=True), ESM(jnp.negative)],
     ids=repr,
 )
 def test_scores_of_an_energy_are_as_good_as_the_energy(loss, x64):
@@ -74,10 +74,11 @@ def test_score_that_is_no_gradient(x64):
     b = K + TURN
     energy = Energy(of_score(linear), {"theta": b}, X)
     expected = 0.5 * np.sum((X @ b.T) ** 2, -1) - np.trace(b)
-    np.testing.assert_allclose(ISM()(energy, jax.random.key(0)), expected, rtol=1e-12)
-    np.testing.assert_allclose(curl(energy, X), np.full(40, np.linalg.norm(2 * TURN)), rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(ISM())(energy, jax.random.key(0)), expected, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(curl)(energy, X), np.full(40, np.linalg.norm(2 * TURN)), rtol=1e-12)
     np.testing.assert_allclose(curl(energy, X[0]), np.linalg.norm(2 * TURN), rtol=1e-12)
-    np.testing.assert_allclose(curl(Energy(density(rugged), {"theta": K}, X), X), np.zeros(40), atol=1e-10)
+    gradient_field = Energy(density(rugged), {"theta": K}, X)
+    np.testing.assert_allclose(jax.jit(curl)(gradient_field, X), np.zeros(40), atol=1e-10)
 
 
 def test_terms_add_up(x64):
@@ -90,8 +91,9 @@ def test_terms_add_up(x64):
             numpyro.factor("energy", -0.25 * jnp.sum(x**4, -1))
 
     energy = Energy(model, {}, X)
-    np.testing.assert_allclose(energy.score(X), -X / 4 - X @ (K + TURN).T - X**3, rtol=1e-12)
-    np.testing.assert_allclose(energy.laplacian(X), -0.75 - np.trace(K) - 3 * np.sum(X**2, -1), rtol=1e-12)
+    score, laplacian = jax.jit(lambda e: (e.score(X), e.laplacian(X)))(energy)
+    np.testing.assert_allclose(score, -X / 4 - X @ (K + TURN).T - X**3, rtol=1e-12)
+    np.testing.assert_allclose(laplacian, -0.75 - np.trace(K) - 3 * np.sum(X**2, -1), rtol=1e-12)
 
 
 def test_fit_of_a_score(x64):
@@ -141,7 +143,7 @@ def test_scores_of_numbers_and_of_images(shape, x64):
             score_factor("score", x, -a * x, event_dim=len(shape))
 
     x = np.random.default_rng(2).normal(size=(5, *shape))
-    found = ISM()(Energy(model, {"a": 2.0}, x), jax.random.key(0))
+    found = jax.jit(ISM())(Energy(model, {"a": 2.0}, x), jax.random.key(0))
     expected = 2.0 * np.sum(x.reshape(5, -1) ** 2, -1) - 2.0 * np.prod(shape)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     with pytest.raises(ValueError, match=f"event_dim={len(shape) + 2}: give both the same shape"):
