@@ -53,7 +53,7 @@ def model(x, y):
         numpyro.factor("numbers", -0.5 * (0.5 + weights[0]) * (y - mu[1]) ** 2)
 
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(N, 8, 8)), dtype=float)
+X = np.random.default_rng(0).normal(size=(N, 8, 8)).astype(np.float32)
 Y = X[:, 0, 0] + 1.0
 
 
@@ -72,21 +72,18 @@ def data(fit):
 
 
 @pytest.fixture(scope="module")
-def runs():
-    """MCMC runs by their number of chains."""
+def mcmc():
+    """An MCMC run of two chains."""
     fields = ("potential_energy", "accept_prob", "num_steps", "diverging", "adapt_state.step_size")
-    found = {}
-    for chains in (1, 2):
-        mcmc = MCMC(
-            NUTS(generalized_bayes(model, SSM())),
-            num_warmup=100,
-            num_samples=50,
-            num_chains=chains,
-            chain_method="vectorized",
-            progress_bar=False,
-        )
-        mcmc.run(KEY, X, Y, extra_fields=(*fields, "z_grad"))
-        found[chains] = mcmc
+    found = MCMC(
+        NUTS(generalized_bayes(model, SSM())),
+        num_warmup=100,
+        num_samples=50,
+        num_chains=2,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    found.run(KEY, X, Y, extra_fields=(*fields, "z_grad"))
     return found
 
 
@@ -125,7 +122,7 @@ def test_losses_of_a_fit(data, fit):
     s_x = -at["tau"] * (X - at["mu"][0])
     precision = 0.5 + at["weights"][0]
     s_y = -precision * (Y - at["mu"][1])
-    expected = 0.5 * jnp.sum(s_x**2, axis=(1, 2)) + 0.5 * s_y**2 - 64 * at["tau"] - precision
+    expected = 0.5 * np.sum(s_x**2, axis=(1, 2)) + 0.5 * s_y**2 - 64 * at["tau"] - precision
     np.testing.assert_allclose(group["pointwise_loss"], expected, rtol=1e-4)
     np.testing.assert_array_equal(group["weight"], np.ones(N))
     assert group.attrs["loss_function"] == repr(SSM())
@@ -133,9 +130,9 @@ def test_losses_of_a_fit(data, fit):
 
 
 @pytest.mark.parametrize("source", ["fit", "mcmc"])
-def test_observed_data_have_the_sites_own_shapes(source, data, runs):
+def test_observed_data_have_the_sites_own_shapes(source, data, mcmc):
     """Pictures stay pictures."""
-    data = data if source == "fit" else to_arviz(runs[2], X, Y)
+    data = data if source == "fit" else to_arviz(mcmc, X, Y)
     np.testing.assert_array_equal(data["observed_data"]["x"], X)
     np.testing.assert_array_equal(data["observed_data"]["y"], Y)
     assert data["observed_data"]["x"].shape == (N, 8, 8)
@@ -212,10 +209,8 @@ def test_network_weights_are_one_variable_per_leaf():
 # -- MCMC -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chains", [1, 2])
-def test_groups_of_an_mcmc_run(runs, chains):
+def test_groups_of_an_mcmc_run(mcmc):
     """Draws by chain, equal to MCMC's own, and statistics under ArviZ's names and signs."""
-    mcmc = runs[chains]
     data = to_arviz(mcmc)
     assert names(data) == {"posterior", "sample_stats"}
     draws = mcmc.get_samples(group_by_chain=True)
@@ -229,18 +224,22 @@ def test_groups_of_an_mcmc_run(runs, chains):
     np.testing.assert_array_equal(stats["lp"], -fields["potential_energy"])
     np.testing.assert_array_equal(stats["n_steps"], fields["num_steps"])
     np.testing.assert_array_equal(stats["step_size"], fields["adapt_state.step_size"])
-    assert stats["lp"].shape == (chains, 50)
+    assert stats["lp"].shape == (2, 50)
 
 
 def test_data_of_another_mcmc_run_are_refused():
-    """Without the generalised model the data are not known."""
+    """Without the generalised model the data are not known; one chain is a run like any other."""
 
     def plain():
         numpyro.sample("z", dist.Normal())
 
     mcmc = MCMC(NUTS(plain), num_warmup=10, num_samples=10, progress_bar=False)
-    mcmc.run(KEY)
-    assert names(to_arviz(mcmc)) == {"posterior", "sample_stats"}  # NumPyro records divergences
+    mcmc.run(KEY, extra_fields=("potential_energy",))
+    data = to_arviz(mcmc)
+    assert names(data) == {"posterior", "sample_stats"}
+    assert set(data["sample_stats"].data_vars) == {"lp", "diverging"}  # NumPyro records divergences
+    np.testing.assert_array_equal(data["posterior"]["z"], mcmc.get_samples()["z"][None])
+    np.testing.assert_array_equal(data["sample_stats"]["lp"], -mcmc.get_extra_fields()["potential_energy"][None])
     with pytest.raises(TypeError, match="leave the model's arguments out"):
         to_arviz(mcmc, X)
 
@@ -249,8 +248,8 @@ def test_data_of_another_mcmc_run_are_refused():
 
 
 @pytest.fixture(params=["fit", "mcmc"])
-def either(request, data, runs):
-    return data if request.param == "fit" else to_arviz(runs[2], X, Y)
+def either(request, data, mcmc):
+    return data if request.param == "fit" else to_arviz(mcmc, X, Y)
 
 
 def test_factors_are_left_out(either):
@@ -258,6 +257,19 @@ def test_factors_are_left_out(either):
     factors = {LOSS_SITE, "penalty", "pictures", "numbers"}
     assert not factors & variables(either)
     assert "log_likelihood" not in names(either)
+
+
+def test_loo_of_an_unnormalised_density_is_refused(either):
+    """By our message, in ArviZ's own functions of both generations; everything else works as before."""
+    with pytest.raises(TypeError, match=r"the density is unnormalised.*hyvarinen_loo"):
+        az.loo(either)
+    assert not hasattr(either, "something_else")
+
+
+def test_log_partition_of_an_mcmc_run_is_refused(mcmc, unchecked):
+    """It has no estimates."""
+    with pytest.raises(TypeError, match="an MCMC run has none"):
+        to_arviz(mcmc, log_partition=0.0)
 
 
 def test_library_is_named(either):

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from models import improper
 from numpyro.distributions import constraints
+from scipy import stats
 
 from numpyro_score import (
     AdversarialDynamicsEmbedding,
@@ -250,11 +251,11 @@ def test_angles_have_a_likelihood_and_no_stein_discrepancy():
             x = numpyro.sample("x", dist.ImproperUniform(constraints.circular, (), ()), obs=x)
             numpyro.factor("energy", kappa * jnp.cos(x))
 
-    angles = np.asarray(dist.VonMises(0.0, 2.0).sample(KEY, (100,)))
+    angles = np.random.default_rng(0).vonmises(0.0, 2.0, 100)
     fits = {str(kappa): Energy(von_mises, {"kappa": jnp.asarray(kappa)}, angles[:50]) for kappa in (2.0, 1.0)}
     table = compare(fits, angles[50:], rng_key=KEY, num_samples=100).table
     for name, row in table.iterrows():
-        expected = dist.VonMises(0.0, float(name)).log_prob(angles[50:]).sum()
+        expected = stats.vonmises(float(name)).logpdf(angles[50:]).sum()
         np.testing.assert_allclose(row["log_likelihood"], expected, rtol=1e-4)
     assert table["ksd"].isna().all() and table["ksd_pvalue"].isna().all() and (table["mmd"] < 0.5).all()
 

@@ -181,7 +181,9 @@ def precision(x, batch=None):
         numpyro.factor("energy", linear(k, x))
 
 
-ROWS = RNG.multivariate_normal([0, 0], np.linalg.inv([[1.5, 0.4], [0.4, 0.8]]), size=2000)
+# Not normal: the squares spread more than the model says, and standard errors are more than the Fisher information's.
+ROOT = np.linalg.cholesky(np.linalg.inv([[1.5, 0.4], [0.4, 0.8]]))
+ROWS = RNG.laplace(scale=0.5**0.5, size=(2000, 2)) @ ROOT.T
 ADAM = optax.adam(optax.cosine_decay_schedule(0.05, 800))
 
 
@@ -202,32 +204,22 @@ def test_pcd_recovers_a_precision():
     k = np.linalg.inv(ROWS.T @ ROWS / len(ROWS))
     influence = -np.einsum("ij,nj,nk,kl->nil", k, ROWS, ROWS, k)
     errors = influence.std(0, ddof=1) / len(ROWS) ** 0.5
+    assert (np.diag(errors) > 1.3 * np.diag(k) * (2 / len(ROWS)) ** 0.5).all()  # those of a right model
     found = fit.stderr()
     np.testing.assert_allclose(found["diagonal"], np.diag(errors), rtol=0.2)
     np.testing.assert_allclose(found["off"], errors[0, 1], rtol=0.2)
     assert (np.abs(fit.estimates["diagonal"] - np.diag(k)) < 3 * found["diagonal"]).all()
     assert abs(fit.estimates["off"] - k[0, 1]) < 3 * found["off"]
     assert fit.state.mutable_state[CHAINS_SITE]["x"].shape == (1000, D)
-    assert np.isfinite(row_losses(fit.svi.score_loss, fit.energy, KEY)[0]).all()
+    assert np.isfinite(jax.jit(lambda energy: row_losses(fit.svi.score_loss, energy, KEY)[0])(fit.energy)).all()
     # SVI's own `evaluate` would forget the chains and start new ones at the rows.
-    assert abs(fit.svi.evaluate(fit.state, jnp.asarray(ROWS))) < 0.2 * len(ROWS)
+    assert abs(jax.jit(fit.svi.evaluate)(fit.state, jnp.asarray(ROWS))) < 0.2 * len(ROWS)
 
 
 def one_parameter(x):
     a = numpyro.param("a", 1.0, constraint=constraints.positive)
     with numpyro.plate("rows", len(x)):
         numpyro.factor("energy", isotropic(a, numpyro.sample("x", improper(1), obs=x)))
-
-
-def test_standard_error_of_a_wrong_model():
-    """Normal model, Laplace data: τ² √(var(x²)/N), which is 1.6 times what the Fisher information would give."""
-    x = np.random.default_rng(1).laplace(size=(1000, 1))
-    tau = 1 / np.mean(x**2)
-    sm = ScoreMatching(one_parameter, optim=ADAM, loss=PCD(500, 3, kernel=Langevin(1.0)), num_steps=800)
-    fit = sm.run(KEY, jnp.asarray(x), progress_bar=False)
-    expected = tau**2 * (np.var(x**2, ddof=1) / len(x)) ** 0.5
-    np.testing.assert_allclose(fit.stderr()["a"], expected, rtol=0.2)
-    assert abs(fit.estimates["a"] - tau) < 3 * expected
 
 
 def test_saved_chains_go_on():
@@ -308,10 +300,10 @@ def mean_model(x):
 
 def test_pcd_under_numpyros_own_svi():
     """A point guide is at the mode of the ordinary posterior, Σx / (4 + N)."""
-    x, loss = 1.0 + RNG.normal(size=50), PCD(2000, 2, kernel=Langevin(0.5))
+    x, loss = 1.0 + RNG.normal(size=50), PCD(1000, 2, kernel=Langevin(0.5))
     svi = SVI(generalized_bayes(mean_model, loss), AutoDelta(prior_model(mean_model, loss=loss)), ADAM, Trace_ELBO())
     fit = svi.run(KEY, 800, jnp.asarray(x), progress_bar=False)
-    # The chains' mean has an error of about 0.02, and averages over many steps.
+    # The chains' mean has an error of about 0.03, and averages over many steps.
     np.testing.assert_allclose(fit.params["mu_auto_loc"], x.sum() / 54, atol=0.03)
     assert abs(np.mean(fit.state.mutable_state[CHAINS_SITE]["x"]) - fit.params["mu_auto_loc"]) < 0.2
 
@@ -361,15 +353,15 @@ def test_models_without_chains(loss):
             numpyro.factor("energy", -0.5 * (numpyro.sample("x", improper(), obs=x) - z) ** 2)
 
     with pytest.raises(TypeError, match="'score' is a score_factor, whose density is unknown"):
-        loss(Energy(scores, {}, jnp.ones((4, 2))), KEY)
+        loss(Energy(scores, {}, np.ones((4, 2))), KEY)
     with pytest.raises(NotImplementedError, match=f"{type(loss).__name__} would move the data off.*'x' .box."):
-        loss(Energy(positive, {}, jnp.ones(4)), KEY)
-    energy = Energy(regression, {}, jnp.ones(4), jnp.arange(4.0))
+        loss(Energy(positive, {}, np.ones(4)), KEY)
+    energy = Energy(regression, {}, np.ones(4), np.arange(4.0))
     if isinstance(loss, PCD):
         with pytest.raises(ValueError, match=r"PCD compares.*one density for all rows.*use CD or ISM"):
             loss(energy, KEY)
     else:
-        assert loss(energy, KEY).shape == (4,)
+        assert jax.eval_shape(lambda: loss(energy, KEY)).shape == (4,)
 
 
 @pytest.mark.parametrize("loss", [*LOSSES, NCE(dist.Normal(0.0, 2.0))], ids=["CD", "PCD", "NCE"])
@@ -417,15 +409,16 @@ def convex(x):
 
 
 @pytest.mark.parametrize(
-    ("model", "kernel"),
-    [(convex, Langevin(10.0, adjusted=False)), (one_parameter, Langevin(1e6))],
+    ("model", "loss"),
+    [(convex, PCD(num_steps=400, kernel=Langevin(10.0, adjusted=False))), (one_parameter, CD(kernel=Langevin(1e6)))],
     ids=["run away", "stuck"],
 )
-@pytest.mark.parametrize("loss", [CD, PCD])
-def test_chains_that_fail(loss, model, kernel):
-    """Chains that run away to infinity, or whose proposals are all refused, stop the fit, with step and cause."""
-    steps = {"num_steps": 400} if model is convex else {}
-    sm = ScoreMatching(model, optim=optax.adam(0.01), loss=loss(**steps, kernel=kernel), num_steps=5)
+def test_chains_that_fail(model, loss):
+    """Chains that run away to infinity, or whose proposals are all refused, stop the fit, with step and cause.
+
+    CD and PCD share the chains; below CD's run away.
+    """
+    sm = ScoreMatching(model, optim=optax.adam(0.01), loss=loss, num_steps=5)
     with pytest.raises(NonFiniteLossError, match=r"at step 0: .*the chains have run away or are stuck") as error:
         sm.run(KEY, jnp.asarray(RNG.normal(size=(20, 1))), progress_bar=False)
     assert error.value.step == 0

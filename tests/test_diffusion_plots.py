@@ -8,7 +8,16 @@ import numpyro
 import pytest
 from models import improper
 
-from numpyro_score import Energy, diffuse, plot_score_field, plot_simulation_ranks, plot_trajectories
+from numpyro_score import (
+    Energy,
+    bits_by_noise,
+    diffuse,
+    plot_bits_by_noise,
+    plot_draws_by_calls,
+    plot_score_field,
+    plot_simulation_ranks,
+    plot_trajectories,
+)
 from numpyro_score.diffusion import SimulationRanks
 from numpyro_score.plots.diffusions import _band
 
@@ -59,3 +68,37 @@ def test_rank_bands_hold_their_level():
     place = np.arange(1, 20) / 20
     assert ((even.get_ydata() + place >= low) & (even.get_ydata() + place <= high)).all()
     assert (low_line.get_ydata() + place > high).any()
+
+
+def test_draws_by_calls():
+    """A row for each method, a picture for each number of calls, the same limits everywhere."""
+    energy = Energy(normal, {}, jnp.asarray(X))
+
+    def drawn(method, num_steps):
+        return diffuse(energy, jax.random.key(0), 50, method=method, num_steps=num_steps, noise_range=(0.01, 10.0))
+
+    results = {"ddim": [drawn("ddim", 2), drawn("ddim", 8)], "edm_heun": [drawn("edm_heun", 4)]}
+    axes = plot_draws_by_calls(results, X)
+    assert [a.get_title() for a in axes.ravel()] == ["ddim, 2 calls", "ddim, 8 calls", "edm_heun, 8 calls", ""]
+    np.testing.assert_allclose(axes[0, 1].collections[1].get_offsets(), results["ddim"][1].draws, rtol=1e-6)
+    assert axes[0, 0].get_xlim() == axes[1, 0].get_xlim() and not axes[1, 1].axison
+    flat = [found._replace(draws=found.draws[:, 0]) for found in results["ddim"]]
+    assert (
+        len(plot_draws_by_calls({"ddim": flat}, X[:, 0])[0, 0].patches) == 40
+    )  # a histogram in bars and one in outline
+    with pytest.raises(ValueError, match=r"columns \(0, 2\) and rows of 2 numbers"):
+        plot_draws_by_calls(results, columns=(0, 2))
+    with pytest.raises(ValueError, match="needs some draws of each method"):
+        plot_draws_by_calls({"ddim": []})
+    with pytest.raises(ValueError, match="draws one site and got a, b"):
+        plot_draws_by_calls({"ddim": [flat[0]._replace(draws={"a": X, "b": X})]})
+
+
+def test_bits_by_noise():
+    """Lines and bands are the numbers of the result; several have a legend."""
+    found = bits_by_noise(Energy(normal, {}, jnp.asarray(X)), X, jax.random.key(0), noise_range=(0.1, 10.0))
+    left, right = plot_bits_by_noise({"fitted": found, "held out": found})
+    np.testing.assert_array_equal(left.lines[0].get_ydata(), found.error)
+    np.testing.assert_array_equal(right.lines[1].get_ydata(), found.bits)
+    assert [t.get_text() for t in right.get_legend().get_texts()] == ["fitted", "held out"]
+    assert plot_bits_by_noise(found)[1].get_legend() is None

@@ -77,15 +77,18 @@ def standardised(found, law):
 
 
 @pytest.mark.parametrize(("model", "method"), [(energy, "smc"), (score, "tds")])
-def test_mixtures(model, method, optimised):
-    """Draws and evidence are those of the exact posterior, over twenty observations; guidance alone is far off."""
-    source, settings = Energy(model, {}, DATA), {"noise_range": RANGE, "num_particles": 256, "num_runs": 4}
+def test_mixtures(model, method):
+    """Draws and evidence are those of the exact posterior, over ten observations; guidance alone is far off."""
+    source, settings = (
+        Energy(model, {}, DATA),
+        {"noise_range": RANGE, "num_particles": 256, "num_runs": 16, "num_particles": 128},
+    )
     rng, errors, away, guided, distances, floors = np.random.default_rng(1), [], [], [], [], []
-    for i in range(20):
+    for i in range(10):
         x = draws_of_mixture(rng, WEIGHTS, MEANS, np.array([np.diag(v) for v in VARIANCES]), 1)[0]
         y = A @ x + NOISE * rng.normal(size=1)
         found = posterior(source, observed, jax.random.key(i), y, method=method, **settings)
-        assert not found.biased and 0 < found.least_ess <= 1 and 500 < found.unique_ancestors <= 1024
+        assert not found.biased and 0 < found.least_ess <= 1 and 500 < found.unique_ancestors <= 2048
         log_evidence, *law = exact(y[0])
         errors.append((found.log_evidence - log_evidence, found.log_evidence_stderr))
         away.append(standardised(found, law))
@@ -93,7 +96,7 @@ def test_mixtures(model, method, optimised):
         floors.append(np.mean([sliced_distance(a, b) for a, b in zip(draws[:5], draws[5:], strict=True)]))
         ours = [np.asarray(found.resample(jax.random.key(j), 1024)) for j in range(5)]
         distances.append(np.mean([sliced_distance(a, b) for a, b in zip(ours, draws, strict=False)]))
-        if i < 5:
+        if method == "tds" and i < 5:
             alone = posterior(source, observed, jax.random.key(i), y, method="guided", **settings)
             assert alone.biased and alone.log_evidence is None
             guided.append(standardised(alone, law))
@@ -102,7 +105,7 @@ def test_mixtures(model, method, optimised):
     assert np.mean(np.abs(errors) < 3 * stderr + 0.01) >= 0.8
     assert np.sqrt(np.mean(np.square(away))) < 1.6  # 1 for independent draws
     assert np.mean(distances) < 1.5 * np.mean(floors)
-    assert np.sqrt(np.mean(np.square(guided))) > 3
+    assert method == "smc" or np.sqrt(np.mean(np.square(guided))) > 3
 
 
 def test_normal_prior_is_exact():
@@ -161,21 +164,24 @@ def test_observation_with_two_modes():
     def square(x, y):
         numpyro.sample("y", dist.Normal(x**2, 1.0), obs=y)
 
-    source, settings = Energy(bimodal, {}, jnp.array([-1.0, 1.0, 0.9])), {"noise_range": (0.01, 5.0), "num_runs": 4}
-    found = posterior(source, square, KEY, 4.0, method="smc", num_particles=512, **settings)
+    source = Energy(bimodal, {}, jnp.array([-1.0, 1.0, 0.9]))
+    settings = {"noise_range": (0.01, 5.0), "num_runs": 8, "num_particles": 512}
+    found = posterior(source, square, KEY, 4.0, method="smc", **settings)
     grid = np.linspace(-3, 3, 4001)
     prior = np.exp(np.asarray(log_bimodal(grid, 0.01)))
     truth = np.log(np.sum(prior * np.exp(dist.Normal(grid**2, 1.0).log_prob(4.0))) / np.sum(prior))
-    assert abs(found.log_evidence - truth) < 4 * found.log_evidence_stderr + 0.01
+    # A few particles find the second mode early and weigh much, so that the spread of runs says too little; over ten
+    # keys the standard deviation is 0.04.
+    assert abs(found.log_evidence - truth) < 0.15
     assert abs(np.exp(found.log_weights) @ (found.draws > 0) - 0.5) < 3 / np.sqrt(found.ess)
-    with pytest.warns(UserWarning, match=r"8 particles counted as \d"):
-        posterior(source, square, KEY, 4.0, num_particles=8, **settings)
+    with pytest.warns(UserWarning, match=r"512 particles counted as \d"):  # none of them is near ±10
+        posterior(source, square, KEY, 100.0, method="smc", **settings)
 
 
 def test_inpainting():
     """One coordinate given the other: components by their weight there."""
     source = Energy(energy, {}, DATA)
-    settings = {"noise_range": RANGE, "num_particles": 256, "num_runs": 4}
+    settings = {"noise_range": RANGE, "num_particles": 256, "num_runs": 16, "num_particles": 128}
     found = inpaint(source, np.array([np.nan, 0.6]), np.array([False, True]), KEY, **settings)
     weights = np.exp(found.log_weights)
     np.testing.assert_allclose(weights @ np.asarray(found.draws)[:, 1], 0.6, atol=0.02)
@@ -213,3 +219,22 @@ def test_what_is_refused(unchecked):
 
     with pytest.raises(FloatingPointError, match=r"Weights are NaN from noise 20 on"):
         posterior(source, broken, KEY, 0.0, **settings)
+
+
+def test_wide_rows():
+    """Fifty normal numbers, of which half are seen: decompositions of many wide matrices may run at once."""
+    scale = np.linspace(0.5, 1.5, 50)
+
+    def normal(x, sigma=1.0):
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(50), obs=x)
+            variance = jnp.asarray(scale, x.dtype) ** 2 + jnp.broadcast_to(sigma, len(x))[:, None] ** 2
+            numpyro.factor("energy", -0.5 * jnp.sum(x**2 / variance + jnp.log(variance), axis=-1))
+
+    columns = np.column_stack([np.ones(60), np.random.default_rng(0).normal(size=(60, 50))])
+    x = np.linalg.qr(columns)[0][:, 1:] * np.sqrt(60) * scale  # with the model's own mean and covariance
+    mask = np.arange(50) < 25
+    source, settings = Energy(normal, {}, jnp.asarray(x, jnp.float32)), {"noise_range": (0.5, 20.0), "num_steps": 4}
+    found = inpaint(source, x[0], mask, KEY, method="smc", num_particles=64, num_runs=2, **settings)
+    truth = dist.Normal(0.0, np.sqrt(scale**2 + 2 * 0.5**2)[:25]).log_prob(x[0, :25]).sum()
+    assert found.log_evidence == pytest.approx(float(truth), abs=0.06) and found.least_ess > 0.95

@@ -9,6 +9,7 @@ import pytest
 from models import assert_mean, assert_variance, improper
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
+from scipy.stats import norm
 
 from numpyro_score import Energy, EnergyDistribution, log_partition
 
@@ -75,9 +76,10 @@ def test_log_prob_is_that_of_numpyro(case, x64):
     x = data(6)
     assert p.event_shape == expected.event_shape and p.batch_shape == ()
     assert p.support.event_dim == expected.support.event_dim
-    np.testing.assert_allclose(p.log_prob(x), expected.log_prob(x), atol=1e-6)
+    log_prob = np.asarray(jax.jit(expected.log_prob)(x))
+    np.testing.assert_allclose(p.log_prob(x), log_prob, atol=1e-6)
     batch = x.reshape(2, 3, *expected.event_shape)
-    np.testing.assert_allclose(p.log_prob(batch), expected.log_prob(batch), atol=1e-6)
+    np.testing.assert_allclose(p.log_prob(batch), log_prob.reshape(2, 3), atol=1e-6)
     assert 0 < p.log_partition_stderr < 1e-5
 
 
@@ -91,7 +93,7 @@ def test_log_prob_on_a_support_that_is_mapped_to_the_line(x64):
     )
     x = np.sort(RNG.normal(size=(5, 2)))
     found = EnergyDistribution(energy, log_partition(energy)).log_prob(x)
-    np.testing.assert_allclose(found, np.log(2) + dist.Normal(0, 0.5).log_prob(x).sum(-1), atol=1e-8)
+    np.testing.assert_allclose(found, np.log(2) + norm.logpdf(x, 0, 0.5).sum(-1), atol=1e-8)
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +113,11 @@ def test_prior_and_likelihood_in_another_model(normal):
 
     mcmc = MCMC(NUTS(model), num_warmup=500, num_samples=4000, num_chains=1, thinning=4, progress_bar=False)
     mcmc.run(KEY, jnp.array([1.0, -2.0]), extra_fields=("potential_energy",))
-    x = mcmc.get_samples()["x"]
+    x = np.asarray(mcmc.get_samples()["x"])
     assert_mean(x, [0.2, -0.4])
     assert_variance(x, [0.2, 0.2])
-    prior = dist.Normal(0, 0.5)
-    log_joint = (
-        prior.log_prob(x).sum(-1)
-        + dist.Normal(x, 1.0).log_prob(jnp.array([1.0, -2.0])).sum(-1)
-        + prior.log_prob(jnp.ones(6)).sum()
-    )
+    prior = norm(0, 0.5)
+    log_joint = prior.logpdf(x).sum(-1) + norm.logpdf([1.0, -2.0], x).sum(-1) + prior.logpdf(np.ones(6)).sum()
     np.testing.assert_allclose(-mcmc.get_extra_fields()["potential_energy"], log_joint, atol=1e-4)
 
 

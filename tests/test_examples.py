@@ -248,7 +248,7 @@ def test_noise_levels_recover_the_weights(optimised):
     The exact score's basins meet at x + y = −ln(4)/10, which parts a uniform start on (−8, 8)² at 0.491. Annealing this
     fast leaves the lesser mode 0.02 too large with exact scores too. The bounds on fits are twice the worst of 6 keys.
     """
-    levels, n = load_script("noise_levels"), 4000
+    levels, n = load_script("noise_levels"), 1000
     rng, key = np.random.default_rng(0), jax.random.key(0)
     x = levels.draw(rng, 20_000)
     truth = Energy(levels.mixture, {}, x)

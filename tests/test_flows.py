@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from models import FAST_COMPILE, assert_mean, energy_of
 from numpyro.infer import SVI, Trace_ELBO
 from scipy.integrate import quad
+from scipy.stats import norm
 
 from numpyro_score import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
 from numpyro_score.flows import Phase, Scaling, leapfrog, leapfrog_inverse, summarize_weights
@@ -36,6 +37,7 @@ def normal(scale, dim=D, loc=0.0):
 # -- one step -----------------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames="inverse")
 def step(step_size, x, v, inverse=False):
     move = leapfrog_inverse if inverse else leapfrog
     return move(score, lambda s: s, step_size, Phase(x, v, score(x)))[0]
@@ -51,27 +53,27 @@ def trajectory(n, step_size, x, v):
 
 
 def test_leapfrog_keeps_volume_and_is_reversible(x64):
-    x, v = jax.random.normal(jax.random.key(0), (2, 7, D))
-    step_size = jnp.array([0.3, 0.2])
+    x, v = np.random.default_rng(0).normal(size=(2, 7, D))
+    step_size = np.array([0.3, 0.2])
 
     def flat(z):
         return jnp.concatenate(step(step_size, z[:D], z[D:])[:2])
 
-    jacobians = jax.vmap(jax.jacfwd(flat))(jnp.concatenate([x, v], -1))
+    jacobians = jax.jit(jax.vmap(jax.jacfwd(flat)))(np.concatenate([x, v], -1))
     np.testing.assert_allclose(np.linalg.det(jacobians), 1.0, atol=1e-10)
     there = trajectory(10, 0.2, x, v)
     back = trajectory(10, 0.2, there[0], -there[1])
     np.testing.assert_allclose(back[0], x, atol=1e-10)
     np.testing.assert_allclose(back[1], -v, atol=1e-10)
     ahead = step(step_size, x, v)
-    np.testing.assert_allclose(jnp.stack(step(step_size, *ahead[:2], inverse=True)[:2]), jnp.stack([x, v]), atol=1e-12)
+    np.testing.assert_allclose(np.stack(step(step_size, *ahead[:2], inverse=True)[:2]), [x, v], atol=1e-12)
 
 
 def test_energy_error_is_of_second_order(x64):
     """Over a fixed time the error of f − ½‖v‖² falls as the square of the step size."""
-    x, v = jax.random.normal(jax.random.key(1), (2, 50, D))
+    x, v = np.random.default_rng(1).normal(size=(2, 50, D))
     counts = np.array([16, 32, 64, 128])
-    errors = [float(jnp.sqrt(jnp.mean(trajectory(int(n), 1.0 / n, x, v)[2] ** 2))) for n in counts]
+    errors = [np.sqrt(np.mean(np.square(trajectory(int(n), 1.0 / n, x, v)[2]))) for n in counts]
     slope = np.polyfit(np.log(1.0 / counts), np.log(errors), 1)[0]
     assert abs(slope - 2.0) < 0.05
 
@@ -135,7 +137,7 @@ def flows():
 def test_log_prob_is_the_change_of_variables(x64, name):
     flow, options = flows()[name]
     push = functools.partial(by_hand, **options)
-    z = jax.random.normal(jax.random.key(4), (5, *flow.event_shape))
+    z = np.random.default_rng(4).normal(size=(5, *flow.event_shape))
 
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     def brute_force(z):
@@ -144,8 +146,7 @@ def test_log_prob_is_the_change_of_variables(x64, name):
         start = normal(1.3).log_prob(z[0]) + dist.Normal(0, 1).log_prob(z[1:]).sum()
         return push(z), start - jnp.linalg.slogdet(jacobian)[1]
 
-    value, expected = zip(*map(brute_force, z), strict=True)
-    value, expected = jnp.stack(value), jnp.stack(expected)
+    value, expected = map(np.stack, zip(*map(brute_force, z), strict=True))
     np.testing.assert_allclose(log_prob(flow, value), expected, rtol=1e-10)
 
 
@@ -163,19 +164,18 @@ def log_prob(flow, value):
 def test_draws_densities_and_weights_agree(x64, name):
     """What a simulation knows is what inversion finds; its weights are those of the stated target."""
     flow, _ = flows()[name]
-    found = simulate(flow, jax.random.key(5), (20_000,))
+    found = jax.device_get(simulate(flow, jax.random.key(5), (20_000,)))
     few = found.value[:50]
     np.testing.assert_allclose(log_prob(flow, few), found.log_prob[:50], atol=1e-10)
-    np.testing.assert_allclose(found.log_density[:50], coupled(few[:, 0]), rtol=1e-12)
+    np.testing.assert_allclose(found.log_density[:50], jax.jit(coupled)(few[:, 0]), rtol=1e-12)
     if name == "langevin":  # the same dynamics, run backwards
-        h, base, expected = step_sizes(), normal(1.3), 0.0
-        x = few[:, 0]
+        h, x, expected = np.asarray(step_sizes()), few[:, 0], 0.0
         for k in reversed(range(STEPS)):
-            force = jax.grad(lambda y, b=BETA[k]: (b * coupled(y) + (1 - b) * base.log_prob(y)).sum())(x)
-            expected += dist.Normal(h[k] * force, jnp.sqrt(2 * h[k])).log_prob(-few[:, 1 + k]).sum(-1)
+            force = BETA[k] * np.asarray(jax.jit(score)(x)) - (1 - BETA[k]) * x / 1.3**2
+            expected += norm.logpdf(-few[:, 1 + k], h[k] * force, np.sqrt(2 * h[k])).sum(-1)
             x = x - few[:, 1 + k]
     else:
-        expected = dist.Normal(0, 1).log_prob(few[:, 1:]).sum((1, 2))
+        expected = norm.logpdf(few[:, 1:]).sum((1, 2))
     np.testing.assert_allclose(found.log_auxiliary[:50], expected, rtol=1e-10)
     if name == "scaled":
         with pytest.raises(ValueError, match="pass a key"):
@@ -209,8 +209,8 @@ def test_gradients_are_those_of_finite_differences(x64):
     at = dict(loc=0.2, scale=1.1, step_size=step_sizes(), annealing=jnp.asarray(BETA) * 0.9, refreshment=SHARE)
     at["momentum_scale"] = jnp.array([0.8, 1.1])
     at = jax.tree.map(jnp.asarray, at)
-    value, grads = jax.jit(jax.value_and_grad(bound), compiler_options=FAST_COMPILE)(at)
-    jitted = jax.jit(bound, compiler_options=FAST_COMPILE)
+    value, grads = jax.jit(jax.value_and_grad(bound))(at)
+    jitted = jax.jit(bound)
     np.testing.assert_allclose(jitted(at), value, rtol=1e-12)
     for name, grad in grads.items():
         for i in np.ndindex(jnp.shape(grad)):
@@ -232,7 +232,7 @@ def test_as_a_guide(x64):
         numpyro.sample("xv", made(momentum_scale=MOMENTUM, annealing=jnp.asarray(BETA), refreshment=SHARE))
 
     svi = SVI(model, guide, optax.sgd(1e-3), Trace_ELBO(num_particles=2000))
-    elbo = -jax.jit(svi.evaluate)(svi.init(jax.random.key(8)))
+    elbo = -jax.jit(lambda key: svi.evaluate(svi.init(key)))(jax.random.key(8))
     log_weights = simulate(flow, jax.random.key(9), (20_000,)).log_weights
     spread = float(log_weights.std()) * (1 / 2000 + 1 / 20_000) ** 0.5
     assert abs(float(elbo - log_weights.mean())) < 5 * spread
@@ -308,14 +308,11 @@ NORMAL = 0.5 * np.log(2 * np.pi)
 TARGETS = {  # density, base, true log Z
     "normal, D=1": (lambda x: -0.5 * jnp.sum((x - 0.5) ** 2, -1) / 0.49, normal(1.0, 1), NORMAL + np.log(0.7)),
     "correlated, D=10": (gaussian, normal(1.1, 10), 10 * NORMAL + 0.5 * np.linalg.slogdet(COV)[1]),
-    "quartic, D=1": (quartic, normal(1.0, 1), QUARTIC),
     "quartic, D=10": (quartic, normal(0.8, 10), 10 * QUARTIC),
     "two modes, D=1": (two_modes, normal(1.6, 1), NORMAL + np.log(3.0)),
-    "two modes, D=4": (two_modes, normal(1.6, 4), 4 * NORMAL + np.log(3.0)),
     "banana, D=2": (banana, normal(1.2, 2, 0.3), 2 * NORMAL - np.log(2.0)),
     "ring, D=2": (ring, normal(0.8, 2), RING),
     "student, D=1": (student, dist.StudentT(4.0, jnp.zeros(1), 1.0).to_event(1), STUDENT),
-    "student, D=5": (student, dist.StudentT(4.0, jnp.zeros(5), 1.0).to_event(1), 5 * STUDENT),
 }
 RUNS, DRAWS = 400, 400
 
@@ -354,7 +351,8 @@ def test_bounds_estimates_and_their_errors(name):
 
 def gap(name, **options):
     """log Z − E[log w], and its standard error."""
-    found = log_weights(name, shape=(20_000,), **options)
+    shape = {"shape": (20_000,)} if options else {}  # those of the test above are enough, too
+    found = log_weights(name, **shape, **options)
     return TARGETS[name][2] - found.mean(), found.std() / found.size**0.5
 
 
@@ -365,9 +363,9 @@ def test_gap_shrinks_with_steps_and_refreshment(name):
     def smaller(first, second):
         assert first[0] + 5 * np.hypot(first[1], second[1]) < second[0]
 
-    smaller(gap(name, num_steps=16), gap(name, num_steps=4))
-    smaller(gap(name, num_steps=48), gap(name, num_steps=16))
+    smaller(gap(name), gap(name, num_steps=4))
     if name == "correlated, D=10":
+        smaller(gap(name, num_steps=48), gap(name))
         smaller(gap(name, num_steps=48), gap(name, num_steps=48, refreshment=None))
     else:
         smaller(gap(name, num_steps=16, langevin=True), gap(name, num_steps=4, langevin=True))
@@ -415,10 +413,10 @@ def test_what_flows_refuse(unchecked):
     made("annealing between 0 and 1", base, coupled, 0.1, 1, annealing=[1.5])
     made("refreshment between 0 and 1", base, coupled, 0.1, 3, refreshment=2.0)
     with pytest.raises(ValueError, match="one value for each row"):
-        HamiltonianFlow(base, lambda x: -(x**2), 0.1, 1).sample(jax.random.key(0))
+        jax.eval_shape(HamiltonianFlow(base, lambda x: -(x**2), 0.1, 1).sample, jax.random.key(0))
     energy = energy_of(lambda theta, x: -theta * jnp.sum(x**2, -1), 0.5, np.zeros((4, 3), np.float32))
     with pytest.raises(ValueError, match="a row has 3 numbers"):
-        HamiltonianFlow(base, energy.log_density, 0.1, 1).sample(jax.random.key(0))
+        jax.eval_shape(HamiltonianFlow(base, energy.log_density, 0.1, 1).sample, jax.random.key(0))
     with pytest.raises(ValueError, match="two weights or more"):
         summarize_weights(jnp.zeros(1))
 

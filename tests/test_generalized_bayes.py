@@ -14,21 +14,21 @@ from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from numpyro.infer.autoguide import (
     AutoDelta,
-    AutoLaplaceApproximation,
     AutoMultivariateNormal,
     AutoNormal,
 )
 from numpyro.infer.reparam import LocScaleReparam
 from numpyro.infer.util import initialize_model, log_density
+from scipy.stats import expon, norm
 
-from numpyro_score import ISM, SSM, Energy, ScoreMatching, generalized_bayes
+from numpyro_score import ISM, SSM, Energy, generalized_bayes
 from numpyro_score.generalized import LOSS_SITE
 
 N, SIGMA, PRIOR_MEAN, PRIOR_SD = 40, 1.7, 0.5, 2.0
 KEY = jax.random.key(0)
 FLAT = dist.ImproperUniform(constraints.real, (), ())
 PLANE = dist.ImproperUniform(constraints.real_vector, (), (2,))
-X = jnp.asarray(np.random.default_rng(0).normal(2.0, SIGMA, N), dtype=float)
+X = np.random.default_rng(0).normal(2.0, SIGMA, N).astype(np.float32)
 
 
 def conjugate(x):
@@ -43,13 +43,13 @@ def conjugate(x):
 def posterior(x, beta):
     """Mean and sd of mu: the data count β/σ² times as much as in the ordinary posterior."""
     precision = PRIOR_SD**-2 + beta * len(x) / SIGMA**4
-    return (PRIOR_MEAN / PRIOR_SD**2 + beta * jnp.sum(x) / SIGMA**4) / precision, precision**-0.5
+    return (PRIOR_MEAN / PRIOR_SD**2 + beta * np.sum(x) / SIGMA**4) / precision, precision**-0.5
 
 
 def hand_density(x, mu, beta):
     """Log prior − βΣ loss."""
     loss = 0.5 * (x - mu) ** 2 / SIGMA**4 - 1 / SIGMA**2
-    return dist.Normal(PRIOR_MEAN, PRIOR_SD).log_prob(mu) - beta * jnp.sum(loss)
+    return norm.logpdf(mu, PRIOR_MEAN, PRIOR_SD) - beta * np.sum(loss)
 
 
 def assert_is_posterior(draws, mean, sd):
@@ -77,13 +77,26 @@ def run_nuts(model, *args, chains=2, **kwargs):
 # -- posteriors in closed form ----------------------------------------------------------------------
 
 
+def with_param(x):
+    """`conjugate`, with the precision of rows as a param site: MCMC leaves it at its initial value."""
+    mu = numpyro.sample("mu", dist.Normal(PRIOR_MEAN, PRIOR_SD))
+    tau = numpyro.param("tau", SIGMA**-2, constraint=constraints.positive)
+    numpyro.deterministic("twice", 2 * mu)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", FLAT, obs=x)
+        numpyro.factor("energy", -0.5 * tau * (x - mu) ** 2)
+
+
 @pytest.fixture(scope="module")
 def nuts():
-    return run_nuts(generalized_bayes(conjugate, ISM(), SIGMA**2), X)
+    return run_nuts(generalized_bayes(with_param, ISM(), SIGMA**2), X)
 
 
 def test_ordinary_posterior_by_nuts(nuts):
-    """With β = σ² ISM gives the ordinary conjugate posterior of a Gaussian mean; two vectorised chains."""
+    """With β = σ² ISM gives the ordinary conjugate posterior of a Gaussian mean; two vectorised chains.
+
+    Param sites are frozen.
+    """
     mean, sd = posterior(X, SIGMA**2)
     ordinary = 1 / (PRIOR_SD**-2 + N / SIGMA**2)
     np.testing.assert_allclose(sd**2, ordinary, rtol=1e-6)
@@ -93,20 +106,10 @@ def test_ordinary_posterior_by_nuts(nuts):
 
 
 def test_deterministic_sites_are_kept(nuts):
-    """Deterministic sites of the model are in the draws; its data and factors are not."""
+    """Deterministic sites of the model are in the draws; its data, factors and param sites are not."""
     draws = nuts.get_samples()
     assert set(draws) == {"mu", "twice"}
     np.testing.assert_allclose(draws["twice"], 2 * draws["mu"], rtol=1e-6)
-
-
-def test_laplace_is_exact():
-    """The posterior is normal for any β: AutoLaplaceApproximation has its mean and sd."""
-    guide, optim = AutoLaplaceApproximation, optax.lbfgs()
-    sm = ScoreMatching(conjugate, guide, optim, ISM(), num_steps=20, learning_rate=0.6)
-    fit = sm.run(KEY, X, progress_bar=False)
-    law, (mean, sd) = sm.guide.get_posterior(fit.params), posterior(X, 0.6)
-    np.testing.assert_allclose(law.mean, [mean], rtol=1e-4)
-    np.testing.assert_allclose(law.covariance_matrix, [[sd**2]], rtol=1e-4)
 
 
 def test_mean_field_guide():
@@ -132,9 +135,9 @@ def regression(y, z):
 
 def test_correlated_posterior():
     """AutoMultivariateNormal has mean and covariance of a regression with correlated weights, as above to 5%."""
-    z = jnp.stack([jnp.ones(N), 1.0 + 0.7 * jnp.cos(jnp.arange(N))], axis=1)
-    precision = jnp.eye(2) / PRIOR_SD**2 + 0.6 * z.T @ z / SIGMA**4
-    covariance = jnp.linalg.inv(precision)
+    z = np.stack([np.ones(N), 1.0 + 0.7 * np.cos(np.arange(N))], axis=1).astype(np.float32)
+    precision = np.eye(2) / PRIOR_SD**2 + 0.6 * z.T @ z / SIGMA**4
+    covariance = np.linalg.inv(precision)
     assert covariance[0, 1] ** 2 > 0.6 * covariance[0, 0] * covariance[1, 1]
     model = generalized_bayes(regression, ISM(), 0.6)
     guide = AutoMultivariateNormal(model, init_scale=0.5)
@@ -142,11 +145,11 @@ def test_correlated_posterior():
     svi = SVI(model, guide, optim, Trace_ELBO(50))
     fit = svi.run(KEY, 800, X, z, progress_bar=False)
     law = guide.get_posterior(fit.params)
-    root = jnp.linalg.cholesky(precision)
-    error = root.T @ (law.mean - covariance @ (0.6 * z.T @ X / SIGMA**4))
-    assert jnp.abs(error).max() < 0.05
-    whitened = root.T @ law.covariance_matrix @ root
-    np.testing.assert_allclose(whitened, jnp.eye(2), atol=0.1)
+    root = np.linalg.cholesky(precision)
+    error = root.T @ (np.asarray(law.mean) - covariance @ (0.6 * z.T @ X / SIGMA**4))
+    assert np.abs(error).max() < 0.05
+    whitened = root.T @ np.asarray(law.covariance_matrix) @ root
+    np.testing.assert_allclose(whitened, np.eye(2), atol=0.1)
 
 
 def test_stein_particles_find_the_mean():
@@ -180,18 +183,17 @@ def penalised(x, batch=None):
         numpyro.factor("energy", -0.5 * tau * jnp.sum((x - mu) ** 2, axis=-1))
 
 
-ROWS = jnp.asarray(np.random.default_rng(1).normal(1.0, 1.0, (10, 2)), dtype=float)
+ROWS = np.random.default_rng(1).normal(1.0, 1.0, (10, 2)).astype(np.float32)
 VALUES = {"mu": jnp.array(0.3), "strength": jnp.array(0.7), "tau": jnp.array(1.9)}
 
 
 def row_loss(x, mu=0.3, tau=1.9):
-    return 0.5 * tau**2 * jnp.sum((x - mu) ** 2, axis=-1) - 2 * tau
+    return 0.5 * tau**2 * np.sum((x - mu) ** 2, axis=-1) - 2 * tau
 
 
 def prior(mu=0.3, strength=0.7):
     """The log prior, with the penalty as part of it."""
-    log_prob = dist.Normal(PRIOR_MEAN, PRIOR_SD).log_prob(mu) - strength * mu**4
-    return log_prob + dist.Exponential(2.0).log_prob(strength)
+    return norm.logpdf(mu, PRIOR_MEAN, PRIOR_SD) - strength * mu**4 + expon.logpdf(strength, scale=0.5)
 
 
 def traced(model, *args, values=VALUES, seed=3, **kwargs):
@@ -248,7 +250,7 @@ def test_scale_and_mask_of_a_penalty():
 @pytest.mark.parametrize("kind", ["scale", "mask"])
 def test_weights_inside_the_model(kind):
     """A scale of 3 around the rows weighs their losses, and masked rows drop out, whatever they hold."""
-    keep = jnp.arange(10) != 4
+    keep = np.arange(10) != 4
 
     def weighted(x):
         mu = numpyro.sample("mu", dist.Normal(PRIOR_MEAN, PRIOR_SD))
@@ -257,22 +259,22 @@ def test_weights_inside_the_model(kind):
             x = numpyro.sample("x", PLANE, obs=x)
             numpyro.factor("energy", -0.5 * 1.9 * jnp.sum((x - mu) ** 2, axis=-1))
 
-    x = ROWS if kind == "scale" else ROWS.at[4].set(jnp.nan)
-    weights = 3.0 * jnp.ones(10) if kind == "scale" else keep
-    expected = dist.Normal(PRIOR_MEAN, PRIOR_SD).log_prob(0.3) - 0.4 * weights @ row_loss(ROWS)
+    x = ROWS if kind == "scale" else np.where(keep[:, None], ROWS, np.nan)
+    weights = 3.0 * np.ones(10) if kind == "scale" else keep
+    expected = norm.logpdf(0.3, PRIOR_MEAN, PRIOR_SD) - 0.4 * weights @ row_loss(ROWS)
     value = traced(generalized_bayes(weighted, ISM(), 0.4), x, values={"mu": jnp.array(0.3)})[0]
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 def test_gradient_under_vmap_over_data_sets():
     """One call for three data sets, with their gradients in mu, and β as an array too."""
-    sets = jnp.stack([X, X + 1.0, 2.0 * X])
-    betas = jnp.array([0.5, 1.0, SIGMA**2])
+    sets = np.stack([X, X + 1.0, 2.0 * X])
+    betas = np.array([0.5, 1.0, SIGMA**2], np.float32)
 
     def density(mu, x, beta):
         return log_density(generalized_bayes(conjugate, ISM(), beta), (x,), {}, {"mu": mu})[0]
 
-    value, slope = jax.vmap(jax.value_and_grad(density), (None, 0, 0))(0.3, sets, betas)
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(density), (None, 0, 0)))(0.3, sets, betas)
     for i in range(3):
         mean, sd = posterior(sets[i], betas[i])
         np.testing.assert_allclose(value[i], hand_density(sets[i], 0.3, betas[i]), rtol=1e-5)
@@ -299,11 +301,11 @@ def test_reparam(side):
         model = handlers.reparam(generalized_bayes(penalised, ISM(), 0.4), config=config)
     else:
         model = generalized_bayes(handlers.reparam(penalised, config=config), ISM(), 0.4)
-    base = jnp.array(-0.4)
+    base = -0.4
     values = {**VALUES, "mu_decentered": base}
     del values["mu"]
     mu = PRIOR_MEAN + PRIOR_SD * base
-    shift = dist.Normal().log_prob(base) - dist.Normal(PRIOR_MEAN, PRIOR_SD).log_prob(mu)
+    shift = norm.logpdf(base) - norm.logpdf(mu, PRIOR_MEAN, PRIOR_SD)
     expected = prior(mu=mu) + shift - 0.4 * row_loss(ROWS, mu=mu).sum()
     value, trace = traced(model, ROWS, values=values)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -324,11 +326,11 @@ def test_potential_has_the_jacobian_of_constrained_sites():
     info = initialize_model(KEY, generalized, model_args=(X,))
     at = {"tau": jnp.array(0.8), "rho": jnp.array(-0.6)}
     values = info.postprocess_fn(at)
-    tau, rho = jnp.exp(0.8), jnp.tanh(-0.3)  # to (-1, 1): 2/(1 + exp(-u)) - 1
+    tau, rho = np.exp(0.8), np.tanh(-0.3)  # to (-1, 1): 2/(1 + exp(-u)) - 1
     np.testing.assert_allclose([values["tau"], values["rho"]], [tau, rho], rtol=1e-5)
-    density = dist.LogNormal(0.0, 1.0).log_prob(tau) - jnp.log(2.0)
-    density -= jnp.sum(0.5 * tau**2 * (X - rho) ** 2 - tau)
-    jacobian = 0.8 + jnp.log(0.5 * (1 - rho**2))
+    density = norm.logpdf(0.8) - 0.8 - np.log(2.0)
+    density -= np.sum(0.5 * tau**2 * (X - rho) ** 2 - tau)
+    jacobian = 0.8 + np.log(0.5 * (1 - rho**2))
     np.testing.assert_allclose(info.potential_fn(at), -density - jacobian, rtol=1e-5)
 
 
@@ -337,7 +339,7 @@ def test_potential_has_the_jacobian_of_constrained_sites():
 
 def test_stochastic_loss_is_one_density_for_the_whole_run():
     """The same projections at every evaluation, and at every draw of two chains."""
-    k = jnp.array([[1.0, 0.6], [0.6, 2.0]])
+    k = np.array([[1.0, 0.6], [0.6, 2.0]], np.float32)
 
     def model(x):
         mu = numpyro.sample("mu", dist.Normal(PRIOR_MEAN, PRIOR_SD).expand([2]).to_event(1))
@@ -359,27 +361,10 @@ def test_stochastic_loss_is_one_density_for_the_whole_run():
     assert np.abs(residual).max() < 1e-4 * np.std(potential) + 1e-5 * np.abs(potential).max()
 
 
-def test_param_sites_are_frozen_under_mcmc():
-    """NUTS samples mu at the initial value of tau: for ISM, rows count βτ² in its precision."""
-
-    def model(x):
-        mu = numpyro.sample("mu", dist.Normal(PRIOR_MEAN, PRIOR_SD))
-        tau = numpyro.param("tau", 0.5, constraint=constraints.positive)
-        with numpyro.plate("rows", len(x)):
-            x = numpyro.sample("x", FLAT, obs=x)
-            numpyro.factor("energy", -0.5 * tau * (x - mu) ** 2)
-
-    draws = run_nuts(generalized_bayes(model, ISM()), X).get_samples(group_by_chain=True)
-    assert set(draws) == {"mu"}
-    precision = PRIOR_SD**-2 + 0.25 * N
-    mean = (PRIOR_MEAN / PRIOR_SD**2 + 0.25 * X.sum()) / precision
-    assert_is_posterior(draws["mu"], mean, precision**-0.5)
-
-
 @pytest.mark.parametrize("chains", [1, 2])
 def test_nan_in_the_data_is_named_by_nuts(chains):
     """NUTS fails at once, with the rows."""
-    bad = X.at[jnp.array([3, 7])].set(jnp.nan)
+    bad = np.where(np.isin(np.arange(N), [3, 7]), np.nan, X)
     with pytest.raises(ValueError, match=r"'x' have NaN or infinity in rows 3, 7 \(2 of 40\)"):
         run_nuts(generalized_bayes(conjugate, ISM()), bad, chains=chains)
 

@@ -38,7 +38,7 @@ def logistic(x):
 
 
 def logistic_draws(n):
-    return 0.5 * jax.random.logistic(jax.random.key(3), (n,))
+    return np.random.default_rng(3).logistic(scale=0.5, size=n)
 
 
 # -- unadjusted Langevin --------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_bias_is_of_first_order_in_the_step(x64):
     steps, biases = np.array([0.04, 0.02, 0.01]), []
     for h in steps:
         chains = langevin_chains(quartic, h, 0.0)
-        mean = np.asarray(chains.step(KEY, chains.init(jnp.asarray(x)[:, None])).x[:, 0])
+        mean = np.asarray(jax.jit(lambda x, c=chains: c.step(KEY, c.init(x)).x)(x[:, None]))[:, 0]
         transition = stats.norm.pdf(x[None, :], mean[:, None], np.sqrt(2 * h))
         transition /= transition.sum(1, keepdims=True)
         law = np.linalg.solve((transition.T - np.eye(len(x)))[:-1, :-1], -transition.T[:-1, -1])
@@ -96,8 +96,8 @@ def test_bias_is_of_first_order_in_the_step(x64):
     np.testing.assert_allclose(slopes, 1.0, atol=0.05)
     assert abs(slopes[1] - 1) < abs(slopes[0] - 1)
 
-    rows = jnp.zeros((20_000, 1))
-    cold, warm = (c.step(KEY, c.init(rows)).x for c in (langevin_chains(quartic, 0.01, t) for t in (0.0, 1.0)))
+    rows = np.zeros((20_000, 1))
+    cold, warm = (iterate(langevin_chains(quartic, 0.01, t), rows, 1).x for t in (0.0, 1.0))
     assert stats.kstest(np.ravel(warm - cold) / np.sqrt(0.02), "norm").pvalue > 2e-5
 
 
@@ -119,28 +119,28 @@ def test_cold_chains_end_at_the_mode(x64):
 
 def test_law_of_sghmc_on_a_gaussian(x64):
     """The closed form of the docstring, for curvatures 1 and 4 in one chain."""
-    curvature, h, friction, temperature = jnp.array([1.0, 4.0]), 0.3, 0.4, 1.5
+    curvature, h, friction, temperature = np.array([1.0, 4.0]), 0.3, 0.4, 1.5
     kernel = SGHMC(
         potential_fn=lambda x: 0.5 * jnp.sum(curvature * x**2), step_size=h, friction=friction, temperature=temperature
     )
-    state = last_states(kernel, jnp.zeros((50_000, 2)), 80)
-    for j, a in enumerate(np.array(curvature)):
+    state = jax.device_get(last_states(kernel, np.zeros((50_000, 2)), 40))  # friction leaves 0.6 at each step
+    for j, a in enumerate(curvature):
         x, r = state.z[:, j], state.chain.momentum[:, j]
         variance = temperature / (a * (1 - h * a / (4 - 2 * friction)))
         of_momentum = 2 * a / (2 - friction) * variance
         assert_variance(x, variance)
         assert_variance(r, of_momentum)
         assert_mean(x * r, 0.5 * np.sqrt(h) * of_momentum)
-    heat = np.mean([temperature / (1 - h * a / (4 - 2 * friction)) for a in np.array(curvature)])
+    heat = np.mean([temperature / (1 - h * a / (4 - 2 * friction)) for a in curvature])
     assert_mean(state.effective_temperature, heat)
-    assert_mean(jnp.mean(curvature * state.z**2, axis=-1), heat)  # E[x·∇U]/D
+    assert_mean(np.mean(curvature * state.z**2, axis=-1), heat)  # E[x·∇U]/D
 
 
-def test_effective_temperature_beyond_quadratics(optimised, x64):
+def test_effective_temperature_beyond_quadratics(x64):
     """What is recorded has the mean of x·∇U(x)/D, for any energy."""
     settings = dict(potential_fn=lambda x: -logistic(x[None]), step_size=0.5)
     for kernel in (SGLD(**settings), SGHMC(**settings, friction=0.5)):
-        state = last_states(kernel, logistic_draws(100_000), 100)
+        state = jax.device_get(last_states(kernel, logistic_draws(50_000), 60))
         assert_mean(-state.z * state.chain.score[:, 0] - state.effective_temperature, 0.0)
         assert np.mean(state.effective_temperature) > 1.05
 
@@ -214,11 +214,11 @@ def test_preconditioner_is_learned_in_warm_up_and_held(x64):
     curvature, h = np.array([1.0, 400.0]), 0.03
     kernel = SGLD(potential_fn=lambda x: 0.5 * jnp.sum(curvature * x**2), step_size=h, preconditioner="rmsprop")
     mcmc = MCMC(
-        kernel, num_warmup=400, num_samples=200, num_chains=20_000, chain_method="vectorized", progress_bar=False,
+        kernel, num_warmup=400, num_samples=200, num_chains=5000, chain_method="vectorized", progress_bar=False,
         thinning=200,
     )  # fmt: skip
     run = jax.jit(lambda x: (mcmc.run(KEY, init_params=x), mcmc.last_state)[1], compiler_options=FAST_COMPILE)
-    state = run(jax.random.normal(KEY, (20_000, 2)) / np.sqrt(curvature))
+    state = run(np.random.default_rng(0).normal(size=(5000, 2)) / np.sqrt(curvature))
     root = np.sqrt(state.preconditioner.second_moment)  # about √a at temperature 1
     np.testing.assert_allclose(root.mean(0), np.sqrt(curvature), rtol=0.2)
     exact = curvature * (1 - h * curvature / (1e-5 + root) / 2)
@@ -246,16 +246,17 @@ def test_preconditioner_of_chains_that_start_at_the_mode(x64):
 
 def test_a_chain_that_runs_away_is_flagged_and_gives_no_number():
     """An energy without a normaliser, and steps beyond 2/a: once not finite, never a number again."""
-    for potential, h in ((lambda x: -0.5 * x**2, 0.5), (lambda x: 0.5 * x**2, 5.0)):
-        for kernel in (SGLD(potential_fn=potential, step_size=h), SGHMC(potential_fn=potential, step_size=h)):
-            mcmc = MCMC(kernel, num_warmup=0, num_samples=1000, progress_bar=False)
-            mcmc.run(KEY, init_params=jnp.array(1.0))
-            draws, diverging = mcmc.get_samples(), mcmc.get_extra_fields()["diverging"]
-            first = int(np.argmax(diverging))
-            assert 0 < first < 900
-            assert np.all(diverging[first:])
-            assert np.isfinite(draws[:first]).all()
-            assert np.isnan(draws[first + 1 :]).all()
+    without = SGLD(potential_fn=lambda x: -0.5 * x**2, step_size=0.5)
+    beyond = SGHMC(potential_fn=lambda x: 0.5 * x**2, step_size=5.0)
+    for kernel in (without, beyond):
+        mcmc = MCMC(kernel, num_warmup=0, num_samples=1000, progress_bar=False)
+        mcmc.run(KEY, init_params=np.float32(1.0))
+        draws, diverging = np.asarray(mcmc.get_samples()), np.asarray(mcmc.get_extra_fields()["diverging"])
+        first = int(np.argmax(diverging))
+        assert 0 < first < 900
+        assert np.all(diverging[first:])
+        assert np.isfinite(draws[:first]).all()
+        assert np.isnan(draws[first + 1 :]).all()
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,14 @@ def assert_equal(found, expected, select):
 
 @every_kernel
 def test_chain_methods_agree(name):
-    """The same draws in parallel, thinned, and under `vmap`."""
+    """The same draws under `vmap`, and in parallel, thinned."""
     expected = draws(reference(name))
     np.testing.assert_allclose(expected["scaled"], 3 * expected["s"], rtol=1e-6)
     np.testing.assert_allclose(expected["w"], expected["z.w"])
     energy = 0.5 * np.log(expected["s"]) ** 2 + 0.5 * np.sum(expected["w"] ** 2, -1) + 1.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(expected["potential_energy"], energy, rtol=1e-4)
-    assert_equal(draws(run(name, chain_method="parallel", thinning=4)), expected, slice(3, None, 4))
+    if name == "SGHMC":  # whose state has most in it
+        assert_equal(draws(run(name, chain_method="parallel", thinning=4)), expected, slice(3, None, 4))
     assert_equal(draws(run(name, chain_method=jax.vmap)), expected, slice(None))
 
 
@@ -106,14 +107,14 @@ def test_warm_restart_of_a_potential_needs_no_start(name):
 def test_vectorized_chains_have_the_law(name):
     """In one batch, from given positions and by raw keys; the chains are independent."""
     chains = 10_000
-    init_params = {"s": jnp.zeros(chains), "w": jnp.zeros((chains, 2))}
+    init_params = {"s": np.zeros(chains, np.float32), "w": np.zeros((chains, 2), np.float32)}
     mcmc = MCMC(
         KERNELS[name](model), num_warmup=30, num_samples=1, num_chains=chains, chain_method="vectorized",
         progress_bar=False,
     )  # fmt: skip
     mcmc.run(jax.random.PRNGKey(3), SCALE, init_params=init_params)
     last = mcmc.get_samples()
-    z = jnp.column_stack([jnp.log(last["s"]), last["w"]])
+    z = np.column_stack([np.log(last["s"]), last["w"]])
     assert_mean(z, 0.0)
     assert_variance(z, VARIANCES[name])
     assert_mean(z[:, 0] * z[:, 1], 0.0)
@@ -130,11 +131,11 @@ def test_init_leaves_no_trace(name):
     jax.tree.map(np.testing.assert_array_equal, first._replace(rng_key=0), again._replace(rng_key=0))
     assert isinstance(first, KernelState)
     batch = kernel.init(jax.random.split(KEY, 3), 0, None, (SCALE,), {})
-    stepped = kernel.sample(batch, (SCALE,), {})
+    stepped = jax.jit(lambda state: kernel.sample(state, (SCALE,), {}))(batch)
     for state in (batch, stepped):
         assert jax.tree.map(jnp.shape, state) == jax.tree.map(lambda a: (3, *jnp.shape(a)), first)
     assert jax.tree.map(jnp.result_type, batch) == jax.tree.map(jnp.result_type, stepped)
-    assert np.all(jnp.abs(jnp.diff(batch.z["w"], axis=0)) > 0)  # starts of their own
+    assert np.all(np.diff(batch.z["w"], axis=0) != 0)  # starts of their own
 
 
 @every_kernel
@@ -154,10 +155,10 @@ def test_init_params_are_the_start(name):
 def test_chains_are_the_kernels_own(name):
     """`chains` and MCMC take the same step from the same key."""
     kernel = KERNELS[name](potential_fn=lambda x: jnp.sum(x**4) / 4)
-    state = kernel.init(jax.random.split(KEY, 4), 0, jnp.arange(8.0).reshape(4, 2) / 4)
+    state = kernel.init(jax.random.split(KEY, 4), 0, np.arange(8, dtype=np.float32).reshape(4, 2) / 4)
     chains = kernel.chains(lambda x: -jnp.sum(x**4, -1) / 4)
-    expected = chains.step(jax.random.fold_in(state.rng_key[0], 0), chains.init(state.z))
-    found = kernel.sample(state, (), {}).chain
+    step = jax.jit(lambda key, x: chains.step(jax.random.fold_in(key, 0), chains.init(x)))
+    expected, found = step(state.rng_key[0], state.z), jax.jit(lambda state: kernel.sample(state, (), {}).chain)(state)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
 
 

@@ -10,6 +10,7 @@ from models import FAST_COMPILE, assert_mean, assert_variance
 from test_divergences import KEY, M1, M2, RNG, S1, S2, close, gaussian
 
 from numpyro_score import mmd
+from numpyro_score.arviz import as_arviz, dataset
 from numpyro_score.divergences.mmd import mmd_statistic
 
 
@@ -30,7 +31,9 @@ def test_mmd_of_gaussians():
     expected = mmd_exact((M1, S1), (M2, S2), 1.3)
     x, y = gaussian(0, "data")[:1500], gaussian(1, "data")
     close(mmd(x, y, bandwidth=1.3), expected, 0.01)
-    close(mmd(gaussian(0, "draws of an energy"), gaussian(1, "distribution"), KEY, bandwidth=1.3), expected, 0.02)
+    rows = RNG.multivariate_normal(M1, S1, (4, 1000))
+    draws = as_arviz({"posterior": dataset({"x": rows}, ("chain", "draw"))})
+    close(mmd((gaussian(0, "energy"), draws), gaussian(1, "distribution"), KEY, bandwidth=1.3), expected, 0.02)
 
 
 def test_mmd_is_the_statistic():

@@ -12,6 +12,7 @@ from models import counted_compilations, energy_of
 from numpyro.distributions import constraints
 from numpyro.infer import HMC, NUTS, BarkerMH
 from scipy import stats
+from scipy.special import gammaln
 
 from numpyro_score import MALA, Energy, ScoreMatching, log_partition, sample
 
@@ -69,7 +70,7 @@ def test_diagnostics_are_arviz(compositions):
 def test_normaliser_from_the_draws(compositions):
     """Noise-contrastive log Z of the Dirichlet law, from these draws and from draws of its own."""
     energy, draws = compositions
-    expected = np.sum(jax.scipy.special.gammaln(ALPHA)) - jax.scipy.special.gammaln(ALPHA.sum())
+    expected = np.sum(gammaln(ALPHA)) - gammaln(ALPHA.sum())
     for given in (draws, None):
         result = log_partition(energy, "nce", jax.random.key(1), draws=given)
         assert abs(result.value - expected) < 5 * result.stderr < 0.1
@@ -104,7 +105,7 @@ def test_several_sites():
 
 def test_kernels_of_the_package():
     """Both exact and unadjusted ones, from a function that makes them."""
-    energy = energy_of(normal, 1.0, RNG.normal(size=(20, 1)))
+    energy = energy_of(modes, 0.0, RNG.normal(size=(20, 1)))  # one mode
     draws = sample(energy, KEY, 2000, kernel=mala)
     assert 0.5 < draws["sample_stats"]["acceptance_rate"].mean() < 1
     assert abs(float(draws["posterior"]["x"].var()) - 1) < 0.1
@@ -162,9 +163,9 @@ def modes(t, x):
 
 def test_chains_that_have_not_mixed():
     """Chains that stay at their own mode are reported."""
-    x = np.repeat([[-30.0], [30.0]], 20, axis=0)
+    x = np.repeat([[-30.0], [30.0]], 10, axis=0)
     with pytest.warns(UserWarning, match=r"largest R-hat is .*run longer chains"):
-        sample(energy_of(modes, 30.0, x), KEY, 200, num_warmup=200)
+        sample(energy_of(modes, 30.0, x), KEY, 2000, kernel=mala)
 
 
 @pytest.mark.parametrize(

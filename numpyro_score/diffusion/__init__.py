@@ -1,5 +1,6 @@
 """Diffusions: noise levels become samplers, likelihoods and posteriors."""
 
+from numpyro_score.diffusion.bits import NoiseBits, bits_by_noise
 from numpyro_score.diffusion.calibration import SimulationRanks, simulation_ranks
 from numpyro_score.diffusion.codes import flow_decode, flow_encode, flow_interpolate
 from numpyro_score.diffusion.distribution import ScoreDistribution
@@ -20,11 +21,13 @@ __all__ = [
     "EDMHeun",
     "FlowLogProb",
     "LinearSDE",
+    "NoiseBits",
     "PosteriorDraws",
     "PredictorCorrector",
     "ScoreDistribution",
     "SimulationRanks",
     "SubVP",
+    "bits_by_noise",
     "diffuse",
     "flow_decode",
     "flow_encode",

@@ -10,11 +10,12 @@ from jaxtyping import Array, Float, Int
 
 from numpyro_score import random
 from numpyro_score.diffusion.steps import Field
-from numpyro_score.diffusion.twists import Belief, Likelihood, Twist, believe, log_normal
+from numpyro_score.diffusion.twists import Belief, Likelihood, Twist, believe, excess, log_normal
 
 __all__ = ["Run", "run_particles"]
 
 _RESAMPLE = 0.5  # of the particles, below which their effective number makes them resampled
+_LEAST_SPREAD = 1e-4  # of a step's noise, which covariances in single precision need in order to have roots
 
 
 class Run(NamedTuple):
@@ -50,21 +51,18 @@ def run_particles(
 ) -> Run:
     r"""One run, over falling levels ρ.
 
-    From u with noise ρ a particle goes to ρ' by the law of the noising process between the data and u, over the normal
-    law of x given u and y: with a = ρ'²/ρ²,
+    The data x are those with the smallest noise, and τ = ρ² − ρ_min² is what ρ has more. From u with noise ρ a particle
+    goes to ρ' by the law of the noising process between x and u, over the normal law of x given u and y: with a = τ'/τ,
 
-    .. math:: u' \sim K = N\big((1 - a)\, m_y + a u,\; (1 - a)^2 C_y + (1 - a) \rho'^2 I\big).
+    .. math:: u' \sim K = N\big((1 - a)\, m_y + a u,\; (1 - a)^2 C_y + (1 - a) \tau' I\big).
 
     With P that of x given u alone and h the twists, weights grow by
 
     - "smc": :math:`q_{\rho'}(u')\, h'(u')\, N(u; u', (\rho^2 - \rho'^2) I) \,/\, (q_\rho(u)\, h(u)\, K(u'))`;
     - "tds": :math:`P(u')\, h'(u') \,/\, (h(u)\, K(u'))`;
     - "guided": nothing.
-
-    The last h is p(y | x = u) itself.
     """
     start_key, move_key, resample_key = jax.random.split(rng_key, 3)
-    last = len(rho) - 2
     exact = method == "smc"
 
     def log_density(u: Array, rho: Array) -> Array:
@@ -73,24 +71,27 @@ def run_particles(
     def step(state: _State, i: Array) -> tuple[_State, None]:
         state = _resampled(state, jax.random.fold_in(resample_key, i)) if method != "guided" else state
         u, old, noise, less = state.u, state.belief, rho[i], rho[i + 1]
-        a = (less / noise) ** 2
-        spread = (1 - a) * less**2 * jnp.eye(u.shape[1], dtype=u.dtype)
-        covariance = (1 - a) ** 2 * old.told_covariance + spread
-        mean = (1 - a) * old.told_mean + a * u
+        left = excess(less, rho[-1])
+        a = left / excess(noise, rho[-1])
+        # Of K, and for "tds" of P. One call for both: two at once may lock jaxlib's threads up, see laplace_update.
+        covariances = jnp.stack([old.told_covariance, old.covariance])[: 2 if method == "tds" else 1]
+        spread = (1 - a) * left + _LEAST_SPREAD * excess(noise, less)
+        roots = jnp.linalg.cholesky((1 - a) ** 2 * covariances + spread * jnp.eye(u.shape[1], dtype=u.dtype))
+        means = (1 - a) * jnp.stack([old.told_mean, old.mean])[: len(roots)] + a * u
         z = random.normal(jax.random.fold_in(move_key, i), u.shape, u.dtype)
-        new_u = mean + jnp.einsum("nij,nj->ni", jnp.linalg.cholesky(covariance), z, precision="highest")
-        new = believe(twist, field, likelihood, new_u, less)
-        new = new._replace(log_twist=jnp.where(i == last, jax.vmap(likelihood)(new_u), new.log_twist))
+        new_u = means[0] + jnp.einsum("nij,nj->ni", roots[0], z, precision="highest")
+        new = believe(twist, field, likelihood, new_u, less, rho[-1])
         if method == "guided":
             return state._replace(u=new_u, belief=new), None
         f = log_density(new_u, less)
-        growth = new.log_twist - old.log_twist - log_normal(new_u, mean, covariance)
+        proposed = log_normal(new_u, means, roots)
+        growth = new.log_twist - old.log_twist - proposed[0]
         if exact:
-            away = jnp.sum((u - new_u) ** 2, axis=-1) / (noise**2 - less**2)
-            size = u.shape[1] * jnp.log(2 * jnp.pi * (noise**2 - less**2))
+            away = jnp.sum((u - new_u) ** 2, axis=-1) / excess(noise, less)
+            size = u.shape[1] * jnp.log(2 * jnp.pi * excess(noise, less))
             growth += f - state.log_density - 0.5 * (away + size)
         else:
-            growth += log_normal(new_u, (1 - a) * old.mean + a * u, (1 - a) ** 2 * old.covariance + spread)
+            growth += proposed[1]
         log_weights = state.log_weights + growth
         fails = (state.failed < 0) & jnp.isnan(log_weights).any()
         state = state._replace(
@@ -99,13 +100,13 @@ def run_particles(
         return state._replace(least_ess=jnp.minimum(state.least_ess, _ess(log_weights))), None
 
     u = field.end.sample(start_key, num_particles, rho[0])
-    belief = believe(twist, field, likelihood, u, rho[0])
+    belief = believe(twist, field, likelihood, u, rho[0], rho[-1])
     f = log_density(u, rho[0])
     log_weights = belief.log_twist + (f - field.end.log_prob(u, rho[0]) if exact else 0.0)
     one, none = jnp.ones((), u.dtype), jnp.zeros((), u.dtype)
     failed = jnp.where(jnp.isnan(log_weights).any(), 0, -1)
     first = _State(u, belief, f, log_weights, none, one, jnp.arange(num_particles), failed)
-    state: Any = jax.lax.scan(step, first, jnp.arange(last + 1))[0]
+    state: Any = jax.lax.scan(step, first, jnp.arange(len(rho) - 1))[0]
     total = jax.nn.logsumexp(state.log_weights)
     log_z = state.log_z + total - jnp.log(num_particles)
     return Run(state.u, state.log_weights - total, log_z, state.least_ess, state.ancestors, state.failed)

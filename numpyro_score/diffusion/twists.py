@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ from jaxtyping import Array, Float
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.operators import full_precision
 
-__all__ = ["Belief", "Likelihood", "Twist", "believe", "laplace_update", "log_normal"]
+__all__ = ["Belief", "Likelihood", "Twist", "believe", "excess", "laplace_update", "log_normal"]
 
-_NEWTON, _SHORTER = 4, 6  # steps, and lengths tried of each
+_NEWTON, _SHORTER = 4, 6  # most steps, and lengths tried of each
+_ARRIVED = 1e-3  # length of a step, in standard deviations of x given u, that need not be taken
 
 Likelihood = Callable[[Array], Array]  # log p(y | x) of one row (D,)
 Twist = Literal["moments", "isotropic", "plain"]
@@ -31,17 +32,25 @@ class Belief(NamedTuple):
     told_covariance: Float[Array, "n d d"]
 
 
-def believe(twist: Twist, field: Field, likelihood: Likelihood, u: Float[Array, "n d"], rho: Array) -> Belief:
-    """The belief at points u with noise ρ.
+def excess(rho: Array, least: Array) -> Array:
+    """ρ² − ρ_min², which is 0 where they are the same; the difference of squares may be a negative rounding error."""
+    return (rho - least) * (rho + least)
 
-    The mean of x given u is Tweedie's, m(u) = u + ρ² s(u). With
 
-    - "moments" its covariance is Tweedie's as well, C(u) = ρ² (I + ρ² ∇s(u)) [Boys et al. 2023], D products with the
+def believe(
+    twist: Twist, field: Field, likelihood: Likelihood, u: Float[Array, "n d"], rho: Array, least: Array
+) -> Belief:
+    """The belief at points u with noise ρ, of the data x with the smallest noise, from which τ = ρ² − ρ_min² is left.
+
+    The mean of x given u is Tweedie's, m(u) = u + τ s(u). With
+
+    - "moments" its covariance is Tweedie's as well, C(u) = τ (I + τ ∇s(u)) [Boys et al. 2023], D products with the
       score's derivative a point. Where x | u is normal and log p(y | x) quadratic, h is exact;
-    - "isotropic" it is c I, c = ρ² v/(ρ² + v) with v the mean variance of the data [Song et al. 2023, ΠGDM];
+    - "isotropic" it is c I, c = τ v/(τ + v) with v the mean variance of x [Song et al. 2023, ΠGDM];
     - "plain" it is 0: h(u) = p(y | x = m(u)) [Chung et al. 2023, DPS].
 
-    The last two move the mean by ρ² ∇ log h, one reverse pass through the score.
+    The last two move the mean by τ ∇ log h, one reverse pass through the score. At the smallest noise all are
+    h(u) = p(y | x = u).
 
     Args:
         twist: which.
@@ -49,82 +58,105 @@ def believe(twist: Twist, field: Field, likelihood: Likelihood, u: Float[Array, 
         likelihood: of one row.
         u: points, (N, D).
         rho: ρ, one number.
+        least: ρ_min.
     """
     n, d = u.shape
+    tau = excess(rho, least)
     if twist == "moments":
-        mean, covariance = _tweedie(field, u, rho)
-        value, *told = jax.vmap(partial(laplace_update, likelihood))(mean, covariance)
-        return Belief(value, mean, covariance, *told)
+        mean, root = _tweedie(field, u, rho, tau)
+        value, *told = jax.vmap(partial(laplace_update, likelihood))(mean, root)
+        return Belief(value, mean, _squared(root), *told)
     if twist == "isotropic":
-        v = jnp.mean(field.end.variances)
-        variance = rho**2 * v / (rho**2 + v)
+        v = jnp.mean(field.end.variances) + least**2
+        variance = tau * v / (tau + v)
     else:
         variance = jnp.zeros((), u.dtype)
-    covariance = jnp.broadcast_to(variance * jnp.eye(d, dtype=u.dtype), (n, d, d))
+    root = jnp.broadcast_to(jnp.sqrt(variance) * jnp.eye(d, dtype=u.dtype), (n, d, d))
 
     def log_twist(u: Array) -> tuple[Array, tuple[Array, Array]]:
-        mean = field.denoised(u, rho)
+        mean = u + tau * field.model.score(u, rho)
         if twist == "isotropic":
-            value = jax.vmap(partial(laplace_update, likelihood))(mean, covariance)[0]
+            value = jax.vmap(partial(laplace_update, likelihood))(mean, root)[0]
         else:
             value = jax.vmap(likelihood)(mean)
         return jnp.sum(value), (value, mean)
 
     slope, (value, mean) = jax.grad(log_twist, has_aux=True)(u)
-    return Belief(value, mean, covariance, mean + rho**2 * slope, covariance)
+    return Belief(value, mean, root**2, mean + tau * slope, root**2)  # diagonal
 
 
 @full_precision
-def _tweedie(field: Field, u: Float[Array, "n d"], rho: Array) -> tuple[Float[Array, "n d"], Float[Array, "n d d"]]:
-    """Mean and covariance of x given u; eigenvalues that a learned score makes negative are put just above zero."""
+def _tweedie(
+    field: Field, u: Float[Array, "n d"], rho: Array, tau: Array
+) -> tuple[Float[Array, "n d"], Float[Array, "n d d"]]:
+    """Mean of x given u, and a root R of its covariance R Rᵀ, whose eigenvalues are kept above zero."""
     d = u.shape[1]
 
     def along(direction: Array) -> tuple[Array, Array]:
-        return jax.jvp(lambda v: field.denoised(v, rho), (u,), (jnp.broadcast_to(direction, u.shape),))
+        return jax.jvp(lambda v: v + tau * field.model.score(v, rho), (u,), (jnp.broadcast_to(direction, u.shape),))
 
     means, columns = jax.vmap(along)(jnp.eye(d, dtype=u.dtype))
-    covariance = rho**2 * columns.transpose(1, 2, 0)
+    covariance = tau * columns.transpose(1, 2, 0)
     values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.transpose(0, 2, 1)))
-    values = jnp.maximum(values, 1e-6 * rho**2)
-    return means[0], (vectors * values[:, None, :]) @ vectors.transpose(0, 2, 1)
+    values = jnp.maximum(values, 1e-6 * tau)  # a learned score may make them negative
+    return means[0], vectors * jnp.sqrt(values)[:, None, :]
+
+
+@full_precision
+def _squared(root: Float[Array, "*n d d"]) -> Float[Array, "*n d d"]:
+    return root @ jnp.swapaxes(root, -1, -2)
+
+
+class _Newton(NamedTuple):
+    """Where Newton's steps are."""
+
+    z: Float[Array, "d"]
+    scale: Float[Array, "d"]  # curvatures at z, by their absolute values,
+    axes: Float[Array, "d d"]  # along these axes
+    step: Float[Array, "d"]  # from z
+    count: Any  # of turns
 
 
 @full_precision
 def laplace_update(
-    likelihood: Likelihood, mean: Float[Array, "d"], covariance: Float[Array, "d d"]
+    likelihood: Likelihood, mean: Float[Array, "d"], root: Float[Array, "d d"]
 ) -> tuple[Array, Array, Array]:
-    """Log E p(y | x) under x ~ N(mean, covariance), and the normal law of x given y, by Laplace's method.
+    """Log E p(y | x) under x ~ N(mean, R Rᵀ), and the normal law of x given y, by Laplace's method.
 
-    With C = R Rᵀ and x = mean + R z, the mode of log p(y | x) − ½‖z‖² is found by a few of Newton's steps, each at most
-    its own length and shortened until the value rises. A curvature of the wrong sign counts by its absolute value
-    [Dauphin et al. 2014]. Exact, in one step, for normal y with a mean that is linear in x. Where x given y has several
-    modes, it is one of them.
+    With x = mean + R z, the mode of log p(y | x) − ½‖z‖² is found by up to four of Newton's steps, each at most its own
+    length and shortened until the value rises. A curvature of the wrong sign counts by its absolute value [Dauphin et
+    al. 2014]. Exact, in one step, for normal y with a mean that is linear in x. Where x given y has several modes, it
+    is one of them.
 
     Returns:
         The log of the expectation, whose derivative in `mean` leaves out the change of the curvature; mean and
         covariance given y.
     """
-    values, vectors = jnp.linalg.eigh(covariance)
-    root = vectors * jnp.sqrt(jnp.maximum(values, 0.0))
-    fixed = jax.lax.stop_gradient(mean)
+    fixed, root = jax.lax.stop_gradient((mean, root))
 
     def below(z: Array) -> Array:
         return 0.5 * jnp.sum(z**2) - likelihood(fixed + root @ z)
 
-    def curvature(z: Array) -> tuple[Array, Array]:
+    def goes_on(state: _Newton) -> Array:
+        return (state.count <= _NEWTON) & ~(jnp.max(jnp.abs(state.step)) <= _ARRIVED)
+
+    def moved(state: _Newton) -> _Newton:
+        lengths = jnp.concatenate([0.5 ** jnp.arange(_SHORTER), jnp.zeros(1)]).astype(mean.dtype)
+        tried = state.z + lengths[:, None] * state.step
+        heights = jax.vmap(below)(tried)
+        z = tried[jnp.argmin(jnp.where(jnp.isnan(heights), jnp.inf, heights))]
+        z = jnp.where(state.count == 0, 0.0, z)
         hessian = jax.hessian(below)(z)
         values, axes = jnp.linalg.eigh(0.5 * (hessian + hessian.T))
-        return jnp.maximum(jnp.abs(values), 1.0), axes
+        scale = jnp.maximum(jnp.abs(values), 1.0)
+        return _Newton(z, scale, axes, -axes @ ((axes.T @ jax.grad(below)(z)) / scale), state.count + 1)
 
-    def newton(z: Array, _: None) -> tuple[Array, None]:
-        scale, axes = curvature(z)
-        step = -axes @ ((axes.T @ jax.grad(below)(z)) / scale)
-        tried = z + jnp.concatenate([0.5 ** jnp.arange(_SHORTER), jnp.zeros(1)]).astype(z.dtype)[:, None] * step
-        heights = jax.vmap(below)(tried)
-        return tried[jnp.argmin(jnp.where(jnp.isnan(heights), jnp.inf, heights))], None
-
-    z = jax.lax.stop_gradient(jax.lax.scan(newton, jnp.zeros_like(mean), length=_NEWTON)[0])
-    scale, axes = curvature(z)
+    # The first turn only looks at z = 0. One decomposition stands here and not two: of a curvature that is the same
+    # everywhere XLA would run both at once, and on two cores jaxlib's threads then wait for each other for ever.
+    start = _Newton(
+        jnp.zeros_like(mean), jnp.ones_like(mean), jnp.eye(len(mean), dtype=mean.dtype), jnp.full_like(mean, jnp.inf), 0
+    )
+    z, scale, axes, *_ = jax.lax.while_loop(goes_on, moved, start)
     told_root = root @ axes / jnp.sqrt(scale)
     value = likelihood(mean + root @ z) - 0.5 * jnp.sum(z**2)
     log_mean = value - 0.5 * jax.lax.stop_gradient(jnp.sum(jnp.log(scale)))
@@ -133,10 +165,9 @@ def laplace_update(
 
 @full_precision
 def log_normal(
-    x: Float[Array, "n d"], mean: Float[Array, "n d"], covariance: Float[Array, "n d d"]
-) -> Float[Array, "n"]:
-    """The log density of N(mean, covariance) at each point."""
-    root = jnp.linalg.cholesky(covariance)
+    x: Float[Array, "n d"], mean: Float[Array, "*k n d"], root: Float[Array, "*k n d d"]
+) -> Float[Array, "*k n"]:
+    """The log density of N(mean, L Lᵀ) at each point, for lower triangular L."""
     z = jax.lax.linalg.triangular_solve(root, (x - mean)[..., None], left_side=True, lower=True)[..., 0]
     half_log_det = jnp.sum(jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)), axis=-1)
     return -0.5 * jnp.sum(z**2, axis=-1) - half_log_det - 0.5 * x.shape[-1] * jnp.log(2 * jnp.pi)

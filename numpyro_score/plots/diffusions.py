@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import scipy.stats
 
-from numpyro_score.diffusion import Diffused, SimulationRanks
+from numpyro_score.diffusion import Diffused, NoiseBits, SimulationRanks
 from numpyro_score.plots.axes import BLACK, BLUE, GREY, ORANGE, VERMILION, as_axes
 
-__all__ = ["plot_simulation_ranks", "plot_trajectories"]
+__all__ = ["plot_bits_by_noise", "plot_draws_by_calls", "plot_simulation_ranks", "plot_trajectories"]
 
 _SHOWN = 100  # chains
 
@@ -57,6 +58,101 @@ def plot_trajectories(result: Diffused, data: Any, *, column: int = 0, ax: Any =
         panel.plot(levels, lines, color=color, linewidth=0.6, alpha=0.5)
         panel.set(xscale="log", ylim=(-limit, limit), xlabel="noise ρ", ylabel=f"x[{column}]", title=title)
     axes[1].invert_xaxis()
+    return axes
+
+
+def plot_draws_by_calls(
+    results: Mapping[str, Sequence[Diffused]], data: Any = None, *, columns: tuple[int, int] = (0, 1), ax: Any = None
+) -> np.ndarray:
+    """Draws of several methods, one row of pictures for each, against the calls of the model that they took.
+
+    Two numbers of a row are points above those of the data in grey; rows of one number are histograms.
+
+    Args:
+        results: by the method's name, what :func:`~numpyro_score.diffuse` returned with some numbers of steps.
+        data: rows of the data, (N, D) or (N,), to compare with.
+        columns: which two of the D numbers of a row.
+        ax: Matplotlib axes, one for each draw; new ones if not given.
+
+    Returns:
+        The axes, (methods, most draws of one).
+
+    Raises:
+        ValueError: for nothing to draw, draws of several sites, columns that are not there.
+        ImportError: without Matplotlib, `pip install numpyro-score[plots]`.
+    """
+    if not results or not all(len(r) for r in results.values()):
+        raise ValueError("plot_draws_by_calls needs some draws of each method, e.g. {'ddim': [diffuse(...)]}.")
+    shape = len(results), max(map(len, results.values()))
+    axes = as_axes("plot_draws_by_calls", ax, shape).reshape(shape)
+    known = None if data is None else _two_columns(data, columns)[:2000]
+    for name, row in zip(results, axes, strict=True):
+        for panel in row[len(results[name]) :]:
+            panel.set_axis_off()
+        for found, panel in zip(results[name], row, strict=False):
+            draws = _two_columns(found.draws, columns)
+            if draws.shape[1] == 1:
+                both = draws if known is None else np.concatenate([draws, known])
+                low, high = np.percentile(both, [0.5, 99.5])
+                edges = np.linspace(low, high, 40)
+                if known is not None:
+                    panel.hist(known[:, 0], edges, density=True, color=GREY, alpha=0.5)
+                panel.hist(draws[:, 0], edges, density=True, color=BLUE, histtype="step")
+            else:
+                if known is not None:
+                    panel.scatter(*known.T, s=3, color=GREY, alpha=0.5, linewidths=0)
+                panel.scatter(*draws[:2000].T, s=3, color=BLUE, alpha=0.5, linewidths=0)
+            panel.set_title(f"{name}, {found.num_calls} calls", fontsize="medium")
+    shown = axes.ravel()[0]
+    for panel in axes.ravel()[1:]:
+        panel.sharex(shown)
+        panel.sharey(shown)
+    return axes
+
+
+def _two_columns(rows: Any, columns: tuple[int, int]) -> np.ndarray:
+    """(N, 2), or (N, 1) of rows of one number."""
+    if isinstance(rows, Mapping):
+        raise ValueError(f"plot_draws_by_calls draws one site and got {', '.join(rows)}: make them one by hand first.")
+    x = np.asarray(rows, np.float64).reshape(len(rows), -1)
+    if x.shape[1] == 1:
+        return x
+    if not all(0 <= c < x.shape[1] for c in columns):
+        raise ValueError(f"plot_draws_by_calls got columns {columns} and rows of {x.shape[1]} numbers.")
+    return x[:, list(columns)]
+
+
+def plot_bits_by_noise(results: NoiseBits | Mapping[str, NoiseBits], *, ax: Any = None) -> np.ndarray:
+    """At which noise a model of every noise level knows how much: its error left, and bits right.
+
+    The error is that of the noise ε in its own unit, 1 where the model knows nothing and 0 where it sees the noise; the
+    area under it from some noise on, over ln 2, are the bits that it needs for a number with this noise. Bands are of
+    two standard errors. Where held-out rows lie above those of the fit the model has learned these by heart.
+
+    Args:
+        results: what :func:`~numpyro_score.bits_by_noise` returns; several by their names.
+        ax: two Matplotlib axes; new ones if not given.
+
+    Returns:
+        The two axes.
+
+    Raises:
+        ImportError: without Matplotlib, `pip install numpyro-score[plots]`.
+    """
+    axes = as_axes("plot_bits_by_noise", ax, (1, 2)).ravel()
+    named = {"": results} if isinstance(results, NoiseBits) else results
+    for i, (name, found) in enumerate(named.items()):
+        color = (BLUE, ORANGE, VERMILION, BLACK)[i % 4]
+        for panel, value, error in (
+            (axes[0], found.error, found.error_stderr),
+            (axes[1], found.bits, found.bits_stderr),
+        ):
+            panel.plot(found.noise, value, color=color, label=name)
+            panel.fill_between(found.noise, value - 2 * error, value + 2 * error, color=color, alpha=0.25, linewidth=0)
+    axes[0].set(xscale="log", xlabel="noise ρ", ylabel="error of the noise", ylim=(0, None))
+    axes[1].set(xscale="log", xlabel="noise ρ", ylabel="bits a number", ylim=(0, None))
+    if any(named):
+        axes[1].legend(fontsize="small")
     return axes
 
 
