@@ -51,6 +51,7 @@ def mle_and_errors(x):
     return mle, np.sqrt(variance)
 
 
+@pytest.mark.slow
 def test_recovers_a_precision_matrix():
     """The maximum of the likelihood is in closed form; the bound is within 0.1 of the fitted model's log Z."""
     dim, steps, rows, num_steps = 5, 6, 500, 600
@@ -81,6 +82,7 @@ def base_alone(log_density):
     return HamiltonianFlow(base, log_density, 0.01, 1)
 
 
+@pytest.mark.slow
 def test_weighted_draws_need_no_good_flow():
     """By their importance weights the draws of any flow are the model's: the maximum likelihood estimate again."""
     x = draw(2, 500)
@@ -136,6 +138,7 @@ def test_model_gradient_has_mean_zero_at_the_truth(x64):
     np.testing.assert_allclose(terms.log_partition_bound, np.log(2 * np.pi) + 0.5 * np.log(0.75), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_flow_gradient_is_that_of_the_bound(x64):
     """By finite differences at fixed θ and the step's own key."""
     x = jnp.asarray(draw(2, 50), jnp.float64)
@@ -159,6 +162,7 @@ def test_flow_gradient_is_that_of_the_bound(x64):
 # -- the objective ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prior_subsampling_and_inner_steps(x64):
     """A posterior mode in closed form: τ̂ = (N D) / (Σ‖x‖² + 2 rate); subsampled rows count for all."""
     x = jnp.asarray(2.0 * np.random.default_rng(1).normal(size=(60, 2)))
@@ -192,6 +196,7 @@ def small():
     return AdversarialDynamicsEmbedding(normal, num_steps=20)
 
 
+@pytest.mark.slow
 def test_second_run_compiles_nothing_and_goes_on():
     x = draw(2, 50)
     ade = small()
@@ -264,6 +269,7 @@ def test_settings_that_are_refused(unchecked):
         AdversarialDynamicsEmbedding(normal, flow=3)
 
 
+@pytest.mark.slow
 def test_a_flow_that_runs_away_stops_the_fit():
     """An energy without a normaliser: the error names the step, and holds a state to go on from."""
 

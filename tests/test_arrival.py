@@ -26,6 +26,7 @@ def chain(x):
         numpyro.factor("energy", jnp.sum(w * x[..., :-1] * x[..., 1:], axis=-1) - jnp.sum(a * x**4, axis=-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "few", "many"), [(ISM(), 20, 2000), (SSM(), 100, 2000)])
 def test_fits_that_have_not_arrived_say_so(loss, few, many):
     """At the end of the run and by stderr, where 2,000 steps are enough; a loss with random projections too.

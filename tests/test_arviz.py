@@ -90,6 +90,7 @@ def mcmc():
 # -- fits -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_groups_of_a_fit(data):
     """Four groups at most: no log likelihood of an unnormalised density, and no group is empty."""
     assert names(data) == {"posterior", "observed_data", "score_matching"}
@@ -129,6 +130,7 @@ def test_losses_of_a_fit(data, fit):
     assert group.attrs["learning_rate"] == 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["fit", "mcmc"])
 def test_observed_data_have_the_sites_own_shapes(source, data, mcmc):
     """Pictures stay pictures."""
@@ -138,6 +140,7 @@ def test_observed_data_have_the_sites_own_shapes(source, data, mcmc):
     assert data["observed_data"]["x"].shape == (N, 8, 8)
 
 
+@pytest.mark.slow
 def test_draws_of_another_guide(fit):
     """Draws come from the guide itself, and model params stay at their estimates."""
     sm = matcher(AutoNormal, num_steps=20)
@@ -169,6 +172,7 @@ def network_fit(width):
     return sm.run(KEY, Y[:, None], progress_bar=False)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The loss was still falling")  # few steps are enough to be refused
 @pytest.mark.parametrize(("width", "reason"), [(1, "not curved upwards"), (700, "2102 parameters: it stops at 2000")])
 def test_no_posterior_is_made_up(width, reason):

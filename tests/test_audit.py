@@ -26,6 +26,7 @@ def report():
         return audit(model, losses, X, params={"k": K}, num_rows=300, num_draws=300)
 
 
+@pytest.mark.slow
 def test_values(report):
     """Bias and spread of a row: 0 and √(2Σ K_ij²/M) for slices, ½σ²‖K‖² for noise."""
     off = np.sqrt(2 * (np.sum(K**2) - np.sum(np.diag(K) ** 2)))
@@ -74,6 +75,7 @@ def test_advice(report):
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_audit_of_a_sample_of_masked_data_and_of_a_fit():
     """At a fit's estimates, on a sample of rows, with one loss; a single-precision step is advised within range."""
     x = X.astype(np.float32)

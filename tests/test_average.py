@@ -54,6 +54,7 @@ def fits():
     return plain, averaging, run(averaging, X)
 
 
+@pytest.mark.slow
 def test_estimates_are_the_average(fits):
     """Not those of the last step, whose losses stay; everything that a result gives is at the average."""
     plain, averaging, fit = fits
@@ -94,6 +95,7 @@ def test_going_on_is_one_long_run(fits):
     np.testing.assert_allclose(both.params["mu_auto_loc"], np.average(seen, weights=weight), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_standard_errors_and_guides(fits):
     """The default optimiser, with a guide that is no point; and the sandwich at an average that has arrived."""
     fit = run(ScoreMatching(gaussian, AutoNormal, loss=NOISY, num_steps=30, average=0.8), X)

@@ -153,6 +153,7 @@ def test_rate_settles_where_prior_and_data_disagree():
     np.testing.assert_allclose(np.log(fit.estimates["tau"]), mode(fit.learning_rate), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_guide_has_the_rate_of_a_point_fit():
     """Laplace's guide is exact for a normal posterior, and takes its curvature from the density at this rate."""
     sm = matcher(location, guide=AutoLaplaceApproximation)
@@ -193,6 +194,7 @@ def fits(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_nuts_draws_from_the_calibrated_posterior(fits):
     """Mean and variance within 5 Monte Carlo errors (1e-6), after one fit."""
     kernel = NUTS(generalized_bayes(location, ISM(), "calibrated"))

@@ -60,6 +60,7 @@ def all_at_once():
     return jax.jit(functools.partial(everything, InChunks(None)), compiler_options=FAST_COMPILE)(RUGGED, MANY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_chunks_change_nothing(rows):
     """In chunks, one of them of what is left over, value and derivatives are those of all rows at once."""

@@ -113,6 +113,7 @@ def small():
         return sm, run(sm, X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [4, 20], ids=["all directions", "coloured Jacobian"])
 def test_graphical_model_is_its_maximum_likelihood_estimate(small, d):
     """ISM's minimiser is the MLE [Hyvärinen 2005], to rounding; the objective there is −½N tr K."""
@@ -127,6 +128,7 @@ def test_graphical_model_is_its_maximum_likelihood_estimate(small, d):
     np.testing.assert_allclose(fit.losses, [-0.5 * len(x) * expected["diagonal"].sum()], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_result_is_that_of_a_converged_optimiser():
     """Estimates, params, objective and covariance of gradient descent, on a positive site: no Jacobian enters."""
 
@@ -179,6 +181,7 @@ def location_by_prior(x):
         numpyro.factor("energy", -0.5 * jnp.sum((x - mu) ** 2, axis=-1))
 
 
+@pytest.mark.slow
 def test_priors_make_it_a_ridge():
     """The MAP in the constrained space: of each prior what its formula says, on 50 rows of mean (½, ½) or so."""
     fit = run(ScoreMatching(location_by_prior), np.tile(Y, len(PRIORS)))

@@ -66,6 +66,7 @@ def gaussians():
     return fits, compare(fits, NEW, rng_key=KEY, num_samples=250)
 
 
+@pytest.mark.slow
 def test_the_planted_better_model_wins_under_both():
     """Scores and likelihoods by hand, sums over rows."""
     fits, found = gaussians()
@@ -146,6 +147,7 @@ def test_people_can_read_it():
     assert "–" in text and "nan" not in text.lower()
 
 
+@pytest.mark.slow
 def test_fisher_cannot_see_the_weights_of_separated_modes():
     """KL prefers the right weights by N times KL(0.8, 0.5) or so, and the scores are those of either mode."""
     rng = np.random.default_rng(3)
@@ -175,6 +177,7 @@ def test_a_difference_that_only_the_likelihood_sees_has_a_line():
     assert told_apart(("a", "b"), {"a": noise, "b": 0 * noise}, errors, {"a": noise, "b": 0 * noise}) == []
 
 
+@pytest.mark.slow
 def test_small_units_are_not_blindness():
     """Scores of positive data carry their distance from zero, which makes them small in small units."""
 
@@ -242,6 +245,7 @@ def test_a_score_without_a_density_has_no_order_under_kl():
     assert "Under KL" not in repr(found) and found.table["mmd"].isna().all()
 
 
+@pytest.mark.slow
 def test_angles_have_a_likelihood_and_no_stein_discrepancy():
     """Von Mises laws, whose normaliser is 2π I₀(κ)."""
 

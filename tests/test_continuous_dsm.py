@@ -162,6 +162,7 @@ def test_levels_have_their_law(largest, sigma_data, stratified):
     assert ((sigma >= 0.05) & (sigma <= largest)).all()
 
 
+@pytest.mark.slow
 def test_fit_and_posterior():
     """In nats: NUTS over the objective finds the spread of an ordinary posterior of a variance, tau √(2/(N D))."""
 

@@ -194,6 +194,7 @@ def pcd_fit():
     return sm.run(KEY, jnp.asarray(ROWS), batch=100, progress_bar=False)
 
 
+@pytest.mark.slow
 def test_pcd_recovers_a_precision():
     """Within 3 standard errors of the maximum likelihood estimate, and with its standard errors.
 
@@ -298,6 +299,7 @@ def mean_model(x):
         numpyro.factor("energy", -0.5 * (numpyro.sample("x", improper(), obs=x) - mu) ** 2)
 
 
+@pytest.mark.slow
 def test_pcd_under_numpyros_own_svi():
     """A point guide is at the mode of the ordinary posterior, Σx / (4 + N)."""
     x, loss = 1.0 + RNG.normal(size=50), PCD(1000, 2, kernel=Langevin(0.5))

@@ -103,6 +103,7 @@ def along(name):
         return de_bruijn(p, q, times, KEY, process=process)
 
 
+@pytest.mark.slow
 def test_laws_in_other_dress():
     """A shifted and scaled normal law goes by a grid, and rows may be numbers."""
     shifted = dist.TransformedDistribution(dist.Normal(0.0, 1.0), dist.transforms.AffineTransform(1.0, 2.0))
@@ -205,6 +206,7 @@ def with_noise(log_density, t):
     return at
 
 
+@pytest.mark.slow
 def test_energies_and_other_laws_on_the_line(optimised):
     """A double well against the logistic law: both sides, and their integral against KL by quadrature."""
     well = energy_of(double_well, 0.2, np.linspace(-2.5, 2.5, 50))
@@ -224,6 +226,7 @@ def test_energies_and_other_laws_on_the_line(optimised):
         assert_within(found.fisher[i], mass @ (0.5 * (score_p - score_q) ** 2), found.fisher_stderr[i], slack=1e-5)
 
 
+@pytest.mark.slow
 def test_energies_in_the_plane(optimised):
     """A normal energy against its closed form, in single precision; log Z plays no part."""
     k = np.array([[2.0, 0.8], [0.8, 1.0]], np.float32)
@@ -340,6 +343,7 @@ def test_parzen_score_against_the_slow_way(x64):
     np.testing.assert_allclose(found.value, slow_parzen(x[:, 0], z, TIMES, 0.5), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_parzen_bound_of_a_normal_law(optimised):
     """In two dimensions: above the entropy, and closer with more rows, at the default bandwidth."""
     covariance = np.array([[1.0, 0.6], [0.6, 2.0]])

@@ -238,6 +238,7 @@ def optimum_by_quadrature(t):
     return minimize_scalar(objective, bounds=(0.03, 0.12), method="bounded", options={"xatol": 1e-7}).x
 
 
+@pytest.mark.slow
 def test_contraction_runs_from_fisher_to_likelihood(x64, optimised):
     """For f = -a x⁴ on N(0, 1) data score matching has its optimum at 1/20 and maximum likelihood at 1/12."""
     optima = {t: optimum_by_quadrature(t) for t in (0.003, 0.3, 3.0, 1000.0)}

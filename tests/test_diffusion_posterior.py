@@ -76,19 +76,17 @@ def standardised(found, law):
     return (weights @ x - law[0] @ law[1]) / np.sqrt(variances / found.ess)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "method"), [(energy, "smc"), (score, "tds")])
 def test_mixtures(model, method):
     """Draws and evidence are those of the exact posterior, over ten observations; guidance alone is far off."""
-    source, settings = (
-        Energy(model, {}, DATA),
-        {"noise_range": RANGE, "num_particles": 256, "num_runs": 16, "num_particles": 128},
-    )
+    source, settings = Energy(model, {}, DATA), {"noise_range": RANGE, "num_particles": 256, "num_runs": 4}
     rng, errors, away, guided, distances, floors = np.random.default_rng(1), [], [], [], [], []
     for i in range(10):
         x = draws_of_mixture(rng, WEIGHTS, MEANS, np.array([np.diag(v) for v in VARIANCES]), 1)[0]
         y = A @ x + NOISE * rng.normal(size=1)
         found = posterior(source, observed, jax.random.key(i), y, method=method, **settings)
-        assert not found.biased and 0 < found.least_ess <= 1 and 500 < found.unique_ancestors <= 2048
+        assert not found.biased and 0 < found.least_ess <= 1 and 500 < found.unique_ancestors <= 1024
         log_evidence, *law = exact(y[0])
         errors.append((found.log_evidence - log_evidence, found.log_evidence_stderr))
         away.append(standardised(found, law))
@@ -142,6 +140,7 @@ def log_bimodal(x, sigma):
     return jnp.logaddexp(-0.5 * (x - 1) ** 2 / spread, -0.5 * (x + 1) ** 2 / spread) - 0.5 * jnp.log(spread)
 
 
+@pytest.mark.slow
 def test_counts_of_a_scalar():
     """An observation that is not normal, against quadrature; rows that are numbers."""
     source = Energy(bimodal, {}, jnp.array([-1.0, 1.0, 0.9]))
@@ -158,6 +157,7 @@ def test_counts_of_a_scalar():
     assert abs(found.log_evidence - truth) < 4 * found.log_evidence_stderr + 5e-3
 
 
+@pytest.mark.slow
 def test_observation_with_two_modes():
     """A square, which says nothing of the sign: where it is flat Newton's steps would lead anywhere."""
 
@@ -181,7 +181,7 @@ def test_observation_with_two_modes():
 def test_inpainting():
     """One coordinate given the other: components by their weight there."""
     source = Energy(energy, {}, DATA)
-    settings = {"noise_range": RANGE, "num_particles": 256, "num_runs": 16, "num_particles": 128}
+    settings = {"noise_range": RANGE, "num_particles": 256, "num_runs": 4}
     found = inpaint(source, np.array([np.nan, 0.6]), np.array([False, True]), KEY, **settings)
     weights = np.exp(found.log_weights)
     np.testing.assert_allclose(weights @ np.asarray(found.draws)[:, 1], 0.6, atol=0.02)

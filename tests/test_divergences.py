@@ -80,6 +80,7 @@ def close(found, expected, most):
     assert abs(found.value - expected) < 5 * found.stderr, (found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q", ["energy", "distribution"])
 @pytest.mark.parametrize("p", ["draws of an energy", "distribution", "data"])
 def test_gaussians(p, q):

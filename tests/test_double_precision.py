@@ -34,6 +34,7 @@ def fitted():
     return fit, sample(fit, KEY, 100)
 
 
+@pytest.mark.slow
 def test_divergences_from_draws():
     """MMD and the Stein test, of chains that are thinned."""
     fit, draws = fitted()
@@ -75,6 +76,7 @@ class Quartic(nnx.Module):
         return self.square(x**2) + self.fourth(x**4)
 
 
+@pytest.mark.slow
 def test_errors_of_weights_in_single_precision():
     """The influences of rows are those of the covariance, and draws of the weights keep their type."""
 

@@ -102,6 +102,7 @@ def normal():
     return EnergyDistribution(Energy(NORMAL, {"tau": 4.0}, RNG.normal(size=(20, 2))), np.log(np.pi / 2))
 
 
+@pytest.mark.slow
 def test_prior_and_likelihood_in_another_model(normal):
     """y ~ N(x, 1) with the prior x ~ N(0, ¼), and a latent scale of data: conjugate means and variances."""
 
@@ -121,6 +122,7 @@ def test_prior_and_likelihood_in_another_model(normal):
     np.testing.assert_allclose(-mcmc.get_extra_fields()["potential_energy"], log_joint, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_draws(normal, optimised):
     """Compiled, as an argument, over a batch of keys: independent chains, one for each draw, give independent draws."""
     draw = jax.jit(jax.vmap(lambda p, key: p.sample(key, (2, 2)), in_axes=(None, 0)))

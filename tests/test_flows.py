@@ -197,6 +197,7 @@ def test_entropy_of_a_scaled_flow(x64):
     )
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_finite_differences(x64):
     """Of the bound, in the base, the steps and the refreshment, through `jit` with the flow as an argument."""
 
@@ -333,6 +334,7 @@ def log_weights(name, num_steps=16, refreshment=0.3, langevin=False, shape=(DRAW
     return np.asarray(lowered(jax.random.key(10)), np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_bounds_estimates_and_their_errors(name):
     """E[log w] ≤ log Z, E[w] = Z, and standard errors that are those of replications."""
@@ -374,6 +376,7 @@ def test_gap_shrinks_with_steps_and_refreshment(name):
 # -- fitting ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fit_finds_the_normaliser():
     """A diagonal normal is within the family: its bound is exact. The fitted base does not matter to E[w] = Z."""
     mean, sd = jnp.array([1.0, -2.0, 0.0]), jnp.array([0.5, 1.0, 2.0])

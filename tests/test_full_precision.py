@@ -67,6 +67,7 @@ ANALYSES = {
 NOT_ANALYSED = ("jit_run_chains", "jit_matmul")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Pareto k:UserWarning")  # of 50 draws
 @pytest.mark.parametrize("name", ANALYSES)
 def test_analyses_multiply_in_full_precision(name, fit, energy, tmp_path):

@@ -92,6 +92,7 @@ def nuts():
     return run_nuts(generalized_bayes(with_param, ISM(), SIGMA**2), X)
 
 
+@pytest.mark.slow
 def test_ordinary_posterior_by_nuts(nuts):
     """With β = σ² ISM gives the ordinary conjugate posterior of a Gaussian mean; two vectorised chains.
 
@@ -133,6 +134,7 @@ def regression(y, z):
         numpyro.factor("energy", -0.5 * (y - z @ weights) ** 2 / SIGMA**2)
 
 
+@pytest.mark.slow
 def test_correlated_posterior():
     """AutoMultivariateNormal has mean and covariance of a regression with correlated weights, as above to 5%."""
     z = np.stack([np.ones(N), 1.0 + 0.7 * np.cos(np.arange(N))], axis=1).astype(np.float32)
@@ -152,6 +154,7 @@ def test_correlated_posterior():
     np.testing.assert_allclose(whitened, np.eye(2), atol=0.1)
 
 
+@pytest.mark.slow
 def test_stein_particles_find_the_mean():
     """SteinVI with point particles, which are pushed apart symmetrically: their mean is the posterior's, to 0.1 sd."""
     model = generalized_bayes(conjugate, ISM(), SIGMA**2)
@@ -337,6 +340,7 @@ def test_potential_has_the_jacobian_of_constrained_sites():
 # -- under MCMC -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stochastic_loss_is_one_density_for_the_whole_run():
     """The same projections at every evaluation, and at every draw of two chains."""
     k = np.array([[1.0, 0.6], [0.6, 2.0]], np.float32)

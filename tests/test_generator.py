@@ -31,6 +31,7 @@ def affine(params, z):
 START = {"shift": jnp.zeros(2), "map": 0.5 * jnp.eye(2)}
 
 
+@pytest.mark.slow
 def test_denoising_energy_is_the_blurred_log_density(optimised):
     """DSM on a scalar energy gives log p_σ up to a constant: for normal data N(m, C + σ²I)."""
     x = np.random.default_rng(0).multivariate_normal(MEAN, COV, 4000).astype(np.float32)

@@ -109,6 +109,7 @@ def grouped():
         return jnp.asarray(x), jnp.asarray(group)
 
 
+@pytest.mark.slow
 def test_known_spread_has_its_closed_form(grouped):
     """m and u together; half of the error of m is that between groups, which rows as if independent would leave out."""
     x, group = grouped
@@ -196,6 +197,7 @@ def free_scale_covariance(s, u, m, n, inner):
     return inverse @ spread @ inverse
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.7, 2.0])
 def test_hyperparameters_have_the_error_between_groups(spread):
     """8 groups of 100 rows: s/√8 for m, ten times what rows as if independent would give; about 1/√16 for log s."""
@@ -245,6 +247,7 @@ def test_scale_shared_by_coefficients():
     assert 1.0 < error / (tau / 60**0.5) < 1.15
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The fit has not converged")  # nor can it, where a scale collapses
 def test_products_and_collapsed_scales_are_refused(grouped):
     """The mode of s z has an s of no meaning, and effects that do not differ have none of any spread."""
@@ -271,6 +274,7 @@ def apart(x, group, kind):
     return rows(x, a @ jnp.cos(jnp.arange(6.0)) + b * group)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["alone", "penalty"])
 def test_priors_that_tie_nothing_add_nothing(grouped, kind):
     """Fixed priors bend the objective alone, also of effects that are all that the rows depend on."""

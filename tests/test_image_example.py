@@ -75,6 +75,7 @@ def test_gaussian_objective_is_its_minimum(images):
     np.testing.assert_allclose(images.gaussian_objective(x, x), (0.5 * 499 / 500 - 1) * np.trace(k), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_learned_filters_are_gabor_functions(images, tmp_path, optimised):
     """In the short setting as in the full one; over seeds 0 to 5 the share was 83% to 95%, of noise at most 3%."""
     result = images.experiment(images.QUICK, seed=1)

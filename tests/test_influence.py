@@ -65,6 +65,7 @@ def by_hand(n):
     return -np.linalg.solve(hessian, (rows - rows.mean(axis=0)).T).T * (n / (n - 1)) ** 0.5
 
 
+@pytest.mark.slow
 def test_influence_is_the_scaled_newton_step_of_a_row():
     fit = fitted(200)
     values = fit.influence()
@@ -211,6 +212,7 @@ def log_density_ratio(estimates):
     return jnp.tanh(u + v) @ w - jnp.tanh(v) @ w - 0.5, jnp.sum(w**2)
 
 
+@pytest.mark.slow
 def test_functions_of_more_parameters_than_are_dense(wide):
     """Conjugate gradients against a dense solve of 2100 equations, for a linear and a quadratic function."""
     fit, w, _, _, rows = wide

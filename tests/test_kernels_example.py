@@ -1,9 +1,11 @@
 """`examples/langevin_gaussian.py` in a short setting."""
 
 import numpy as np
+import pytest
 from models import load_script
 
 
+@pytest.mark.slow
 def test_the_gaussian_has_the_law_that_the_example_says(tmp_path):
     """Every moment within 5 standard errors of its closed form, and the law far from the target at the large step."""
     example = load_script("langevin_gaussian")

@@ -61,6 +61,7 @@ def assert_equal(found, expected, select):
         np.testing.assert_allclose(found[key], value[:, select], rtol=1e-5, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.slow
 @every_kernel
 def test_chain_methods_agree(name):
     """The same draws under `vmap`, and in parallel, thinned."""

@@ -56,6 +56,7 @@ def chains_of(kernel, size, num_steps=STEPS):
     return mcmc
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what, size", [("SGLD", 6), ("SGLD", 30), ("SGHMC", 6), ("generalized", 6)])
 def test_every_step_has_rows_of_its_own(what, size, x64, optimised):
     """(T + hV/2α) / (a (1 − ha/(4 − 2α))), of chains that draw their rows independently; α = 1 for SGLD."""
@@ -110,6 +111,7 @@ MEAN = np.linalg.solve(PRECISION, np.asarray(X, np.float64).T @ np.asarray(T, np
 SD = np.sqrt(np.diag(np.linalg.inv(PRECISION)))
 
 
+@pytest.mark.slow
 def test_regression_on_one_hundredth_of_the_rows(optimised):
     """Mean and standard deviation within 5% of the closed form, by many vectorised chains.
 

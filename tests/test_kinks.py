@@ -188,6 +188,7 @@ def laplace(x):
         numpyro.sample("x", dist.Laplace(mu, 1 / r), obs=x)
 
 
+@pytest.mark.slow
 def test_who_refuses():
     """ISM and SSM any jump, DSM one that moves; the fit, the model under NUTS, and the audit."""
     moving, fixed = (energy_of(*JUMPS[k][:2], X) for k in ("Laplace", "clip"))
@@ -225,6 +226,7 @@ def test_hyvarinen_scores_of_jumps_are_refused():
     assert np.isfinite(hyvarinen_score(smooth).estimate)
 
 
+@pytest.mark.slow
 def test_nce_fits_laplace(optimised):
     """What the error recommends finds location and rate: 0.5 and 0.66."""
     x = np.random.default_rng(2).laplace(0.5, 1 / 0.66, 2000).astype(np.float32)

@@ -25,6 +25,7 @@ def test_divergences_and_errors_on_the_line(example, x64):
     np.testing.assert_allclose(both, 2.0, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_far_modes(example, x64):
     """Fisher falls with the distance while KL rises to that of the weights, and its integral along noise is KL."""
     near, far = example.modes_case((1.0, 4.0), 2000)

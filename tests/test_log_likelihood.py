@@ -48,6 +48,7 @@ def exact(tau, x):
     return (0.5 * np.log(tau / (2 * np.pi)) - 0.5 * tau * x**2).sum(-1)
 
 
+@pytest.mark.slow
 def test_log_likelihood_is_normalised_at_every_draw():
     """log Z of each draw by importance sampling from the fitted model, within 5 of its standard errors."""
     group = data()["log_likelihood"]

@@ -357,6 +357,7 @@ def falling(x):
     return -2.0 * x[:, 0] - 0.5 * (x[:, 1] - 0.9 * x[:, 2]) ** 2 - 0.5 * x[:, 2] ** 2
 
 
+@pytest.mark.slow
 def test_flow_of_mapped_and_correlated_rows():
     """An exponential beside a correlated normal law: log Z = log ½ + log 2π, within the error and above the bound."""
 

@@ -87,6 +87,7 @@ def assert_agrees(found, exact):
     assert abs(found.estimate - exact.sum()) < 5 * found.mcse + 1e-5 * abs(exact.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("predictive", "size"), [("pool", 4000), ("mixture", 1000)])
 def test_leave_one_out_agrees_with_refits(predictive, size):
     """60 refits in closed form, of draws from the posterior of all rows."""
@@ -122,6 +123,7 @@ def mcmc():
     return mcmc
 
 
+@pytest.mark.slow
 def test_an_mcmc_run_is_a_source():
     """Draws by chain, whose autocorrelation is in the error; the same as the draws given with the model."""
     found = hyvarinen_loo(mcmc(), X)

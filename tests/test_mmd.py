@@ -26,6 +26,7 @@ def mmd_exact(first, second, length):
     return means[0] + means[1] - 2 * means[2]
 
 
+@pytest.mark.slow
 def test_mmd_of_gaussians():
     """In closed form, of laws, rows, and unequal numbers of them."""
     expected = mmd_exact((M1, S1), (M2, S2), 1.3)

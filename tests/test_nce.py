@@ -146,6 +146,7 @@ def population_errors(n):
     return np.sqrt(np.diag(inverse @ spread @ inverse) / n)
 
 
+@pytest.mark.slow
 def test_standard_errors_are_those_of_the_population():
     """With 10,000 rows the sandwich of a fit is within 10% of its integral, log Z included."""
     sm = ScoreMatching(normal, optim=optax.lbfgs(), loss=LOSS, num_steps=12)
@@ -189,6 +190,7 @@ def gaussian(x):
         numpyro.factor("energy", -0.5 * jnp.einsum("ni,ij,nj->n", x - mu, precision, x - mu))
 
 
+@pytest.mark.slow
 def test_recovers_a_gaussian_and_its_normaliser():
     """Mean, precision and log Z within 3 sandwich errors of the truth, here with the noise fitted to the data."""
     mean, precision = np.array([1.0, -0.5]), np.array([[1.5, 0.4], [0.4, 0.8]])

@@ -79,6 +79,7 @@ def test_levels_draw_apart(x64):
     assert (np.abs(of[weigh_first] - of[weigh_last]) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_fit_over_levels():
     """A fit over levels with a subsampled plate finds a = 1."""
 

@@ -38,6 +38,7 @@ def plain_end(monkeypatch):
     monkeypatch.setattr(flow, "end_law", lambda x, w, dtype: own(0.0 * x, w, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixture, sde", [(PLANE, VP()), (PLANE, SubVP()), (WIDE, VE(3e-4, 140.0))])
 def test_double_precision(mixture, sde, x64, request):
     """At most 1e-4 nat off the density without noise, whatever number the model has in front of it at each level.
@@ -88,6 +89,7 @@ def test_a_score_that_turns_has_the_density_of_its_draws():
     np.testing.assert_allclose(found.value, dist.Normal().log_prob(x).sum(1), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_probes_are_unbiased_with_their_error(optimised):
     """z within ±2 on 93 to 97% of rows, and errors that fall with the root of the number of probes."""
     mixture = Mixture(4, 2, 2)
@@ -119,6 +121,7 @@ def of_variance(variance):
     return Energy(normal, {"variance": variance}, jnp.array([-1.0, 1.0]))
 
 
+@pytest.mark.slow
 def test_adjoints_agree(x64):
     """Derivatives in x and in a parameter, against those of the exact law with the end held fixed."""
     x = jnp.array([0.3, -1.7])
@@ -149,6 +152,7 @@ def test_other_parameters_and_data_compile_nothing():
     assert not compiled
 
 
+@pytest.mark.slow
 def test_a_fit_knows_its_levels_and_short_ranges_are_suspect():
     x = jax.random.normal(jax.random.key(0), (200,))
     fit = ScoreMatching(normal, loss=DSM((2.0, 1.0, 0.1)), num_steps=50).run(jax.random.key(1), x, progress_bar=False)

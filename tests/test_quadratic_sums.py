@@ -34,6 +34,7 @@ def batches():
         return target, prior, total, run(ScoreMatching(pairwise, learning_rate=0.7), X, prior=prior)
 
 
+@pytest.mark.slow
 def test_batches_add_up_to_the_whole(batches):
     """Estimates and objective are those of all rows at once: the prior counts once."""
     _, _, total, whole = batches

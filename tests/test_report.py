@@ -107,6 +107,7 @@ def read(path):
 # -- what it says -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_estimates_are_those_of_the_fit(read):
     fit = fitted()
     errors = fit.stderr()

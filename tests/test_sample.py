@@ -45,6 +45,7 @@ def compositions():
     return energy, sample(energy, KEY, 2000)
 
 
+@pytest.mark.slow
 def test_dirichlet(compositions):
     """Each share follows its beta law, and the share of the first among the first two an independent one."""
     x = compositions[1]["posterior"]["x"].values
@@ -76,6 +77,7 @@ def test_normaliser_from_the_draws(compositions):
         assert abs(result.value - expected) < 5 * result.stderr < 0.1
 
 
+@pytest.mark.slow
 def test_von_mises_fisher():
     """The height along the mean direction, and the longitude, which is uniform."""
     x = RNG.normal(size=(20, 3))

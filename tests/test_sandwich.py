@@ -247,6 +247,7 @@ def test_stderr_agrees_with_draws_on_a_simplex():
     np.testing.assert_allclose(error, draws.std(0), rtol=0.055)
 
 
+@pytest.mark.slow
 def test_network_with_priors_is_that_of_plain_sites():
     """Flax's module under a prior keeps shapes in place of its parameters, at a param site without numbers."""
 
@@ -321,6 +322,7 @@ def shrunk(x, mask=True):
         numpyro.factor("energy", -0.5 * (x - mu) ** 2 / 9.0)
 
 
+@pytest.mark.slow
 def test_masked_rows_are_no_rows():
     """With a prior the mean gradient is not zero, so rows without one, of NaN here, would look like spread."""
     x = np.random.default_rng(0).normal(5.0, 1.0, 100)
@@ -344,6 +346,7 @@ def test_masked_rows_are_no_rows():
         fitted(shrunk, padded, jnp.asarray(np.arange(400) == 0))
 
 
+@pytest.mark.slow
 def test_variances_beyond_single_precision():
     """The standard error of τ̂ scales as the inverse square of the data, in units of any size."""
     x = quantiles(GAUSSIAN, 100)

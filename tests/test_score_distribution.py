@@ -43,6 +43,7 @@ def prior():
     return ScoreDistribution(energy(), noise_range=RANGE)
 
 
+@pytest.mark.slow
 def test_density_and_its_derivatives(prior):
     """Of any batch shape, under jit and vmap; the derivative by the score, and no derivative in parameters."""
     x = jnp.array([[0.0, -1.0], [2.0, 3.0]])
@@ -71,6 +72,7 @@ def test_draws_are_of_the_law(prior):
     assert stats.kstest(draws.ravel(), "norm").pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_posterior_of_a_site_under_nuts(prior):
     """Exact in closed form: mean 0.8 y and variance 0.2, and the posterior of a scale beside it stays right."""
 
@@ -104,6 +106,7 @@ def test_variational_fit(prior):
     assert fit.params["x_auto_scale"] == pytest.approx(0.2**0.5, abs=0.06)
 
 
+@pytest.mark.slow
 def test_codes_are_standard_normal_and_decode_to_the_data(x64):
     mixture = Mixture(2, 4, 0)
     energy, options = mixture.energy(), dict(noise_range=(1e-3, 140.0), rtol=1e-7, atol=1e-7)
@@ -136,6 +139,7 @@ def test_columns_keep_their_shape():
     np.testing.assert_allclose(p.log_prob(data), exact, atol=0.02)
 
 
+@pytest.mark.slow
 def test_compared_with_a_fit_that_has_log_z():
     """The same law by the probability flow and by log Z, beside one that is too wide."""
     x = np.random.default_rng(5).normal(size=100)
@@ -160,6 +164,7 @@ def learned(x, sigma=1.0):
         numpyro.factor("energy", -0.5 * x**2 / (variance + sigma**2))
 
 
+@pytest.mark.slow
 def test_log_likelihood_for_arviz(prior):
     """At each draw of a fit, and of an observed site of another model as NumPyro has it: normalised, for `az.loo`."""
     # Quantiles: their mean is that of the model, as the end's is then, and none is far out.

@@ -153,6 +153,7 @@ class Eqx(eqx.Module):
         return jax.vmap(lambda row: self.second(self.first(row) ** 2))(x)
 
 
+@pytest.mark.slow
 def test_network_energies_learn_the_score():
     """A network with one hidden layer of squares has a linear score: its best fit is −(x − x̄)/s², exactly.
 
@@ -221,6 +222,7 @@ def test_guides_find_the_conjugate_posterior(name):
         assert abs(draws.std() / sd - 1) < 0.2
 
 
+@pytest.mark.slow
 def test_starts_where_numpyros_own_point_guide_does(monkeypatch):
     """At the prior's median, drawn anew until penalties are finite; that needs no density of a scalar prior."""
     evaluated, log_prob = [], dist.LogNormal.log_prob
@@ -366,6 +368,7 @@ def test_subsampled_gradient_is_unbiased():
         assert abs(parts[name].mean() - whole) < 5 * error
 
 
+@pytest.mark.slow
 def test_subsampled_fit_agrees_with_the_full_fit(default):
     """With 200 rows a step and a rate that falls to zero: within a quarter of a standard error.
 

@@ -37,6 +37,7 @@ def source():
     return Energy(two_modes, {}, jnp.asarray(DATA, jnp.float32))
 
 
+@pytest.mark.slow
 def test_right_draws_pass(source):
     """Truths drawn by the package itself, two-dimensional data, quantities of the user's."""
     far = {"square": lambda x, y: x**2, "residual": lambda x, y: y[0] - x}
@@ -67,6 +68,7 @@ def truths_of(scale):
     return scale * (EIGHT[rng.integers(8, size=300)] + WIDTH * rng.normal(size=(300, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "scale"),
     [({"method": "guided", "twist": "isotropic"}, 1.0), ({}, 1 / 1.1)],
@@ -93,6 +95,7 @@ def normal_pairs(rng, n, shift):
     return np.stack([x, np.broadcast_to(y, x.shape)], axis=-1)
 
 
+@pytest.mark.slow
 def test_pairs_have_one_law():
     """The test holds its level, and sees an error that cancels in the ranks of x."""
     rng = np.random.default_rng(0)

@@ -56,6 +56,7 @@ def sparse():
         return target, quadratic, sparse_path(quadratic, smallest=0.0)
 
 
+@pytest.mark.slow
 def test_penalties_are_the_inverse_scales(sparse):
     """Of the couplings, which come between b and the diagonal; and the objective is the log posterior's."""
     _, quadratic, _ = sparse

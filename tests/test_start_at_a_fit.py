@@ -35,6 +35,7 @@ def tilted(x):
         numpyro.factor("energy", -0.5 * tau * (x - mu) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sd", [0.2, 0.5])
 def test_chains_of_a_hierarchy_that_start_at_the_fit_agree(sd):
     x = CENTRES[GROUP] + sd * np.asarray(jax.random.normal(jax.random.key(0), GROUP.shape))
@@ -50,6 +51,7 @@ def test_chains_of_a_hierarchy_that_start_at_the_fit_agree(sd):
     assert np.ptp(potential) < 5.0
 
 
+@pytest.mark.slow
 def test_param_sites_stay_where_the_model_or_the_fit_has_them():
     """A param moves the posterior of mu, whose sd is 1/tau: MCMC itself leaves it at the model's initial value."""
     x = 0.5 + np.asarray(jax.random.normal(jax.random.key(0), (50,)))

@@ -112,6 +112,7 @@ def words(energy):
     return "nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["single", "double"])
 def test_proper_densities_are_not_suspected(precision):
     """However slowly they fall, and however far they rise first."""

@@ -43,6 +43,7 @@ def test_draws_and_their_discrepancy(toy):
 METHODS = ["ISM", "SSM", "DSM", "KL contraction", "PCD", "ADE"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ISM", "KL contraction", "PCD", "ADE"])
 def test_every_method_beats_the_start(toy, name, monkeypatch):
     """In 150 steps of 100 rows each comes near the law of the ring, by held-out likelihood.
