@@ -292,3 +292,46 @@ def test_two_moons_law_is_exact():
     draws = moons.seen_exactly(rng, 20_000)
     assert abs((draws[:, 1] > 0.1).mean() - share) < 0.015
     np.testing.assert_allclose(draws[:, 0].mean(), (given.sum(0) @ across) / given.sum(), atol=0.01)
+
+
+# -- change_point.py -------------------------------------------------------------------------------
+
+
+def test_change_point_posterior_is_exact():
+    """Against the mixture's precisions and its evidence by Monte Carlo; the model is the law, and draws are of it."""
+    example, rng = load_script("change_point"), np.random.default_rng(0)
+    y = rng.normal(size=len(example.BLUR))
+    _, means, covariances, _ = example.exact(y)
+    prior = np.linalg.inv(example.COVARIANCES + example.SMALLEST**2 * np.eye(example.DIM))
+    posterior = prior + example.BLUR.T @ example.BLUR / example.SEEN_NOISE**2
+    np.testing.assert_allclose(np.linalg.inv(posterior), covariances, atol=1e-8)
+    np.testing.assert_allclose(
+        np.linalg.solve(posterior, example.BLUR.T @ y[:, None] / example.SEEN_NOISE**2)[..., 0], means, atol=1e-6
+    )
+    x = np.asarray(example.draw(rng, 400_000)) + example.SMALLEST * rng.normal(size=(400_000, example.DIM))
+    y = example.BLUR @ x[0]  # not far from other signals
+    log_likelihood = scipy.stats.norm(y, example.SEEN_NOISE).logpdf(x @ example.BLUR.T).sum(axis=1)
+    ratio = np.exp(log_likelihood - example.exact(y)[3])
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / 400_000**0.5 < 0.2
+    # The model's density differs from the mixture's by a constant.
+    rows = x[:5]
+    noisy = example.COVARIANCES + 0.5**2 * np.eye(example.DIM)
+    law = logsumexp([scipy.stats.multivariate_normal(cov=c).logpdf(rows) for c in noisy], axis=0)
+    found = Energy(example.law, {}, jnp.asarray(rows)).bind(sigma=0.5).log_density(jnp.asarray(rows))
+    np.testing.assert_allclose(np.ptp(np.asarray(found) - law), 0.0, atol=1e-3)
+    shares = example.point_weights(example.exact_draws(rng, y, 4000))
+    np.testing.assert_allclose(shares, example.exact(y)[0], atol=0.05)
+
+
+# -- digits.py -------------------------------------------------------------------------------------
+
+
+def test_bits_of_uniform_pixels():
+    """Their law is 17 normals a pixel, whose bits are log₂ 17: noise in place of dequantisation loses none."""
+    example, rng = load_script("digits"), np.random.default_rng(0)
+    images = rng.integers(0, 17, size=(400, example.DIM)).astype(float)
+    noisy = example.noisy(rng, images)
+    law = scipy.stats.norm(np.arange(17), example.NOISE)
+    log_density = logsumexp(law.logpdf(noisy[..., None]), axis=-1) - np.log(17)
+    value, error = map(float, example.bits(log_density.sum(axis=1), example.reading_bits(rng, images)).split("±"))
+    assert abs(value - np.log2(17)) < 4 * error < 0.05
