@@ -39,8 +39,14 @@ LOG_PROBS: dict[str, dict[str, Any]] = {
 TORCH_TOLERANCE = 1e-4
 
 
-def torch_draw(*args: Any) -> tuple[float, np.ndarray]:
+def torch_methods() -> tuple[str, ...]:
     from benchmarks import diffusion_torch  # in the child process alone
+
+    return tuple(diffusion_torch.SAMPLERS)
+
+
+def torch_draw(*args: Any) -> tuple[float, np.ndarray]:
+    from benchmarks import diffusion_torch
 
     return diffusion_torch.draw(*args)
 
@@ -70,7 +76,7 @@ def contestants(
     x = rng.normal(size=(1000, dim)).astype(np.float32)
     source = Energy(score_model, {"weights": [jnp.asarray(w) for w in weights]}, jnp.asarray(x))
     start = (ENDS[1] * rng.normal(size=(chains, dim))).astype(np.float32)
-    threads = 1
+    threads, by_hand = 1, child.submit(torch_methods).result() if child else ()
     if child:  # two threads on a busy machine can be many times slower than one
 
         def probe(n: int) -> float:
@@ -86,7 +92,7 @@ def contestants(
             return diffuse(source, 0, chains, method=name, num_steps=num_steps, noise_range=ENDS).draws
 
         found[name] = {"package": lambda package=package: timed(package)}  # type: ignore[misc]
-        if child and name in ("ddim", "dpm++2m", "edm_heun", "predictor_corrector", "reverse_diffusion"):
+        if child and name in by_hand:
             args = (name, weights, start, rho, threads)
             found[name]["torch"] = lambda args=args: child.submit(torch_draw, *args).result()  # type: ignore[misc]
     for name, settings in LOG_PROBS.items():

@@ -139,8 +139,15 @@ def fit(key, x, num_steps):
 
 def one_posterior(rng, source, method, key, y, n):
     """A row of the table and draws of the posterior."""
-    settings = {} if source.__class__ is not Energy else {"noise_range": (SMALLEST, LARGEST)}
-    found = posterior(source, observed, key, jnp.asarray(y, float), method=method, num_particles=n, **settings)
+    found = posterior(
+        source,
+        observed,
+        key,
+        jnp.asarray(y, float),
+        method=method,
+        num_particles=n,
+        noise_range=(SMALLEST, LARGEST),  # the fit knows them, the law has to be told
+    )
     draws = found.resample(jax.random.fold_in(key, 1), 4000)
     truth, others = exact_draws(rng, y, 4000), exact_draws(rng, y, round(found.ess))
     floor = distance(rng, others, truth)

@@ -17,7 +17,7 @@ RANGE = (0.05, 50.0)
 
 
 def normal(x, sigma=1.0, scale=(1.0, 3.0)):
-    """Two independent normal numbers with noise; the score is scale by scale."""
+    """Two independent normal numbers, of these standard deviations, with noise."""
     with numpyro.plate("rows", len(x)):
         x = numpyro.sample("x", improper(2), obs=x)
         variance = jnp.stack([jnp.asarray(s) ** 2 for s in scale]) + jnp.broadcast_to(sigma, len(x))[:, None] ** 2

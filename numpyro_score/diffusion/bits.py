@@ -10,6 +10,7 @@ import numpy as np
 import scipy.integrate
 from jaxtyping import Array, Float
 
+from numpyro_score import random
 from numpyro_score.diffusion.end import NoisyNormal
 from numpyro_score.diffusion.flow import require_finite
 from numpyro_score.diffusion.noise_range import shared_noise_range
@@ -133,7 +134,7 @@ def _errors(field: Field, rows: Float[Array, "n d"], rho: Float[Array, "l"], key
 
     def at(level: tuple[Array, Array]) -> Array:
         rho, key = level
-        noise = jax.random.normal(key, rows.shape, rows.dtype)
+        noise = random.normal(key, rows.shape, rows.dtype)
         return jnp.mean((rho * field.model.score(rows + rho * noise, rho) + noise) ** 2, axis=-1)
 
     return jax.lax.map(at, (rho, keys))

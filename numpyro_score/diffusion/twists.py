@@ -138,25 +138,23 @@ def laplace_update(
         return 0.5 * jnp.sum(z**2) - likelihood(fixed + root @ z)
 
     def goes_on(state: _Newton) -> Array:
-        return (state.count <= _NEWTON) & ~(jnp.max(jnp.abs(state.step)) <= _ARRIVED)
+        return (state.count == 0) | ((state.count <= _NEWTON) & ~(jnp.max(jnp.abs(state.step)) <= _ARRIVED))
 
     def moved(state: _Newton) -> _Newton:
         lengths = jnp.concatenate([0.5 ** jnp.arange(_SHORTER), jnp.zeros(1)]).astype(mean.dtype)
         tried = state.z + lengths[:, None] * state.step
         heights = jax.vmap(below)(tried)
         z = tried[jnp.argmin(jnp.where(jnp.isnan(heights), jnp.inf, heights))]
-        z = jnp.where(state.count == 0, 0.0, z)
         hessian = jax.hessian(below)(z) + 0.0 * root[0, 0]
         values, axes = jnp.linalg.eigh(0.5 * (hessian + hessian.T))
         scale = jnp.maximum(jnp.abs(values), 1.0)
         return _Newton(z, scale, axes, -axes @ ((axes.T @ jax.grad(below)(z)) / scale), state.count + 1)
 
-    # The first turn only looks at z = 0. One decomposition stands here and not two: of a curvature that is the same
-    # everywhere XLA would run both at once, and on two cores jaxlib's threads then wait for each other for ever. Nor
-    # may it run beside that of the root, so that it must depend on it, also where y says nothing of x.
-    start = _Newton(
-        jnp.zeros_like(mean), jnp.ones_like(mean), jnp.eye(len(mean), dtype=mean.dtype), jnp.full_like(mean, jnp.inf), 0
-    )
+    # The first turn goes nowhere and looks at z = 0. One decomposition stands here and not two: of a curvature that is
+    # the same everywhere XLA would run both at once, and on two cores jaxlib's threads then wait for each other for
+    # ever. Nor may it run beside that of the root, so that it must depend on it, also where y says nothing of x.
+    none = jnp.zeros_like(mean)
+    start = _Newton(none, jnp.ones_like(mean), jnp.eye(len(mean), dtype=mean.dtype), none, 0)
     z, scale, axes, *_ = jax.lax.while_loop(goes_on, moved, start)
     told_root = root @ axes / jnp.sqrt(scale)
     value = likelihood(mean + root @ z) - 0.5 * jnp.sum(z**2)

@@ -14,6 +14,7 @@ from numpyro_score.plots.axes import BLACK, BLUE, GREY, ORANGE, VERMILION, as_ax
 __all__ = ["plot_bits_by_noise", "plot_draws_by_calls", "plot_simulation_ranks", "plot_trajectories"]
 
 _SHOWN = 100  # chains
+_COLORS = (BLUE, ORANGE, VERMILION, BLACK)
 
 
 def plot_trajectories(result: Diffused, data: Any, *, column: int = 0, ax: Any = None) -> np.ndarray:
@@ -86,28 +87,31 @@ def plot_draws_by_calls(
     shape = len(results), max(map(len, results.values()))
     axes = as_axes("plot_draws_by_calls", ax, shape).reshape(shape)
     known = None if data is None else _two_columns(data, columns)[:2000]
-    for name, row in zip(results, axes, strict=True):
-        for panel in row[len(results[name]) :]:
+    for (name, draws_of_one), row in zip(results.items(), axes, strict=True):
+        for panel in row[len(draws_of_one) :]:
             panel.set_axis_off()
-        for found, panel in zip(results[name], row, strict=False):
-            draws = _two_columns(found.draws, columns)
-            if draws.shape[1] == 1:
-                both = draws if known is None else np.concatenate([draws, known])
-                low, high = np.percentile(both, [0.5, 99.5])
-                edges = np.linspace(low, high, 40)
-                if known is not None:
-                    panel.hist(known[:, 0], edges, density=True, color=GREY, alpha=0.5)
-                panel.hist(draws[:, 0], edges, density=True, color=BLUE, histtype="step")
-            else:
-                if known is not None:
-                    panel.scatter(*known.T, s=3, color=GREY, alpha=0.5, linewidths=0)
-                panel.scatter(*draws[:2000].T, s=3, color=BLUE, alpha=0.5, linewidths=0)
+        for found, panel in zip(draws_of_one, row, strict=False):
+            _draw_beside(panel, _two_columns(found.draws, columns), known)
             panel.set_title(f"{name}, {found.num_calls} calls", fontsize="medium")
     shown = axes.ravel()[0]
     for panel in axes.ravel()[1:]:
         panel.sharex(shown)
         panel.sharey(shown)
     return axes
+
+
+def _draw_beside(panel: Any, draws: np.ndarray, known: np.ndarray | None) -> None:
+    """Draws (N, 2) as points or (N, 1) as a histogram, above those known in grey."""
+    if draws.shape[1] == 1:
+        low, high = np.percentile(draws if known is None else np.concatenate([draws, known]), [0.5, 99.5])
+        edges = np.linspace(low, high, 40)
+        if known is not None:
+            panel.hist(known[:, 0], edges, density=True, color=GREY, alpha=0.5)
+        panel.hist(draws[:, 0], edges, density=True, color=BLUE, histtype="step")
+        return
+    if known is not None:
+        panel.scatter(*known.T, s=3, color=GREY, alpha=0.5, linewidths=0)
+    panel.scatter(*draws[:2000].T, s=3, color=BLUE, alpha=0.5, linewidths=0)
 
 
 def _two_columns(rows: Any, columns: tuple[int, int]) -> np.ndarray:
@@ -142,7 +146,7 @@ def plot_bits_by_noise(results: NoiseBits | Mapping[str, NoiseBits], *, ax: Any 
     axes = as_axes("plot_bits_by_noise", ax, (1, 2)).ravel()
     named = {"": results} if isinstance(results, NoiseBits) else results
     for i, (name, found) in enumerate(named.items()):
-        color = (BLUE, ORANGE, VERMILION, BLACK)[i % 4]
+        color = _COLORS[i % 4]
         for panel, value, error in (
             (axes[0], found.error, found.error_stderr),
             (axes[1], found.bits, found.bits_stderr),
@@ -182,7 +186,7 @@ def plot_simulation_ranks(result: SimulationRanks, *, ax: Any = None) -> Any:
     styles = ["-", "--", "-.", ":"]
     for i, (name, ranks) in enumerate(result.ranks.items()):
         share = np.array([np.mean(ranks < r) for r in range(1, k)])
-        color = (BLUE, ORANGE, VERMILION, BLACK)[i % 4]
+        color = _COLORS[i % 4]
         axes.plot(place, share - place, styles[(i // 4) % 4], color=color, label=name, drawstyle="steps-mid")
     axes.set(xlabel="rank of the truth, as a share", ylabel="share of data sets below, less uniform")
     axes.set_title(f"{n} data sets; pairs of data and truth: p = {result.joint_pvalue:.2g}", fontsize="medium")
