@@ -6,7 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from models import assert_mean, assert_variance, improper
+from models import assert_mean, assert_variance, counted_compilations, improper
 from numpyro.infer import MCMC
 
 from numpyro_score import ISM, MALA, SGHMC, SGLD, generalized_bayes
@@ -198,3 +198,18 @@ def test_params_and_random_numbers_of_the_model(x64):
 
     assert len(np.unique(scores(SGLD(model, step_size=0.1)).round(6))) == 4
     assert np.ptp(scores(MALA(model, step_size=0.1))) < 1e-9
+
+
+def test_a_kernel_starts_in_few_programs():
+    """Energy and gradient at the start are one program, and not one for each operation of the model."""
+
+    def model(y):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        numpyro.factor("hills", jnp.cosh(jnp.sin(mu)) - jnp.arctan(mu) ** 3 + jnp.log1p(jnp.tanh(mu) ** 2))
+        numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    y = jnp.ones(3)
+    numpyro.handlers.trace(numpyro.handlers.seed(model, 0)).get_trace(y)  # the sites are looked at once
+    with counted_compilations() as compiled:
+        MALA(model, step_size=0.1).init(KEY, 0, {"mu": jnp.array(0.5)}, (y,), {})
+    assert len(compiled) <= 60

@@ -299,10 +299,13 @@ def test_init_params_are_where_the_fit_starts():
     assert_sites_close(fit.estimates, {"tau": 0.3, "mu": -2.0}, rtol=1e-6)
 
 
-def test_a_fit_starts_in_few_programs():
+@pytest.mark.parametrize("penalised", [False, True])
+def test_a_fit_starts_in_few_programs(penalised):
     """The guide, the rest of the start and the check of the data are one program each; others make keys and zeros."""
 
     def model(x):
+        if penalised:
+            numpyro.factor("penalty", -jnp.sum(numpyro.sample("shift", dist.Normal(0.0, 1.0).expand([3])) ** 4))
         tau = numpyro.sample("tau", dist.Gamma(2.0, 2.0).expand([3]).to_event(1))
         mu = numpyro.param("mu", lambda key: jax.random.normal(key, (3,)))
         with numpyro.plate("rows", len(x)):
@@ -313,6 +316,23 @@ def test_a_fit_starts_in_few_programs():
     with counted_compilations() as compiled:
         ScoreMatching(model).init(KEY, x)
     assert len(compiled) <= 6
+    with counted_compilations() as compiled:
+        fit = run(ScoreMatching(model, num_steps=1), x)
+        fit.estimates  # noqa: B018
+    assert len(compiled) <= 14
+
+
+def test_a_penalty_that_is_never_finite():
+    """NumPyro says so, as of any other model: of values traced by JAX it would not."""
+
+    def model(x):
+        place = numpyro.sample("place", dist.Normal(0.0, 1.0))
+        numpyro.factor("region", jnp.where(place > 99.0, 0.0, -jnp.inf))
+        with numpyro.plate("rows", len(x)):
+            numpyro.factor("energy", -0.5 * (x - place) ** 2)
+
+    with pytest.raises(RuntimeError, match="Cannot find valid initial parameters"):
+        run(ScoreMatching(model), X[:, 0])
 
 
 @pytest.mark.filterwarnings("ignore:The loss was still falling")  # the first run is a short one

@@ -7,7 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import scipy.stats
-from models import improper
+from models import counted_compilations, improper
 
 from numpyro_score import Energy, simulation_ranks
 from numpyro_score.diffusion.calibration import _joint_pvalue
@@ -45,6 +45,21 @@ def test_right_draws_pass(source):
     assert set(found.ranks) == {"log likelihood", "log joint", "square", "residual"}
     assert all(len(r) == 120 and r.min() >= 0 and r.max() <= 19 for r in found.ranks.values())
     assert min(found.pvalues().values()) > 1e-3 / 4 and found.joint_pvalue > 0.005
+
+
+def test_more_data_sets_compile_nothing(source):
+    """All that is done for one of them is in two programs; observed numbers are inputs of these."""
+
+    def one(x, y=None):
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    settings = {**SETTINGS, "num_sets": 3, "num_particles": 8, "num_steps": 4, "truths": DATA}
+    with counted_compilations() as few:
+        simulation_ranks(source, one, jax.random.key(0), **settings)
+    with counted_compilations() as more:
+        simulation_ranks(source, one, jax.random.key(0), **{**settings, "num_sets": 12})
+    # The shapes of keys, truths and observed values alone are new.
+    assert len(few) > 0 and len(more) <= 12
 
 
 EIGHT = 3 * np.random.default_rng(7).normal(size=(8, 2))

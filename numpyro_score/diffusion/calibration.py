@@ -14,7 +14,7 @@ import scipy.stats
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
-from numpyro_score.diffusion.posteriors import Method, Problem, log_likelihood
+from numpyro_score.diffusion.posteriors import Method, Problem, check_observation, log_likelihood
 from numpyro_score.diffusion.samplers import diffuse
 from numpyro_score.diffusion.source import as_data
 from numpyro_score.diffusion.steps import Field
@@ -127,17 +127,30 @@ def simulation_ranks(
     rng = np.random.default_rng(np.asarray(jax.random.bits(tie_key, (4,))))
     ranks: dict[str, list[int]] = {}
     pairs = []
-    for truth, key, *values in zip(rows, jax.random.split(run_key, num_sets), *observed.values(), strict=True):
-        y = dict(zip(observed, values, strict=True))
-        draw_key, choice_key = jax.random.split(key)
-        found = problem.run(draw_key, args, {**kwargs, **y})
-        weights = jnp.exp(jnp.asarray(problem.log_weights(found)))
-        chosen = jax.random.choice(choice_key, len(weights), (num_draws,), p=weights)
-        points = jnp.concatenate([truth[None], jnp.asarray(found.u[0])[chosen]])
-        pairs.append([np.r_[p, np.ravel(jax.tree.leaves(y))] for p in np.asarray(points)])
+    # Of each data set two compiled programs run and nothing else, as its observed values are on the host.
+    run_keys, choice_keys = _keys(jax.random.split(run_key, num_sets))
+    for i, truth in enumerate(np.asarray(rows)):
+        y = {k: np.asarray(v[i]) for k, v in observed.items()}  # a NumPy number would be static
         arrays, static = split_arrays((args, {**kwargs, **y}))
-        at = _values(problem.field, problem.rho[-1], points, arrays, y, problem.observation, static, functions)
-        for name, value in jax.device_get(at).items():
+        if i == 0:
+            check_observation(problem.observation, problem.field, arrays, static)
+        found = problem.run_checked(run_keys[i], arrays, static)
+        held = (problem.observation, static, functions, num_draws)
+        points, at = jax.device_get(
+            _values(
+                problem.field,
+                problem.rho[-1],
+                truth,
+                found.u[0],
+                problem.log_weights(found),
+                choice_keys[i],
+                arrays,
+                y,
+                *settings,
+            )
+        )
+        pairs.append([np.r_[p, np.ravel(jax.tree.leaves(y))] for p in points])
+        for name, value in at.items():
             if not np.isfinite(value).all():
                 raise FloatingPointError(f"The quantity '{name}' is not finite at a draw.")
             below, ties = np.sum(value[1:] < value[0]), np.sum(value[1:] == value[0])
@@ -171,15 +184,15 @@ def _rows(problem: Problem, truths: Any) -> Float[Array, "sets d"]:
 
 def _simulated(
     problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Float[Array, "sets d"], keys: Array
-) -> dict[str, Array]:
-    """The observed values by site, (sets, ...)."""
+) -> dict[str, np.ndarray]:
+    """The observed values by site, (sets, ...), on the host."""
 
     def one(row: Array, key: Array) -> dict[str, Array]:
         seeded = handlers.seed(problem.observation, key)
         trace = handlers.trace(seeded).get_trace(as_data(problem.field.model.energy, row), *args, **kwargs)
         return {k: s["value"] for k, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
 
-    found = jax.jit(jax.vmap(one))(rows, keys)
+    found = jax.device_get(jax.jit(jax.vmap(one))(rows, keys))
     if missing := [k for k in found if not takes_keyword(problem.observation, k)]:
         raise TypeError(
             f"The observation model takes no argument '{missing[0]}', the name of what it observes: write "
@@ -190,23 +203,38 @@ def _simulated(
     return found
 
 
-@partial(jax.jit, static_argnames=("observation", "static", "functions"))
+@jax.jit
+@jax.vmap
+def _keys(rng_key: Array) -> tuple[Array, Array]:
+    """Those of the one run of a data set, (1,), and of the choice of its draws."""
+    run_key, choice_key = jax.random.split(rng_key)
+    return jax.random.split(run_key, 1), choice_key
+
+
+@partial(jax.jit, static_argnames=("observation", "static", "functions", "num_draws"))
 def _values(
     field: Field,
     rho: Float[Array, ""],
-    rows: Float[Array, "k d"],
+    truth: Float[Array, "d"],
+    particles: Float[Array, "n d"],
+    log_weights: Float[Array, "n"],
+    rng_key: Array,
     arrays: list[Any],
-    y: dict[str, Array],
+    y: dict[str, Any],
     observation: Callable[..., Any],
     static: Any,
     functions: tuple[tuple[str, Callable[..., Any]], ...],
-) -> dict[str, Float[Array, "k"]]:
-    """The quantities at rows, by name."""
+    num_draws: int,
+) -> tuple[Float[Array, "k d"], dict[str, Float[Array, "k"]]]:
+    """The truth and draws among the particles, and the quantities there, by name."""
+    chosen = jax.random.choice(rng_key, len(particles), (num_draws,), p=jnp.exp(log_weights))
+    rows = jnp.concatenate([truth[None], particles[chosen]])
     args, kwargs = join_arrays(arrays, static)
     likelihood = jax.vmap(partial(log_likelihood, observation, args, kwargs, field))(rows)
     found = {"log likelihood": likelihood}
     if field.model.energy.has_density:
         found["log joint"] = likelihood + field.model.log_density(rows, rho)
     if not functions:
-        return {**found, **{f"x[{i}]": rows[:, i] for i in range(min(_COORDINATES, rows.shape[1]))}}
-    return {**found, **{k: jax.vmap(lambda r, f=f: f(as_data(field.model.energy, r), **y))(rows) for k, f in functions}}
+        return rows, {**found, **{f"x[{i}]": rows[:, i] for i in range(min(_COORDINATES, rows.shape[1]))}}
+    own = {k: jax.vmap(lambda r, f=f: f(as_data(field.model.energy, r), **y))(rows) for k, f in functions}
+    return rows, {**found, **own}

@@ -29,7 +29,7 @@ from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
 from numpyro_score.random import Key, as_key
 
-__all__ = ["PosteriorDraws", "Problem", "inpaint", "log_likelihood", "posterior"]
+__all__ = ["PosteriorDraws", "Problem", "check_observation", "inpaint", "log_likelihood", "posterior"]
 
 Method = Literal["smc", "tds", "guided"]
 
@@ -191,8 +191,12 @@ class Problem(NamedTuple):
         """All runs, for one observation, on the host."""
         arrays, static = split_arrays((args, kwargs))
         if self.observation is not _nothing:
-            _check_observation(self.observation, self.field, arrays, static)
-        keys, rho = jax.random.split(rng_key, self.num_runs), jnp.asarray(self.rho, self.field.model.dtype)
+            check_observation(self.observation, self.field, arrays, static)
+        return self.run_checked(jax.random.split(rng_key, self.num_runs), arrays, static)
+
+    def run_checked(self, keys: Array, arrays: list[Any], static: Any) -> Run:
+        """Of an observation with the sites of one that :meth:`run` has taken, by the keys of all runs."""
+        rho = jnp.asarray(self.rho, self.field.model.dtype)
         settings = (self.observation, static, self.method, self.twist, self.num_particles)
         found = jax.device_get(_runs(self.field, rho, keys, arrays, *settings))
         _require_numbers(found, self.rho)
@@ -268,7 +272,7 @@ def log_likelihood(observation: Callable[..., Any], args: Any, kwargs: Any, fiel
     return jnp.asarray(log_density(seeded, (as_data(field.model.energy, row), *args), kwargs, {})[0], row.dtype)
 
 
-def _check_observation(observation: Callable[..., Any], field: Field, arrays: list[Any], static: Any) -> None:
+def check_observation(observation: Callable[..., Any], field: Field, arrays: list[Any], static: Any) -> None:
     """Raises unless all sites are observed, and there is one."""
     args, kwargs = join_arrays(arrays, static)
     seeded = handlers.seed(observation, jax.random.key(0))

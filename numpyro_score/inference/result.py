@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from numpyro import handlers
 from numpyro.infer import Predictive, init_to_value
 from numpyro.infer.autoguide import AutoDelta, AutoGuide
 
@@ -51,6 +50,7 @@ class Fitter(Protocol):
     learning_rate: Any
     data: str | None
     prior: Callable[..., Any]  # the model's parameters alone
+    trace_prior: Callable[[dict[str, Any], tuple[Any, ...], dict[str, Any]], dict[str, Any]]  # its sites at values
     guide: Any
 
     def at_learning_rate(self, learning_rate: float) -> Fitter:
@@ -274,9 +274,7 @@ class ScoreMatchingResult:
         return self._run_prior({**self.params, **self._latents})
 
     def _run_prior(self, values: dict[str, Any]) -> dict[str, Any]:
-        mutable = self.state.mutable_state or {}
-        prior = handlers.substitute(self.svi.prior, data={**mutable, **values})
-        return handlers.trace(handlers.seed(prior, jax.random.key(0))).get_trace(*self.args, **self.kwargs)
+        return self.svi.trace_prior({**(self.state.mutable_state or {}), **values}, self.args, self.kwargs)
 
     @cached_property
     def coordinates(self) -> Parametrisation:

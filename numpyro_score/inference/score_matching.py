@@ -51,6 +51,7 @@ from numpyro_score.inference.optim import (
 from numpyro_score.inference.pickling import Compiling
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart, being_traced
+from numpyro_score.inference.traces import CompiledTrace
 from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
 from numpyro_score.printed import name_of, settings
@@ -100,7 +101,7 @@ class ScoreMatching(Compiling, SVI):
     """
 
     optim: Any
-    _compiled = ("_evaluate", "_advance", "_start")
+    _compiled = ("_evaluate", "_advance", "_start", "trace_prior")
     _optimizers = ("optim",)
 
     def __init__(
@@ -161,9 +162,10 @@ class ScoreMatching(Compiling, SVI):
         return f"ScoreMatching({', '.join(options)}, num_steps={self.num_steps})"
 
     def _compile(self) -> None:
-        # Compiled functions of this object: it traces its model once for arguments of the same shapes.
+        # Of this object: it traces its model once for arguments of the same shapes.
         self._evaluate = jax.jit(partial(evaluate_for_check))
         self._advance = jax.jit(self._advance_impl, static_argnames=("static", "stable_update"))
+        self.trace_prior = CompiledTrace(self.prior)
         self._start = None
         if self._default_guide:
             self._start = CompiledStart(self.score_model, self.data, self.score_loss, self.guide, self.optim)
@@ -387,7 +389,6 @@ class ScoreMatching(Compiling, SVI):
             svi.optim = default_optimizer(total, start, self.average)
         args, kwargs = join_arrays(arrays, static)
         step = svi.stable_update if stable_update else svi.update
-
         return take_steps(lambda s: step(s, *args, **kwargs), state, n, keep_going=stable_update)
 
 

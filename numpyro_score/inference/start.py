@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro import handlers
+from numpyro.distributions import biject_to
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
+from numpyro.infer.util import transform_fn
 
 from numpyro_score.energy import Energy, join_arrays, split_arrays
 from numpyro_score.generalized import point_guide, prior_model
 from numpyro_score.inference.arguments import InitParams
+from numpyro_score.inference.traces import Sites, jit_once
 from numpyro_score.losses import Loss
 
 __all__ = ["CompiledStart", "being_traced"]
-
-# What runs once, on little, is not worth optimising: that would take three times as long as all else.
-_jit_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def being_traced(tree: Any) -> bool:
@@ -46,14 +46,14 @@ class CompiledStart:
 
     def __init__(self, model: Callable[..., Any], data: str | None, loss: Loss, guide: AutoDelta, optim: Any) -> None:
         self.model, self.data, self.loss, self.guide, self.optim = model, data, loss, guide, optim
-        self._init = _jit_once(self._run_init, static_argnames="static")
+        self._init = jit_once(self._run_init, static_argnames="static")
 
     def __call__(
         self, rng_key: Array, init_params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any], Energy] | None:
         """The `SVIState`, the transforms to constrained space by param site, and the energy there.
 
-        None if the model has penalties, which NumPyro looks at where it starts, to draw anew if they are not finite.
+        None if no start is found at which penalties and priors are finite; NumPyro then says why.
         """
         arrays, static = split_arrays((args, kwargs))
         if self.guide.prototype_trace is None and not self._set_up(rng_key, arrays, static):
@@ -63,22 +63,21 @@ class CompiledStart:
         return state, transforms, Energy.bound_to(self.model, params, plates, run_key, self.data, args, kwargs)
 
     def _set_up(self, rng_key: Array, arrays: list[Any], static: Any) -> bool:
-        """Runs the guide a first time, as `SVI.init` would, and gives it what it has found; False with penalties."""
+        """Runs the guide a first time, as `SVI.init` would, and gives it what it has found.
+
+        False if it has found no start: of traced values NumPyro does not say so.
+        """
         twin = point_guide(self.model, self.data)
 
-        def run(rng_key: Array, arrays: list[Any]) -> tuple[Any, dict[int, Array]]:
+        def run(rng_key: Array, arrays: list[Any]) -> tuple[Array, Any, Sites]:
             args, kwargs = join_arrays(arrays, static)
             handlers.seed(twin, jax.random.split(rng_key, 3)[2])(*args, **kwargs)
-            leaves = jax.tree.leaves(twin.prototype_trace)
-            return twin._init_locs, {i: v for i, v in enumerate(leaves) if isinstance(v, jax.Array)}
+            return _is_finite(twin), twin._init_locs, Sites.of(twin.prototype_trace)
 
-        locs, found = _jit_once(run)(rng_key, arrays)
-        # The sites themselves hold traced values.
-        leaves, treedef = jax.tree.flatten(twin.prototype_trace)
-        sites = jax.tree.unflatten(treedef, [found.get(i, v) for i, v in enumerate(leaves)])
-        if any(s["type"] == "sample" and s["is_observed"] for s in sites.values()):
+        valid, locs, sites = jit_once(run)(rng_key, arrays)
+        if not valid:
             return False
-        self.guide.__dict__.update(twin.__dict__, prototype_trace=sites, _init_locs=locs)
+        self.guide.__dict__.update(twin.__dict__, prototype_trace=sites.trace(), _init_locs=locs)
         # These hold traced values, and nothing asks for them after the first run.
         self.guide.__dict__.update(dict.fromkeys(("_potential_fn_gen", "_potential_fn", "_postprocess_fn")))
         return True
@@ -94,3 +93,16 @@ class CompiledStart:
         with InitParams(init_params):
             state = svi.init(rng_key, *args, init_params=init_params, **kwargs)
         return state, svi.constrain_fn.args[0], held[0]
+
+
+def _is_finite(guide: AutoDelta) -> Array:
+    """Whether the density and its gradient are finite where a point guide starts, as NumPyro asks."""
+    asked = [s["fn"] for s in guide.prototype_trace.values() if s["type"] == "sample"]
+    if all(isinstance(fn, dist.MaskedDistribution) and fn._mask is False for fn in asked):
+        return jnp.array(True)  # see `point_guide`: nothing is evaluated
+    sites = {k: guide.prototype_trace[k] for k in guide._init_locs}
+    # Of a subsampled plate NumPyro repeats those of the subsample.
+    locs = {k: v[tuple(map(slice, jnp.shape(sites[k]["value"])))] for k, v in guide._init_locs.items()}
+    free = transform_fn({k: biject_to(s["fn"].support) for k, s in sites.items()}, locs, invert=True)
+    found = jax.value_and_grad(guide._potential_fn)(free)
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found)]))

@@ -170,8 +170,8 @@ class GradientKernel(MCMCKernel):
         if anchor is not None:
             anchor = jax.tree.map(lambda a: jnp.broadcast_to(a, (*batch, *a.shape)), anchor)
         evaluate = self._evaluate(target, unravel, anchor, _first(first_key, batch))
-        if target is not None and target.plates:
-            evaluate = jax.jit(evaluate)  # a subsample is slow to draw one operation at a time
+        if target is not None:
+            evaluate = jax.jit(evaluate)  # a model is slow to run, and a subsample to draw, one operation at a time
         chain = self._start(evaluate, x)
         if is_concrete(chain):
             _check_start(target, z, chain, batch)
