@@ -12,7 +12,8 @@ import pytest
 from numpyro.distributions import constraints
 
 from numpyro_score import ISM, GradientSpread, QuadraticLoss, ScoreMatching, adjust_draws, generalized_bayes
-from numpyro_score.uncertainty import SandwichError
+from numpyro_score.uncertainty import SandwichError, stderr_of
+from numpyro_score.uncertainty.hierarchy import row_groups, unshared_sites
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -199,6 +200,7 @@ def free_scale_covariance(s, u, m, n, inner):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.7, 2.0])
+@pytest.mark.filterwarnings("ignore:Site 'mu' has effects of 8 groups")
 def test_hyperparameters_have_the_error_between_groups(spread):
     """8 groups of 100 rows: s/√8 for m, ten times what rows as if independent would give; about 1/√16 for log s."""
     k, n = 8, 100
@@ -280,3 +282,51 @@ def test_priors_that_tie_nothing_add_nothing(grouped, kind):
     """Fixed priors bend the objective alone, also of effects that are all that the rows depend on."""
     fit = ScoreMatching(functools.partial(apart, kind=kind)).run(KEY, *grouped, progress_bar=False)
     assert fit.curvature.effects == () and fit.curvature.between is None
+
+
+# -- few groups, and errors without the dense Hessian ------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_groups", [8, 30])
+def test_few_groups_of_unknown_spread(num_groups, recwarn):
+    """A warning below 30 groups, once for each fit, from whatever uses its errors."""
+    x, group = data([20] * num_groups, spread=2.0)
+    fitter = ScoreMatching(free_scale, optim=optax.lbfgs(), num_steps=60)
+    fit = fitter.run(KEY, jnp.asarray(x), jnp.asarray(group), num_groups, progress_bar=False)
+    if num_groups < 30:
+        with pytest.warns(UserWarning, match=rf"Site 'mu' has effects of {num_groups} groups.*site 's'.*use NUTS"):
+            fit.sample_posterior(KEY, 2)
+        with pytest.warns(UserWarning, match=f"effects of {num_groups} groups"):
+            fit.stderr(diagonal=True)
+        with pytest.warns(UserWarning, match=f"effects of {num_groups} groups"):
+            stderr_of(fit._objective, lambda e: e["m"], None)
+        recwarn.clear()
+    fit.stderr()
+    if num_groups >= 30:
+        fit.stderr(diagonal=True)
+    assert not [w for w in recwarn if "groups" in str(w.message)]
+
+
+def test_effects_are_seen_without_the_dense_hessian(grouped):
+    """Of a prior with fixed parameters: by conjugate gradients the error of m is that of the dense sandwich."""
+    fit = fitted(shifted, *grouped, 6)
+    np.testing.assert_allclose(
+        stderr_of(fit._objective, lambda e: e["m"], None), fit.stderr(of=lambda e: e["m"]), rtol=1e-4
+    )
+    with pytest.raises(SandwichError, match=r"element of site 'z'.*diagonal=True.*stderr\(of="):
+        fit.stderr(diagonal=True)
+
+
+def test_rows_find_their_groups(grouped):
+    """Effects of groups of one number or two each; coefficients that all rows share have no groups."""
+
+    def model(x, group):
+        m = numpyro.sample("m", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([6, 2]).to_event(2))
+        t = jnp.cos(jnp.arange(len(x)))
+        rows(x, m @ jnp.stack([t, t**2, t**3]) + z[group, 0] + z[group, 1] * t)
+
+    objective = fitted(model, *grouped)._objective
+    np.testing.assert_array_equal(row_groups(objective, "z"), grouped[1])
+    assert row_groups(objective, "m") is None
+    assert unshared_sites(objective) == ("z",)

@@ -251,3 +251,25 @@ def test_all_rows_of_weight_zero(weigh):
         ScoreMatching(model).run(None, X, progress_bar=False)
     with pytest.raises(ValueError, match="rows of 'x' have weight zero"):
         handlers.seed(generalized_bayes(model, ISM()), 0)(X)
+
+
+@pytest.mark.parametrize("counting", [0, 1])
+def test_all_rows_of_weight_zero_in_minibatches(counting):
+    """Refused where no row of the data counts; a minibatch alone may have none that does."""
+    counts = np.arange(len(X)) < counting
+
+    def model(x, counts):
+        mu = numpyro.param("mu", 0.3)
+        with numpyro.plate("rows", len(x), subsample_size=10):
+            with handlers.mask(mask=numpyro.subsample(counts, event_dim=0)):
+                x = numpyro.sample("x", improper(2), obs=numpyro.subsample(x, event_dim=1))
+                numpyro.factor("energy", q(x - mu))
+
+    fitter, seeded = ScoreMatching(model), handlers.seed(generalized_bayes(model, ISM()), 0)
+    if counting:
+        fitter.init(KEY, X, counts)
+        seeded(X, counts)
+        return
+    for start in (lambda: fitter.init(KEY, X, counts), lambda: seeded(X, counts)):
+        with pytest.raises(ValueError, match="rows of 'x' have weight zero"):
+            start()

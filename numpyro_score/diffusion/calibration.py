@@ -146,7 +146,7 @@ def simulation_ranks(
                 choice_keys[i],
                 arrays,
                 y,
-                *settings,
+                *held,
             )
         )
         pairs.append([np.r_[p, np.ravel(jax.tree.leaves(y))] for p in points])

@@ -50,8 +50,8 @@ def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> N
             )
     used = weights[layout.terms[0]][:, 0] != 0
     names = ", ".join(f"'{a.name}'" for a in layout.arrays)
-    # A minibatch may by chance hold none of the rows that count.
-    if not used.any() and not any(p in energy._plates for p in layout.row_plates):
+    # A minibatch may by chance hold none of the rows that count, so look at all of them.
+    if not used.any() and not (any(p in energy._plates for p in layout.row_plates) and _some_row_counts(energy)):
         raise ValueError(
             f"All rows of {names} have weight zero, so that nothing is left to fit: correct the handlers.mask or "
             f"handlers.scale around {', '.join(repr(k) for k in layout.terms)}."
@@ -98,6 +98,12 @@ def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> N
             "batch normalisation; make each row's factor depend on that row alone, or, if the data are one "
             "point, such as a time series, observe them as one site outside of any plate or scan, with one factor."
         )
+
+
+def _some_row_counts(energy: BoundModel) -> bool:
+    """Whether any of all rows has a weight, and not of a minibatch alone."""
+    whole = energy._replace(_plates={})
+    return bool(np.any(whole._replace(_layout=whole._known_layout()).weights))
 
 
 def _seen(energy: BoundModel, name: str) -> tuple[DataArray, constraints.Constraint, np.ndarray]:

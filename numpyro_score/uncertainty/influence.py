@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions.transforms import IndependentTransform
 
 from numpyro_score.operators import full_precision
-from numpyro_score.uncertainty.hierarchy import sum_of_terms, ties
+from numpyro_score.uncertainty.hierarchy import rows_along, sum_of_terms, ties, unshared_sites, warn_if_few_groups
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError, norm_of_columns
 from numpyro_score.uncertainty.sandwich import check_rows, distance_to_minimum, warn_if_not_converged
 
@@ -64,13 +64,16 @@ def stderr_of(
         objective: at its minimum.
         of: from estimates by site to an array, or a pytree of them.
         hessian: of the objective, or None, as for :func:`influence`, which also says what is raised.
-        effects: the terms of the prior that are part of the law of the data; if None, those that tie sites to each
-            other. See :func:`~numpyro_score.uncertainty.curvature`.
+        effects: the terms of the prior that are part of the law of the data; if None, they are
+            looked for. See :func:`~numpyro_score.uncertainty.curvature`.
     """
     rows, directions = _influence(objective, of, hessian)
     variances, unravel = ravel_pytree(jax.tree.map(lambda v: jnp.sum(v**2, axis=0), rows))
     errors = ravel_pytree(jax.tree.map(norm_of_columns, rows))[0]
-    if effects := ties(objective) if effects is None else effects:
+    if effects is None:
+        effects = ties(objective) + unshared_sites(objective)
+        warn_if_few_groups(objective, effects)
+    if effects:
         variances += _quadratic_forms(objective, directions, names=effects)
         if not bool(jnp.all(variances >= 0)):
             raise SandwichError(
@@ -106,7 +109,7 @@ def _influence(
         directions, gradient = _conjugate_gradients(objective, jacobian)
     else:  # whoever formed the Hessian has looked at the convergence
         directions, gradient = jnp.asarray(np.linalg.solve(hessian, jacobian.T).T, jacobian.dtype), None
-    rows = -objective.learning_rate * _along(objective, directions)
+    rows = -objective.learning_rate * rows_along(objective, directions)
     n = used.sum()
     rows = jnp.where(used[:, None], (rows - rows.sum(axis=0) / n) * (n / (n - 1)) ** 0.5, 0.0)
     unravel = ravel_pytree(values)[1]
@@ -121,16 +124,6 @@ def _influence(
 @partial(jax.jit, static_argnames="of")
 def _jacobian(objective: Objective, *, of: Callable[[dict[str, Any]], Any]) -> Float[Array, "k p"]:
     return jax.jacrev(lambda v: ravel_pytree(of(objective.constrain(v)))[0])(objective.position)
-
-
-@jax.jit
-def _along(objective: Objective, directions: Float[Array, "k p"]) -> Float[Array, "n k"]:
-    """Derivatives of the rows' weighted losses along directions."""
-
-    def derivative(direction: Array) -> Array:
-        return jax.jvp(objective.rows, (objective.position,), (direction,))[1]
-
-    return jax.lax.map(derivative, directions, batch_size=8).T
 
 
 def _conjugate_gradients(
@@ -203,10 +196,19 @@ def diagonal_stderr(objective: Objective) -> dict[str, Any]:
     fits in which all other parameters are known. Costs P derivatives of the losses and no (P, P) matrix.
 
     Raises:
-        SandwichError: for data of one row, or if some H_jj is not positive.
+        SandwichError: for data of one row, if some H_jj is not positive, or for a site whose elements enter the rows of
+            one group each, beside other sites: with its effects known, those have errors that are far too small.
     """
     check_rows(objective)
-    curvature, spread = _diagonals(objective, names=ties(objective))
+    names = ties(objective)
+    if unshared := [k for k in unshared_sites(objective) if k not in names]:
+        raise SandwichError(
+            f"Each element of site '{unshared[0]}' enters the rows of one group, which are not independent if it is "
+            "not known, while diagonal=True takes each parameter as if all others were: use stderr() or, for some "
+            "numbers of many, stderr(of=...)."
+        )
+    warn_if_few_groups(objective, names)
+    curvature, spread = _diagonals(objective, names=names)
     worst = {k: float(jnp.min(ravel_pytree(v)[0], initial=jnp.inf)) for k, v in objective.unravel(curvature).items()}
     name = min(worst, key=lambda k: worst[k])
     if not worst[name] > 0:

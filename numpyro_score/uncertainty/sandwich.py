@@ -14,7 +14,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array
 
-from numpyro_score.uncertainty.hierarchy import between, effects, refuse_products, ties
+from numpyro_score.uncertainty.hierarchy import between, effects, refuse_products, ties, warn_if_few_groups
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
 
 __all__ = [
@@ -97,7 +97,8 @@ def curvature(objective: Objective) -> Curvature:
             definite, or losses that see two sites by their product alone.
 
     Warns:
-        UserWarning: if the minimum is further away than a tenth of a standard error; see :func:`distance_to_minimum`.
+        UserWarning: if the minimum is further away than a tenth of a standard error, see :func:`distance_to_minimum`;
+            if the spread of the effects of fewer than 30 groups is estimated.
     """
     p = len(objective.position)
     if p > MAX_PARAMETERS:
@@ -122,6 +123,7 @@ def curvature(objective: Objective) -> Curvature:
     root = np.linalg.qr(g - g.mean(axis=0), mode="r") * (len(g) / (len(g) - 1)) ** 0.5
     refuse_products(objective, g)
     names = effects(objective, g)
+    warn_if_few_groups(objective, names)
     spread = np.asarray(between(objective, names=names), np.float64) if names else None
     errors = np.sqrt(np.maximum(np.diag(_sandwich(hessian, beta * root, spread)), 0.0))
     distance = distance_to_minimum(objective, lambda g: np.linalg.solve(hessian, g), gradient, errors)
