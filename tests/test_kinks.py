@@ -59,6 +59,14 @@ JUMPS = {  # density, parameter, data, operation, whether it moves
     "clip": (tilted(lambda x: jnp.clip(x, -1, 1)), 0.7, X, "clip", False),
     "floor": (tilted(jnp.floor), 0.7, X, "floor", False),
     "root of a square": (tilted(lambda x: jnp.sqrt(x[:, :1] ** 2)), 0.7, X, "sqrt", False),
+    "root of a square by logarithms": (tilted(lambda x: jnp.exp(0.5 * jnp.log(x[:, :1] ** 2))), 0.7, X, "log", False),
+    "the same of a product": (
+        lambda t, x: q(x) - jnp.exp(0.5 * jnp.log((lambda y: y * y)(x[:, 0] - t))),
+        0.7,
+        X,
+        "log",
+        True,
+    ),
     "sort": (lambda t, x: q(x) - t * jnp.sort(x, -1)[:, 0], 0.7, X, "sort", False),
     "comparison": (tilted(lambda x: (x > 0.3).astype(x.dtype)), 0.7, X, "comparison", False),
     "scan": (
@@ -115,6 +123,13 @@ SMOOTH = {
     "cube": (tilted(lambda x: jnp.abs(x) ** 3), 0.5, X),
     "relu squared": (lambda t, x: q(x) - (jax.nn.relu(x - t) ** 2).sum(-1), 0.5, X),
     "norm": (lambda t, x: q(x) - t * jnp.linalg.norm(x, axis=-1), 0.5, X),
+    "log of positive data's squares": (tilted(lambda x: jnp.log(x**2)), 0.7, abs(X) + 0.1),
+    "log of a square and more": (tilted(lambda x: jnp.exp(0.5 * jnp.log(x**2 + 0.1))), 0.7, X),
+    "square by logarithms": (tilted(lambda x: jnp.exp(jnp.log(x**2 + 1e-12))), 0.7, X),
+    "Student's t": (lambda t, x: -jnp.log1p((x - t) ** 2).sum(-1), 0.7, X),
+    "log of a parameter's square": (lambda t, x: q(x) * jnp.exp(0.5 * jnp.log(t**2)), 0.7, X),
+    "square": (tilted(jnp.square), 0.7, X),
+    "power of positive data": (tilted(lambda x: x**1.5), 0.7, abs(X) + 0.1),
     "rounded root": (tilted(lambda x: jnp.sqrt(x**2 + 1e-2)), 0.5, X),
     "Huber": (
         lambda t, x: -jnp.where(jnp.abs(x - t) < 1, 0.5 * (x - t) ** 2, jnp.abs(x - t) - 0.5).sum(-1),

@@ -151,14 +151,19 @@ def _walk(jaxpr: Jaxpr, inputs: Sequence[int], found: dict[str, int], inside: st
     def read(v: Any) -> int:
         return 0 if isinstance(v, Literal) else marks.get(v, 0)
 
+    squares: set[Any] = set()
     for eqn in jaxpr.eqns:
         into = [read(v) for v in eqn.invars]
         joint = functools.reduce(int.__or__, into, 0)
+        if _is_square(eqn):
+            squares.update(eqn.outvars)
         out = [joint] * len(eqn.outvars)
         called = str(eqn.params.get("name", ""))
         bodies = _bodies(eqn)
         if joint & _DATA and called not in _SMOOTH and not _ends_support(eqn):
-            if (name := _operation(eqn, into)) is not None:
+            if (name := _operation(eqn, into)) is None and eqn.primitive.name == "log" and eqn.invars[0] in squares:
+                name = "log of a square"  # exp(½ log x²) = |x|
+            if name is not None:
                 label = inside or name
                 found[label] = found.get(label, 0) | _reaching(eqn, into)
             for body in bodies:
@@ -186,6 +191,13 @@ def _operation(eqn: JaxprEqn, into: list[int]) -> str | None:
         if from_float == jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
             return None
     return _OPERATIONS.get(name)
+
+
+def _is_square(eqn: JaxprEqn) -> bool:
+    """Whether an operation is an even power, by any of its ways."""
+    name = eqn.primitive.name
+    even = name == "integer_pow" and eqn.params["y"] % 2 == 0
+    return even or name == "square" or (name == "mul" and eqn.invars[0] is eqn.invars[1])
 
 
 def _ends_support(eqn: JaxprEqn) -> bool:
