@@ -85,6 +85,7 @@ print(float(pickle.load(open({str(tmp_path / "fit")!r}, "rb")).stderr()["tau"]))
     assert float(out.stdout) == float(solved.stderr()["tau"])
 
 
+@pytest.mark.filterwarnings("ignore:The fit has not converged")
 def test_an_optimiser_that_cannot_be_pickled_is_asked_for():
     fit = run(ScoreMatching(wave, optim=optax.adam(0.01)))
     same(run(fit.svi, fit.state).params, run(copy.deepcopy(fit).svi, fit.state).params)
@@ -92,6 +93,11 @@ def test_an_optimiser_that_cannot_be_pickled_is_asked_for():
     same(fit.estimates, found.estimates)
     with pytest.raises(ValueError, match="could not be pickled with this fit: give it again"):
         run(found.svi, found.state)
+    with pytest.raises(ValueError, match="could not be pickled with this fit: give it again"):
+        found.svi.run(jax.random.key(0), X, progress_bar=False)
+    same(fit.stderr(), found.stderr())
+    same(fit.influence(), found.influence())
+    same(fit.sample_posterior(0, 3), found.sample_posterior(0, 3))
     again = ScoreMatching(wave, optim=optax.adam(0.01))
     same(run(fit.svi, fit.state).params, run(again, found.state).params)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from numpyro.infer.autoguide import AutoGuide
 
-__all__ = ["Compiling", "PickledOptimizer"]
+__all__ = ["Compiling", "PickledOptimizer", "refuse_not_pickled"]
 
 
 class Compiling:
@@ -92,3 +92,9 @@ class NotPickled:
         )
 
     init = update = get_params = eval_and_update = eval_and_stable_update = _refuse
+
+
+def refuse_not_pickled(optimizer: Any) -> None:
+    """Raises ValueError for the stand-in of an optimiser, which SVI would take for an object of no known type."""
+    if isinstance(optimizer, NotPickled):
+        optimizer.init()

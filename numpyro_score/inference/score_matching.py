@@ -48,7 +48,7 @@ from numpyro_score.inference.optim import (
     current_params,
     default_optimizer,
 )
-from numpyro_score.inference.pickling import Compiling
+from numpyro_score.inference.pickling import Compiling, refuse_not_pickled
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart, being_traced
 from numpyro_score.inference.traces import CompiledTrace
@@ -171,8 +171,7 @@ class ScoreMatching(Compiling, SVI):
             self._start = CompiledStart(self.score_model, self.data, self.score_loss, self.guide, self.optim)
 
     def __copy__(self) -> ScoreMatching:
-        # Shares the compiled functions, unlike a copy by way of the pickled state.
-        new = object.__new__(type(self))
+        new = object.__new__(type(self))  # shares the compiled functions, unlike a copy by way of the pickled state
         new.__dict__.update(self.__dict__)
         return new
 
@@ -205,6 +204,7 @@ class ScoreMatching(Compiling, SVI):
         check_keywords(self.init, self.score_model, kwargs)
         check_arguments(self.score_model, args, kwargs)
         rng_key, found, init_params = as_key(rng_key), None, as_floats(init_params)
+        refuse_not_pickled(self.optim)
         if self._start is not None and not being_traced((rng_key, args, kwargs, init_params)):
             found = self._start(rng_key, init_params, args, kwargs)
         if found is not None:
