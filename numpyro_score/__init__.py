@@ -47,6 +47,7 @@ from numpyro_score.inference import (
     ScoreMatchingResult,
     adjust_draws,
     generalized_bayes,
+    load,
 )
 from numpyro_score.kernels import MALA, SGHMC, SGLD, cyclical_schedule, polynomial_schedule
 from numpyro_score.losses import (
@@ -141,6 +142,7 @@ __all__ = [
     "inpaint",
     "kernel_stein_discrepancy",
     "kl_divergence",
+    "load",
     "local_variance",
     "log_partition",
     "mmd",

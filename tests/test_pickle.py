@@ -91,9 +91,9 @@ def test_an_optimiser_that_cannot_be_pickled_is_asked_for():
     same(run(fit.svi, fit.state).params, run(copy.deepcopy(fit).svi, fit.state).params)
     found = pickle.loads(pickle.dumps(fit))
     same(fit.estimates, found.estimates)
-    with pytest.raises(ValueError, match="could not be pickled with this fit: give it again"):
+    with pytest.raises(ValueError, match="could not be saved with this fit: give it again"):
         run(found.svi, found.state)
-    with pytest.raises(ValueError, match="could not be pickled with this fit: give it again"):
+    with pytest.raises(ValueError, match="could not be saved with this fit: give it again"):
         found.svi.run(jax.random.key(0), X, progress_bar=False)
     same(fit.stderr(), found.stderr())
     same(fit.influence(), found.influence())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import optax
 from jaxtyping import Array, Float
@@ -29,7 +29,9 @@ from numpyro_score.inference.arguments import (
     is_loss,
     refuse_unknown,
 )
+from numpyro_score.inference.checkpoint import Checkpoint
 from numpyro_score.inference.cost import with_cost
+from numpyro_score.inference.failure import explain_terms
 from numpyro_score.inference.loop import (
     NonFiniteLossError,
     check_num_steps,
@@ -197,6 +199,8 @@ class AdversarialDynamicsEmbedding(Compiling):
         progress_bar: bool = True,
         init_state: AdversarialState | None = None,
         init_params: dict[str, Any] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: float = 30.0,
         **kwargs: Any,
     ) -> AdversarialResult:
         """Fits model and flow; as in `MCMC.run`, the model's arguments follow the key.
@@ -211,6 +215,8 @@ class AdversarialDynamicsEmbedding(Compiling):
             progress_bar: whether to show one.
             init_state: go on from this state, e.g. `fit.state`. The default optimisers start their rates anew.
             init_params: initial values of param sites.
+            checkpoint: a directory to save the run in and to go on from, as that of `ScoreMatching.run`.
+            checkpoint_every: seconds between two saves, at least.
             **kwargs: the model's keyword arguments.
 
         Raises:
@@ -230,12 +236,16 @@ class AdversarialDynamicsEmbedding(Compiling):
 
         def error(_: Any, last: AdversarialState, step: int, terms: AdversarialTerms) -> NonFiniteLossError:
             return NonFiniteLossError(
-                f"The loss is {terms.loss[-1]} at step {step}: {_explain(terms)}. The last finite state is in the "
+                f"The loss is {terms.loss[-1]} at step {step}: {explain_terms(terms)}. The last finite state is in the "
                 "exception's `state`; smaller rates or other init_params may help.",
                 step, last, self.get_params(last), terms.loss[:-1],
             )  # fmt: skip
 
-        state, terms, interrupted = run_steps(advance, state, num_steps, progress_bar, error)
+        own = dict(num_samples=self.num_samples, flow_steps=self.flow_steps, weighted=self.importance_weighted)
+        options = dict(num_steps=num_steps, start=start, rng_key=rng_key)
+        like = AdversarialTerms(*jnp.zeros(4))
+        kept = Checkpoint.of(checkpoint, checkpoint_every, type(self).__name__, (args, kwargs), like, **own, **options)
+        state, terms, interrupted = run_steps(advance, state, num_steps, progress_bar, error, kept)
         params = self.get_params(state)
         sample = self._energy(params, state.rng_key, args, kwargs)
         energy = Energy.bound_to(self.model, sample.params, {}, None, self.data, args, kwargs)
@@ -385,15 +395,3 @@ def _flow_at_data(energy: Energy) -> FlowFunction:
     mean = jnp.sum(share * x, 0)
     spread = jnp.sqrt(jnp.sum(share * (x - mean) ** 2, 0))
     return LearnedFlow(energy.dim, annealed=True, loc=mean, scale=jnp.where(spread > 0, spread, 1.0))
-
-
-def _explain(terms: AdversarialTerms) -> str:
-    data_term, bound = terms.data_term[-1], terms.log_partition_bound[-1]
-    if not np.isfinite(data_term):
-        return f"the data term is {data_term}"
-    if not np.isfinite(bound):
-        return (
-            f"the flow ran away and its bound on log Z is {bound}, because the density has no normaliser or the flow's "
-            "steps are too large for it"
-        )
-    return "the data term and the bound on log Z are finite, so the prior is not"

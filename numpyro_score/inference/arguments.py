@@ -26,8 +26,10 @@ __all__ = [
     "GUIDES_WITH_DENSITY",
     "InitParams",
     "as_floats",
+    "check_guide",
     "check_inside",
     "check_keywords",
+    "check_memory",
     "check_optimizer",
     "is_loss",
     "refuse_misplaced",
@@ -52,6 +54,38 @@ def check_keywords(run: Callable[..., Any], model: Callable[..., Any], kwargs: d
         near = difflib.get_close_matches(name, [*own, *_keywords(model)], n=1)
         hint = f"did you mean {near[0]}?" if near else f"its own are {', '.join(own)}."
         raise TypeError(f"{run.__name__} has no argument '{name}', nor has the model: {hint}")
+
+
+def check_guide(guide: Any, model: Callable[..., Any], loss: Any) -> Any:
+    """The guide, a function, an autoguide or its class; raises for what cannot guide a fit of the model."""
+    if inspect.isclass(guide) and guide in GUIDES_WITH_DENSITY and hasattr(loss, "no_posterior"):
+        raise NotImplementedError(
+            f"{guide.__name__} needs a density of the parameters, which {type(loss).__name__} does not give, as "
+            f"{loss.no_posterior}: use ISM or SSM, or guide=AutoNormal."
+        )
+    if not callable(guide):
+        raise TypeError(f"guide must be a guide function or an autoguide, got {guide!r}: write e.g. guide=AutoNormal.")
+    if isinstance(guide, GUIDES_WITH_DENSITY) and guide.model is model:
+        name = type(guide).__name__
+        raise ValueError(
+            f"{name} evaluates the density of its model, which is unnormalised: pass the class, guide={name}, or "
+            f"build it on generalized_bayes(model, loss)."
+        )
+    return guide
+
+
+def check_memory(state: Any, loss: Any, mutable: list[str]) -> None:
+    """Raises ValueError if a state to go on from has not the mutable sites; NumPyro would start them in every step."""
+    if hasattr(loss, "advance") and not state.mutable_state:
+        raise ValueError(
+            f"init_state has no mutable_state, where {type(loss).__name__} keeps its chains: pass a state of a fit "
+            "with this loss, or init_params=fit.params."
+        )
+    if (found := sorted(state.mutable_state or {})) != mutable:
+        raise ValueError(
+            f"init_state has the mutable sites {found}, and this fit has {mutable}: pass a state of a fit with the "
+            "same model and loss, or init_params=fit.params."
+        )
 
 
 def _keywords(model: Callable[..., Any]) -> list[str]:

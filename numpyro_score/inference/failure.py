@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from numpyro_score.inference.result import ScoreMatchingResult
 
-__all__ = ["explain"]
+__all__ = ["explain", "explain_terms"]
 
 
 def explain(fit: ScoreMatchingResult) -> str:
@@ -26,3 +28,16 @@ def explain(fit: ScoreMatchingResult) -> str:
             return f"the {what} is not finite in {rows.size} of {len(x)} rows, first row {rows[0]}"
     other = "the loss's second derivatives or the prior are not"
     return f"the density and score are finite at the data, so {getattr(fit.svi.score_loss, 'not_finite', other)}"
+
+
+def explain_terms(terms: Any) -> str:
+    """Which of the terms of an adversarial fit is not finite, and why."""
+    data_term, bound = terms.data_term[-1], terms.log_partition_bound[-1]
+    if not np.isfinite(data_term):
+        return f"the data term is {data_term}"
+    if not np.isfinite(bound):
+        return (
+            f"the flow ran away and its bound on log Z is {bound}, because the density has no normaliser or the flow's "
+            "steps are too large for it"
+        )
+    return "the data term and the bound on log Z are finite, so the prior is not"

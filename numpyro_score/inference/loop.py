@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from tqdm.auto import tqdm
+
+from numpyro_score.inference.checkpoint import Checkpoint
+from numpyro_score.inference.processes import agreed, interrupts, is_first
 
 __all__ = ["Advance", "NonFiniteLossError", "check_num_steps", "next_size", "run_steps", "strongly_typed", "take_steps"]
 
@@ -77,6 +81,7 @@ def run_steps(
     num_steps: int,
     progress_bar: bool,
     error: Callable[[Any, Any, int, Any], Exception],
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Any, Any, bool]:
     """Takes all steps, whole chunks of them on the device between two updates of the bar.
 
@@ -87,14 +92,33 @@ def run_steps(
         progress_bar: whether to show one.
         error: what to raise at a value that is not finite, from the state before the failing step, the state before
             that one, the failing step's number, and all values up to the failing step's, (step + 1,) each.
+        checkpoint: where to go on from, and to save states from time to time, when Ctrl-C is pressed and at the end.
 
     Returns:
         The last state, the values (S,) each, and whether Ctrl-C ended the run early, with a warning.
     """
-    chunks: list[Any] = []
-    done, size, previous = 0, 1, None
+    with checkpoint or contextlib.nullcontext():
+        taken: int = 0
+        chunks: list[Any] = []
+        if checkpoint is not None:
+            taken, state, chunks = checkpoint.start(state)
+        bar = tqdm(total=num_steps, initial=taken, disable=not progress_bar or not is_first())
+        return _run_steps(advance, state, num_steps, bar, error, checkpoint, taken, chunks)
+
+
+def _run_steps(
+    advance: Advance,
+    state: Any,
+    num_steps: int,
+    bar: Any,
+    error: Callable[[Any, Any, int, Any], Exception],
+    checkpoint: Checkpoint | None,
+    done: int,
+    chunks: list[Any],
+) -> tuple[Any, Any, bool]:
+    first_call, size, previous = True, 1, None
     try:
-        with tqdm(total=num_steps, disable=not progress_bar) as bar:
+        with bar, interrupts() as interrupted:
             while done < num_steps:
                 begin, n = time.perf_counter(), min(size, num_steps - done)
                 new, buffers, taken = advance(state, n)
@@ -116,15 +140,26 @@ def run_steps(
                 first = jax.tree.leaves(chunks[0])[0][0]
                 bar.set_postfix_str(f"init loss: {first:.4f}, loss: {mean:.4f}", refresh=False)
                 bar.update(n)
-                if len(chunks) > 1:  # the first call compiles
-                    size = next_size(n, time.perf_counter() - begin)
+                if first_call:  # which compiles
+                    first_call, size = False, min(8, num_steps)
                 else:
-                    size = min(8, num_steps)
+                    size = next_size(n, time.perf_counter() - begin)
+                save = checkpoint is not None and checkpoint.due()
+                size, save, stop = agreed(size, save, interrupted())
+                if stop:
+                    raise KeyboardInterrupt
+                if save and checkpoint is not None and done < num_steps:
+                    chunks = [_joined(chunks, done)]
+                    checkpoint.save(done, state, chunks[0])
     except KeyboardInterrupt:
         if not done:
             raise
-        warnings.warn(f"Interrupted after {done} of {num_steps} steps; this is the fit so far.", stacklevel=4)
-    return state, _joined(chunks, done), done < num_steps
+        if is_first():
+            warnings.warn(f"Interrupted after {done} of {num_steps} steps; this is the fit so far.", stacklevel=5)
+    values = _joined(chunks, done)
+    if checkpoint is not None:
+        checkpoint.save(done, state, values)
+    return state, values, done < num_steps
 
 
 def _joined(chunks: list[Any], n: int) -> Any:

@@ -87,7 +87,7 @@ class NotPickled:
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
-            f"The optimiser ({self._name}) could not be pickled with this fit: give it again, e.g. "
+            f"The optimiser ({self._name}) could not be saved with this fit: give it again, e.g. "
             "ScoreMatching(model, optim=optax.adam(1e-3), loss=loss).run(key, x, init_state=fit.state)."
         )
 

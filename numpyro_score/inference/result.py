@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -19,6 +20,7 @@ from numpyro_score.arviz import as_arviz
 from numpyro_score.energy import Energy
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.export import NormalisedDensity, fit_groups
+from numpyro_score.inference.files import save_fit
 from numpyro_score.losses import Loss
 from numpyro_score.normaliser import LogPartition
 from numpyro_score.printed import values_with_errors
@@ -246,6 +248,21 @@ class ScoreMatchingResult:
         """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
         rng_key = as_key(0 if rng_key is None else rng_key)
         return as_arviz(fit_groups(self, rng_key, num_samples, log_partition), coords, dims)
+
+    def save(self, path: str | os.PathLike[str], *, data: bool = True) -> None:
+        """Writes the fit to a new directory, from which :func:`~numpyro_score.load` reads it in later versions too.
+
+        It holds `arrays.npz`, the numbers, and `fit.json`, which says what they are: no pickles, and no code.
+
+        Args:
+            path: the directory.
+            data: whether to write the model's arguments, too.
+
+        Raises:
+            FileExistsError: if there is something already.
+            TypeError: if an argument of the model is neither an array nor a number, string, list, tuple or dict.
+        """
+        save_fit(self, path, data)
 
     @cached_property
     def _latents(self) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,16 +24,18 @@ from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minim
 from numpyro_score.energy import Energy, check_arguments, evaluate_for_check, join_arrays, layouts_kept, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
 from numpyro_score.inference.arguments import (
-    GUIDES_WITH_DENSITY,
     InitParams,
     as_floats,
+    check_guide,
     check_inside,
     check_keywords,
+    check_memory,
     refuse_misplaced,
     refuse_unknown,
 )
 from numpyro_score.inference.arrival import warn_if_average_lags, warn_if_still_falling
 from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
+from numpyro_score.inference.checkpoint import Checkpoint
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
 from numpyro_score.inference.loop import (
@@ -125,28 +129,14 @@ class ScoreMatching(Compiling, SVI):
         if isinstance(learning_rate, str):
             find_rate = CalibratedRate(partial(calibrated_rate, model, self.score_loss, data))
         generalized = GeneralizedModel(model, self.score_loss, learning_rate, data, find_rate=find_rate)
-        default_guide = guide is None
         self._guide_class = guide if inspect.isclass(guide) and issubclass(guide, AutoGuide) else None
+        self._default_optim, self._default_guide = optim is None, guide is None
         if guide is None:
             guide = point_guide(model, data)
-        elif self._guide_class in GUIDES_WITH_DENSITY and hasattr(self.score_loss, "no_posterior"):
-            raise NotImplementedError(
-                f"{guide.__name__} needs a density of the parameters, which {type(loss).__name__} does not give, as "
-                f"{self.score_loss.no_posterior}: use ISM or SSM, or guide=AutoNormal."
-            )
-        elif self._guide_class is not None:
+        else:
+            guide = check_guide(guide, model, self.score_loss)
+        if self._guide_class is not None:
             guide = self._guide_class(self.prior if hasattr(self.score_loss, "no_posterior") else generalized)  # type: ignore[call-arg]
-        elif not callable(guide):
-            raise TypeError(
-                f"guide must be a guide function or an autoguide, got {guide!r}: write e.g. guide=AutoNormal."
-            )
-        elif isinstance(guide, GUIDES_WITH_DENSITY) and guide.model is model:
-            name = type(guide).__name__
-            raise ValueError(
-                f"{name} evaluates the density of its model, which is unnormalised: pass the class, guide={name}, or "
-                f"build it on generalized_bayes(model, loss)."
-            )
-        self._default_optim, self._default_guide = optim is None, default_guide
         optim = as_optimizer(optim, num_steps, average, getattr(loss, "no_objective", None))
         super().__init__(generalized, guide, optim, Trace_ELBO())
         self._compile()
@@ -239,6 +229,8 @@ class ScoreMatching(Compiling, SVI):
         stable_update: bool = False,
         init_state: Any = None,
         init_params: dict[str, Any] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: float = 30.0,
         **kwargs: Any,
     ) -> ScoreMatchingResult:
         """Fits the model; as in `MCMC.run`, the model's arguments follow the key.
@@ -260,6 +252,11 @@ class ScoreMatching(Compiling, SVI):
                 NaN in the result.
             init_state: go on from this `SVIState`, e.g. `fit.state`. The default optimiser starts its rate anew.
             init_params: initial values of param sites, of the model or the guide.
+            checkpoint: a directory to save the run in, which needs Orbax. The same call again goes on from the last
+                save, to the same numbers as without a stop, bit for bit on the same devices; after the end it gives
+                the fit. Other settings, key or data than those saved are refused, and nothing is overwritten. A
+                closed form is worked out anew.
+            checkpoint_every: seconds between two saves, at least: they take less than a hundredth of the run.
             **kwargs: the model's keyword arguments.
 
         Returns:
@@ -268,16 +265,20 @@ class ScoreMatching(Compiling, SVI):
         Raises:
             NonFiniteLossError: the loss became NaN or infinite; the exception holds the last finite state.
             SandwichError: if the learning rate is to be calibrated and cannot be.
+            OSError: if the checkpoint cannot be read or written.
 
         Warns:
             UserWarning: if the loss was still falling at the end.
         """
         num_steps = check_num_steps(self.num_steps if num_steps is None else num_steps)
         if isinstance(self.learning_rate, str):
+            numbers = itertools.count(1)
             options: dict[str, Any] = dict(num_steps=num_steps, progress_bar=progress_bar, stable_update=stable_update)
 
             def run(svi: ScoreMatching, **start: Any) -> ScoreMatchingResult:
-                return svi.run(rng_key, *args, **options, **start, **kwargs)
+                directory = None if checkpoint is None else os.path.join(checkpoint, f"fit-{next(numbers)}")
+                kept: dict[str, Any] = dict(checkpoint=directory, checkpoint_every=checkpoint_every)
+                return svi.run(rng_key, *args, **options, **kept, **start, **kwargs)
 
             return calibrated_fit(self, run, init_state=init_state, init_params=init_params)
         rng_key = as_key(0 if rng_key is None else rng_key, RUN)
@@ -286,7 +287,7 @@ class ScoreMatching(Compiling, SVI):
         if init_state is None or self.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state
-        self._check_memory(state)
+        check_memory(state, self.score_loss, self._mutable)
         check_state(state.optim_state, self.average)
         start = int(state.optim_state[0])
         state = strongly_typed(state)
@@ -315,10 +316,13 @@ class ScoreMatching(Compiling, SVI):
                 step, last, self.get_params(last), losses[:-1],
             )  # fmt: skip
 
-        state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite)
+        own = dict(loss=self.score_loss, learning_rate=self.learning_rate, average=self.average)
+        options = dict(num_steps=num_steps, start=start, stable_update=stable_update, rng_key=rng_key)
+        kept = Checkpoint.of(checkpoint, checkpoint_every, "ScoreMatching", (args, kwargs), 0.0, **own, **options)
+        state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite, kept)
         if not interrupted and not hasattr(self.score_loss, "no_objective"):
             warn_if_still_falling(losses, self._shape[1])
-            if self.average is not None and not interrupted:
+            if self.average is not None:
                 warn_if_average_lags(losses, self._shape[1], self.average, int(state.optim_state[0]))
         return ScoreMatchingResult(self.get_params(state), state, losses, self, args, kwargs, interrupted=interrupted)
 
@@ -347,19 +351,6 @@ class ScoreMatching(Compiling, SVI):
         if searches or isinstance(self.learning_rate, str) or int(fit.state.optim_state[0]) == 0:
             return None
         return evaluations_per_row(self.score_loss, *self._shape)
-
-    def _check_memory(self, state: Any) -> None:
-        # NumPyro would start the memory anew in every step.
-        if hasattr(self.score_loss, "advance") and not state.mutable_state:
-            raise ValueError(
-                f"init_state has no mutable_state, where {type(self.score_loss).__name__} keeps its chains: pass a "
-                "state of a fit with this loss, or init_params=fit.params."
-            )
-        if (found := sorted(state.mutable_state or {})) != self._mutable:
-            raise ValueError(
-                f"init_state has the mutable sites {found}, and this fit has {self._mutable}: pass a state of a fit "
-                "with the same model and loss, or init_params=fit.params."
-            )
 
     def _check(self, energy: Energy) -> None:
         self._shape = energy.dim, energy.num_rows  # of a step's data

@@ -1,0 +1,241 @@
+"""Fits that go on where they were stopped: states on disk, by Orbax."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from numpyro_score.losses.base import positive
+from numpyro_score.printed import without_addresses
+
+__all__ = ["Checkpoint"]
+
+_FORMAT = 1
+_KEPT = 2  # saves on disk: should the last one be damaged, there is one before it
+_SHARE = 0.01  # of the time of a run, for saving
+_SAMPLED = 64  # rows of each array of the data, which tell whether they are the same data
+
+
+class Checkpoint:
+    """A directory that holds the last states of a run.
+
+    A save is complete or absent: Orbax writes it beside the others and renames it. The state is copied at once and
+    written while the steps go on.
+
+    Args:
+        directory: it is made if it does not exist.
+        every: seconds between two saves, at least; more where a save takes more than a hundredth of it.
+        settings: what the run that began the directory must have in common with this one, as JSON.
+        like: any numbers in the structure of a step's values.
+
+    Raises:
+        TypeError: if `directory` is no path.
+        ValueError: if `every` is not positive.
+    """
+
+    def __init__(self, directory: Any, every: float, settings: dict[str, Any], like: Any) -> None:
+        if not isinstance(directory, str | os.PathLike):
+            raise TypeError(f"checkpoint must be the path of a directory, got {type(directory).__name__}.")
+        positive("run", "checkpoint_every, seconds between two saves", every)
+        self.directory, self.every, self.settings, self.like = Path(directory).absolute(), float(every), settings, like
+        self._manager: Any = None
+        self._last = time.perf_counter()
+        self._cost = 0.0  # seconds that a save stopped the run for
+        self._saved = -1
+
+    @classmethod
+    def of(cls, directory: Any, every: float, kind: str, args: Any, like: Any, **settings: Any) -> Checkpoint | None:
+        """The checkpoint of a run, None without a directory.
+
+        Args:
+            directory: a path, or None.
+            every: seconds between two saves.
+            kind: what is fitted.
+            args: the model's arguments.
+            like: any numbers in the structure of a step's values.
+            **settings: numbers, keys, or objects whose printed form says all.
+        """
+        if directory is None:
+            return None
+        data = [_fingerprint(v) for v in jax.tree.leaves(args) if isinstance(v, jax.Array | np.ndarray)]
+        plain = {k: _plain(v) for k, v in settings.items()}
+        return cls(directory, every, {"format": _FORMAT, "kind": kind, **plain, "data": data}, like)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._manager is not None:
+            with self._explained("written"):
+                self._manager.wait_until_finished()
+                self._manager.close()
+
+    def start(self, state: Any) -> tuple[int, Any, list[Any]]:
+        """Opens the directory, and gives what is saved there.
+
+        Args:
+            state: the first state of the run, which says what a state is made of.
+
+        Returns:
+            The steps taken, the state after them, and their values, (S,) each, if there are any.
+
+        Raises:
+            ImportError: without Orbax.
+            ValueError: if the directory has another run.
+            OSError: if it cannot be read or written.
+        """
+        self.settings["state"] = {name: [str(v.dtype), list(v.shape)] for name, v in _named(state)}
+        ocp = _orbax()
+        with self._explained("opened"):
+            options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                found = self._read(ocp, step, state)
+            except _OtherRunError as error:
+                raise ValueError(str(error)) from None
+            # Whatever a reader raises for damaged files: Orbax's, TensorStore's and JSON's have no common class.
+            except Exception as error:
+                reason = (str(error).splitlines() or [""])[0][:200]
+                warnings.warn(
+                    f"The checkpoint of step {step} in {self.directory} cannot be read ({type(error).__name__}: "
+                    f"{reason}), so the run goes on from the one before it.",
+                    stacklevel=6,
+                )
+            else:
+                for later in (s for s in steps if s > step):  # which would stand in the way of their successors
+                    self._manager.delete(later)
+                self._saved = step
+                return step, *found
+        if steps:
+            raise OSError(
+                f"None of the checkpoints in {self.directory} can be read: give another directory to begin anew."
+            )
+        return 0, state, []
+
+    def _read(self, ocp: Any, step: int, state: Any) -> tuple[Any, list[Any]]:
+        self._check(self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings)
+        leaves, structure = jax.tree.flatten(self.like)
+        target = {_name(i): np.zeros(step) for i in range(len(leaves))}
+        args = dict(state=ocp.args.StandardRestore(_numbered(state)), values=ocp.args.StandardRestore(target))
+        found = self._manager.restore(step, args=ocp.args.Composite(**args))
+        taken = jax.tree.unflatten(structure, [np.asarray(found["values"][name]) for name in target])
+        new = jax.tree.unflatten(jax.tree.structure(state), [found["state"][name] for name in sorted(found["state"])])
+        return new, [taken]
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        now = self.settings
+        for name in [*now, *(k for k in saved if k not in now)]:
+            if (was := saved.get(name)) == (new := now.get(name)):
+                continue
+            if name == "data":
+                what = "is of a run on other data"
+            elif name == "state":
+                what = f"is of another model or optimiser, with {_differences(was, new)}"
+            else:
+                what = f"is of a run with {name}={was}, and this one has {name}={new}"
+            raise _OtherRunError(
+                f"The checkpoint in {self.directory} {what}: run with the same settings to go on with it, or give "
+                "another directory; nothing was written."
+            )
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.perf_counter() - self._last > max(self.every, self._cost / _SHARE)
+
+    def save(self, step: int, state: Any, values: Any) -> None:
+        """Saves the state after `step` steps with the values of all of them, unless it is on disk already."""
+        if step == self._saved:
+            return
+        begin, ocp = time.perf_counter(), _orbax()
+        leaves = {_name(i): np.asarray(v) for i, v in enumerate(jax.tree.leaves(values))}
+        with self._explained("written"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    settings=ocp.args.JsonSave(self.settings),
+                    state=ocp.args.StandardSave(_numbered(state)),
+                    values=ocp.args.StandardSave(leaves),
+                ),
+                force=True,
+            )
+        self._saved = step
+        self._last = time.perf_counter()
+        self._cost = self._last - begin
+
+    @contextlib.contextmanager
+    def _explained(self, done: str) -> Iterator[None]:
+        """Errors of the file system, with the directory that they are about."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"The checkpoint in {self.directory} could not be {done} ({error}): free space there, or give a "
+                "directory that can be written; what was saved before is kept."
+            ) from error
+
+
+class _OtherRunError(ValueError):
+    """The directory is another run's."""
+
+
+def _orbax() -> Any:
+    try:
+        return importlib.import_module("orbax.checkpoint")
+    except ImportError as error:
+        raise ImportError(
+            "checkpoint needs Orbax, which is not installed: pip install 'numpyro-score[scale]'."
+        ) from error
+
+
+def _name(i: int) -> str:
+    return f"{i:04d}"
+
+
+def _numbered(state: Any) -> dict[str, Any]:
+    return {_name(i): v for i, v in enumerate(jax.tree.leaves(state))}
+
+
+def _named(state: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), v) for path, v in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def _differences(was: Any, new: Any) -> str:
+    was = was or {}
+    names = sorted(k for k in was.keys() | new.keys() if was.get(k) != new.get(k))
+    shown = [f"{k}: {was.get(k, 'none')} where this run has {new.get(k, 'none')}" for k in names[:3]]
+    return "; ".join(shown) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON gives it back."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, jax.Array | np.ndarray):
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
+        return np.asarray(value).tolist()
+    return without_addresses(value)
+
+
+def _fingerprint(value: Any) -> list[Any]:
+    """The type and shape of an array, and a digest of some of its numbers if they are all in this process."""
+    known = [str(value.dtype), list(value.shape)]
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return known
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    rows = np.unique(np.linspace(0, len(value) - 1, _SAMPLED).astype(int)) if value.ndim and len(value) else ()
+    some = np.asarray(value[rows])
+    return [*known, hashlib.sha256(some.tobytes()).hexdigest()[:16]]

@@ -1,0 +1,52 @@
+"""What the processes of one run must decide alike."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+__all__ = ["agreed", "interrupts", "is_first"]
+
+
+def is_first() -> bool:
+    """Whether this process is the one that shows a bar and warns."""
+    return jax.process_index() == 0
+
+
+def agreed(size: int, save: bool, stop: bool) -> tuple[int, bool, bool]:
+    """The number of steps and whether to save, as process 0 says, and whether any process is to stop.
+
+    All processes of a run must take as many steps in each call, or they wait for each other for ever; clocks differ.
+    """
+    if jax.process_count() == 1:
+        return size, save, stop
+    votes = np.asarray(multihost_utils.process_allgather(np.array([size, save, stop])))
+    return int(votes[0, 0]), bool(votes[0, 1]), bool(votes[:, 2].any())
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, among several processes, where it may not stop one of them alone.
+
+    In a single process it raises KeyboardInterrupt as ever.
+    """
+    seen: list[int] = []
+    if jax.process_count() == 1 or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)
