@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +17,7 @@ from numpyro_score.diffusion.flow import Flow, Settings, prepared, require_solve
 from numpyro_score.diffusion.sde import SDE, VP
 from numpyro_score.diffusion.source import NoisyModel, as_data
 from numpyro_score.energy import Energy
-from numpyro_score.normaliser.coordinates import data_to_row, row_log_jacobian
+from numpyro_score.normaliser.coordinates import as_events, data_to_row, num_draws, row_log_jacobian
 from numpyro_score.normaliser.source import Source
 from numpyro_score.random import Key, as_key
 
@@ -129,16 +128,11 @@ class ScoreDistribution(dist.Distribution):
 
     def log_prob(self, value: Any) -> Array:
         """Normalised log density of events, (..., event shape) to (...)."""
-        energy = self.flow.model.energy
-        value = jnp.asarray(value, energy.dtype)
-        batch = value.shape[: max(value.ndim - len(self.event_shape), 0)]
-        if value.shape != (*batch, *self.event_shape):
-            raise ValueError(f"The value has shape {value.shape}: pass events of shape {self.event_shape}.")
-        if self._validate_args:
-            self._validate_sample(value)
-        events = value.reshape(-1, *self.event_shape)
+        events, batch = as_events(self.flow.model.energy, self.event_shape, value)
         if not len(events):
-            return jnp.zeros(batch, energy.dtype)
+            return jnp.zeros(batch, events.dtype)
+        if self._validate_args:
+            self._validate_sample(events)
         found = (_by_score if self.by_score else _log_prob)(self.settings, self.flow, events)
         require_solved(
             "ScoreDistribution.log_prob", jnp.isfinite(found) | ~jnp.isfinite(events).reshape(len(found), -1).all(-1)
@@ -153,7 +147,7 @@ class ScoreDistribution(dist.Distribution):
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Independent draws, (sample shape, event shape), of the data with the smallest noise."""
-        n = math.prod(sample_shape)
+        n = num_draws("ScoreDistribution", sample_shape)
         shape = (*sample_shape, *self.event_shape)
         if n == 0:
             return jnp.zeros(shape, self.flow.model.dtype)
