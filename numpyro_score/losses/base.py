@@ -19,6 +19,7 @@ from numpyro_score.random import integer
 __all__ = [
     "SMOOTH_FORM",
     "Loss",
+    "as_numbers",
     "at_least_one",
     "check_settings",
     "declare_sites",
@@ -84,6 +85,21 @@ def positive(owner: str, name: str, value: Any) -> None:
         raise TypeError(f"{owner} needs one positive number as {name}, got {value!r}.")
     if not 0 < float(value) < math.inf:
         raise ValueError(f"{owner} needs a positive {name}, got {value}.")
+
+
+def as_numbers(owner: str, name: str, value: Any) -> np.ndarray:
+    """The value as an array in double precision; raises TypeError for what holds no numbers, True and text included."""
+    leaves = jax.tree.leaves(value)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise TypeError(f"{owner} got a traced {name}: give its values outside of jit, grad and vmap.")
+    for leaf in leaves:
+        dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
+        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+            raise TypeError(f"{owner} needs numbers as {name}, got {value!r}.")
+    try:
+        return np.asarray(value, np.float64)
+    except (TypeError, ValueError):  # rows of several lengths, dictionaries
+        raise TypeError(f"{owner} needs one array of numbers as {name}, got {value!r}.") from None
 
 
 def at_least_one(owner: str, name: str, value: Any) -> int:
