@@ -178,6 +178,11 @@ def test_log_likelihood_for_arviz(prior):
     exact = stats.norm(0, np.sqrt(variance + 1e-4)).logpdf(x)
     np.testing.assert_allclose(np.asarray(data["log_likelihood"]["x"]), exact, atol=2e-3)
     assert data["log_likelihood"].attrs["smallest_sigma"] == pytest.approx(0.01)
+    with pytest.raises(ValueError, match=r"of another model than the fit's: pass ScoreDistribution\(fit\)"):
+        fit.to_arviz(0, 40, prior)
+    other = ScoreDistribution(Energy(learned, {"variance": 9.0}, 3 * x), noise_range=RANGE)
+    with pytest.raises(ValueError, match=r"of another fit, whose 'variance' is another: pass ScoreDistribution\(fit\)"):
+        fit.to_arviz(0, 40, other)
 
     def model(x):
         shift = numpyro.sample("shift", dist.Normal(0, 1))
