@@ -56,6 +56,9 @@ class ScoreDistribution(dist.Distribution):
         FloatingPointError: of `sample` and `log_prob`, if a solution does not arrive. Where traced, as under NUTS, its
             value is NaN, which samplers take for a divergence.
 
+    Warns:
+        UserWarning: once, when it is built, as :func:`~numpyro_score.flow_log_prob`.
+
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from numpyro.distributions import constraints
@@ -94,7 +97,8 @@ class ScoreDistribution(dist.Distribution):
         self.by_score = adjoint == "score"
         name = "recursive" if self.by_score else adjoint
         owner = "ScoreDistribution"
-        self.flow, self.settings = prepared(owner, source, sde, noise_range, solver, rtol, atol, name)
+        # NumPyro's metaclass stands between the user and this.
+        self.flow, self.settings = prepared(owner, source, sde, noise_range, solver, rtol, atol, name, stacklevel=4)
         if len(arrays := self.flow.model.energy.arrays) > 1:
             raise TypeError(f"The data are several sites, {[a.name for a in arrays]}: join them in one site.")
         event = partial(as_data, self.flow.model.energy)
