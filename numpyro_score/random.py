@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
-__all__ = ["RUN", "Key", "as_key", "bits", "normal"]
+__all__ = ["RUN", "Key", "as_key", "bits", "integer", "normal"]
 
 RUN = "write run(jax.random.key(0), x), the model's arguments after the key"
 
@@ -36,8 +36,9 @@ def as_key(rng_key: Any, call: str = "pass rng_key=jax.random.key(0)") -> Array:
     Raises:
         TypeError: for anything else, several keys included.
     """
-    if isinstance(rng_key, numbers.Integral) and not isinstance(rng_key, bool):
-        return jax.random.key(int(rng_key))
+    seed = integer(rng_key)
+    if seed is not None:
+        return jax.random.key(seed)
     if isinstance(rng_key, jax.Array | np.ndarray):
         if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) and rng_key.ndim == 0:
             return jnp.asarray(rng_key)
@@ -45,6 +46,14 @@ def as_key(rng_key: Any, call: str = "pass rng_key=jax.random.key(0)") -> Array:
             return jnp.asarray(rng_key)
     shape = f" of shape {rng_key.shape}" if hasattr(rng_key, "shape") else ""
     raise TypeError(f"rng_key must be one random key or an integer, got {type(rng_key).__name__}{shape}: {call}.")
+
+
+def integer(value: Any) -> int | None:
+    """The integer that a value is, or that an array of no axes holds; None for anything else."""
+    if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer):
+        held = value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+        return int(value) if held else None
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
 
 def bits(rng_key: Array, shape: tuple[Any, ...]) -> UInt32[Array, "..."]:

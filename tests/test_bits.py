@@ -111,5 +111,7 @@ def test_errors():
         bits_by_noise(energy, NORMAL[:1], KEY, noise_range=RANGE)
     with pytest.raises(ValueError, match=r"row 3 \(1 of 4000\) with NaN"):
         bits_by_noise(energy, NORMAL.at[3, 0].set(jnp.nan), KEY, noise_range=RANGE)
+    with pytest.raises(TypeError, match=r"got traced values.*outside of jit"):
+        jax.jit(lambda x: bits_by_noise(energy, x, KEY, noise_range=RANGE).bits)(NORMAL)
     with pytest.raises(FloatingPointError, match=r"score at noise .* is not finite in row"):
         bits_by_noise(Energy(cliff, {}, NORMAL), NORMAL, KEY, noise_range=RANGE)

@@ -201,6 +201,16 @@ def test_fit_and_posterior():
             ValueError,
             r"around 0.6 sigma_data = 6e\+05, and next to none from 0.1 to 1",
         ),
+        (
+            {"smallest": 0.1, "largest": 1.0, "weighting": lambda s: 0.5 - s},
+            ValueError,
+            "-0.0.* at the level 0.5.*at least 0",
+        ),
+        ({"smallest": 0.1, "largest": 1.0, "weighting": lambda s: s * np.nan}, ValueError, "nan at the level 0.1"),
+        ({"smallest": 0.1, "largest": 1.0, "weighting": lambda s: 0 * s}, ValueError, "0 at the level 0.1.*more for"),
+        ({"smallest": 0.1, "largest": 1.0, "weighting": lambda s: "s"}, TypeError, "in the place of numbers"),
+        ({"smallest": 0.1, "largest": 1.0, "stratified": "no"}, TypeError, "True or False as stratified, got 'no'"),
+        ({"smallest": 0.1, "largest": 1.0, "antithetic": 3}, TypeError, "True or False as antithetic, got 3"),
     ],
 )
 def test_settings_that_are_refused(arguments, error, message, unchecked):

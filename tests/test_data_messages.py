@@ -9,7 +9,7 @@ from models import improper
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
-from numpyro_score import Energy, ScoreMatching
+from numpyro_score import Energy, EnergyDistribution, ScoreMatching
 
 # The package's own errors, which the checks of annotations would come before.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -127,6 +127,45 @@ def test_data_that_are_no_array(data, match):
             Energy(closure, {}, len(data))
         with pytest.raises(TypeError, match=match):
             ScoreMatching(on(constraints.real)).init(0, data)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_data_of_few_digits(dtype, kind):
+    """Are refused where they enter, as data, rows and events; the density may compute in them."""
+    few = kind(X.astype(jnp.dtype(dtype)))
+
+    def coarse(x):
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(3), obs=x).astype(dtype)
+            numpyro.factor("energy", -0.5 * jnp.sum(x**2, -1).astype(float))
+
+    energy = Energy(coarse, {}, X)
+    for call in (
+        lambda: Energy(coarse, {}, few),
+        lambda: ScoreMatching(coarse).init(0, few),
+        lambda: energy.flatten(few),
+        lambda: energy.at(few),
+        lambda: energy.score(few),
+        lambda: EnergyDistribution(energy, log_partition=0.0).log_prob(few),
+    ):
+        with pytest.raises(TypeError, match=rf"holds {dtype} values.*pass data in single precision, \w+.astype"):
+            call()
+
+
+@pytest.mark.parametrize("rows", ["abc", ["a", "b"], None])
+def test_rows_that_are_no_numbers(rows):
+    with pytest.raises(TypeError, match=r"'x' (has '\w+' in the place of a number|is None): pass an array of numbers"):
+        Energy(on(constraints.real), {}, X[:, 0]).flatten(rows)
+
+
+def test_shapes_of_events_and_draws():
+    """No event has no log density; what is no shape is refused."""
+    law = EnergyDistribution(Energy(on(constraints.real_vector, 3, f=last), {}, X), log_partition=0.0)
+    assert law.log_prob(np.ones((0, 3))).shape == (0,) and law.log_prob(np.ones((2, 0, 3))).shape == (2, 0)
+    for shape, error in (((-1,), ValueError), (3, TypeError), ((2.5,), TypeError)):
+        with pytest.raises(error, match=r"EnergyDistribution\.sample needs"):
+            law.sample(0, shape)
 
 
 def test_the_remedies_for_arrays_work():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import pytest
-from diffusions import ROWS, energy, normal_energy, one_normal
+from diffusions import ROWS, energy, normal_energy, one_normal, predicted_variance
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models import counted_compilations, improper
 from numpyro.distributions import constraints
@@ -106,13 +106,13 @@ def test_shards_and_vmap():
 
 def test_trajectory_and_last_denoising():
     """All levels from the end law to the draws; the mean of the data given these."""
-    found = run(energy(normal_energy), num_samples=4000, trajectory=True, grid=[30.0, 3.0, 0.3, 0.1])
+    found = run(energy(normal_energy), num_samples=4000, num_steps=None, trajectory=True, grid=[30.0, 3.0, 0.3, 0.1])
     assert found.trajectory.shape == (4, 4000, 2)
     assert found.noise.tolist() == [30.0, 3.0, 0.3, 0.1]
     np.testing.assert_array_equal(found.trajectory[-1], found.draws)
     assert repr(found) == "Diffused: 4000 draws of 3 calls each, noise 30 to 0.1"
     assert np.std(found.trajectory[0]) == pytest.approx(30.0, rel=0.1)
-    denoised = run(energy(normal_energy), num_samples=4000, denoise=True, grid=[30.0, 3.0, 0.3, 0.1])
+    denoised = run(energy(normal_energy), num_samples=4000, num_steps=None, denoise=True, grid=[30.0, 3.0, 0.3, 0.1])
     assert denoised.num_calls == 4
     mean, covariance = ROWS.mean(0), np.cov(ROWS.T, ddof=0)
     expected = mean + (found.draws - mean) @ np.linalg.inv(covariance + 0.01 * np.eye(2)) @ covariance
@@ -188,7 +188,20 @@ def plain(x):
         (lambda: energy(plain), {}, r"takes no keyword 'sigma': write def model\(x, sigma=1.0\)"),
         (lambda: Energy(bounded, {}, jnp.ones(3)), {}, r"diffuse"),
         (lambda: energy(normal_energy), {"noise_range": None}, r"write noise_range=\(smallest, largest\)"),
-        (lambda: energy(normal_energy), {"noise_range": (3.0, 1.0)}, r"noise_range=\(smallest, largest\) of positive"),
+        (lambda: energy(normal_energy), {"noise_range": (3.0, 1.0)}, r"the largest is 1: write \(1, 3\)"),
+        (lambda: energy(normal_energy), {"noise_range": (0.0, 1.0)}, r"noise_range=\(smallest, largest\) of positive"),
+        (lambda: energy(normal_energy), {"noise_range": (True, 5)}, r"needs numbers as noise_range.*got \(True, 5\)"),
+        (lambda: energy(normal_energy), {"noise_range": "ab"}, r"needs numbers as noise_range"),
+        (lambda: energy(normal_energy), {"grid": ["a", "b"]}, r"diffuse needs numbers as grid"),
+        (lambda: energy(normal_energy), {"grid": [[3.0, 2.0], [1.0]]}, r"diffuse needs one array of numbers as grid"),
+        (lambda: energy(normal_energy), {"grid": [3.0, 2.0, 1.0]}, r"num_steps=4 and a grid of 3 levels.*leave num_st"),
+        (lambda: energy(normal_energy), {"num_steps": 1}, r"'dpm\+\+2m' extrapolates from 1 step .*is 1 step in all"),
+        (lambda: energy(normal_energy), {"num_steps": 2, "method": "exp_ab3"}, r"take 3 or more, or .* 'ddim'"),
+        (lambda: energy(normal_energy), {"denoise": "no"}, r"needs True or False as denoise, got 'no'"),
+        (lambda: energy(normal_energy), {"trajectory": 3}, r"needs True or False as trajectory, got 3"),
+        (lambda: energy(normal_energy), {"progress_bar": "x"}, r"needs True or False as progress_bar, got 'x'"),
+        (lambda: energy(normal_energy), {"sharding": 2}, r"needs a sharding such as NamedSharding"),
+        (lambda: energy(normal_energy), {"num_samples": 8.0}, r"needs an integer as num_samples"),
         (lambda: energy(normal_energy), {"sde": VE(0.1, 20.0)}, r"but sigma/alpha of the SDE goes from 0.1 to 20"),
         (lambda: energy(normal_energy), {"method": "heun"}, r"no diffusion method 'heun': use one of 'ddim'"),
         (lambda: energy(normal_energy), {"sde": VP}, r"a diffusion such as sde=VP\(\), got <class"),
@@ -202,7 +215,7 @@ def plain(x):
             {"grid": "uniform", "sde": VP(), "num_steps": 32},
             r"'dpm\+\+2m' extrapolates from the steps before, and step 31 .* write grid='karras' or 'log_snr'",
         ),
-        (lambda: energy(normal_energy, np.full((3, 2), np.nan)), {}, r"rows 3 count and 0 of these are finite"),
+        (lambda: energy(normal_energy, np.full((3, 2), np.nan)), {}, r"Data 'x' have NaN or infinity in rows 0, 1, 2"),
     ],
 )
 def test_bad_input(source, options, message, unchecked):
@@ -210,7 +223,7 @@ def test_bad_input(source, options, message, unchecked):
         run(source(), **options)
 
 
-@pytest.mark.parametrize("num_steps", [2, 5, 64])
+@pytest.mark.parametrize("num_steps", [3, 5, 64])
 def test_usual_grids_are_not_refused(num_steps, x64):
     """The rule for methods with memory is quiet where they are good, ten thousandfold ranges included."""
     for grid in ("karras", "log_snr"):
@@ -220,13 +233,54 @@ def test_usual_grids_are_not_refused(num_steps, x64):
 def test_settings_of_methods(unchecked):
     """Are checked where they are given."""
     for build, message in (
-        (lambda: EDMHeun(churn=-1.0), r"EDMHeun needs a positive churn, got -1"),
+        (lambda: EDMHeun(churn=-1.0), r"EDMHeun needs a positive churn, or 0 for none, got -1"),
         (lambda: EDMHeun(churn_range=(1.0, 0.1)), r"churn_range=\(low, high\) of rising"),
         (lambda: PredictorCorrector("corrector"), r"no diffusion method 'corrector'"),
         (lambda: PredictorCorrector(snr=0.0), r"PredictorCorrector needs a positive snr, got 0"),
+        (lambda: PredictorCorrector(snr=1.0), r"snr below 1, got 1.0: .* stable below 2 ρ².* take 0.1 to 0.3"),
+        (lambda: EDMHeun(1.0, "ab"), r"EDMHeun needs numbers as churn_range"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             build()
+    assert repr(PredictorCorrector("ddim", jnp.array(2))) == (
+        "PredictorCorrector(predictor='ddim', num_corrector_steps=2, snr=0.16)"
+    )
+
+
+@pytest.mark.parametrize("snr", [0.3, 0.9])
+def test_langevin_steps_widen_noise_as_stated(snr, monkeypatch):
+    """Of data of no variance, whose curvature is that of the noise: ρ²/(1 − snr²), and beyond snr = 1 nothing stays."""
+    levels = levels_on(EDM(2.0), np.geomspace(1.001, 1.0, 400), 1, (0.5, 2.0))
+    found = predicted_variance(PredictorCorrector(None, 5, snr), levels, 0.0, monkeypatch)
+    assert found == pytest.approx(1 / (1 - snr**2), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"drift": lambda x, t: x[:, 0]}, r"drift gave shape \(4,\) for rows of shape \(4, 2\)"),
+        ({"score": lambda x, t: x[:, :1]}, r"score gave shape \(4, 1\) for rows of shape \(4, 2\)"),
+        ({"diffusion": lambda t: jnp.ones((4, 1))}, r"diffusion gave shape \(4, 1\): .* each coordinate, \(2,\)"),
+        ({"diffusion": lambda t: jnp.eye(2)}, r"diffusion gave shape \(2, 2\)"),
+        ({"diffusion": 2.0}, r"needs a function as diffusion, got 2.0: write e.g. lambda t: 2.0"),
+        ({"times": ["a", "b"]}, r"reverse_sde needs numbers as times"),
+        ({"x": jnp.ones((4, 2), jnp.bfloat16)}, r"'x' holds bfloat16 values"),
+        ({"x": np.full((4, 2), np.nan)}, r"rows 0, 1, 2, 3 .* with NaN"),
+        ({"progress_bar": "x"}, r"needs True or False as progress_bar"),
+    ],
+)
+def test_bad_input_of_reverse_sde(options, message, unchecked):
+    minus = lambda x, t: -x  # noqa: E731
+    good = {"drift": minus, "diffusion": jnp.ones_like, "score": minus, "x": np.ones((4, 2)), "times": [1.0, 0.5]}
+    with pytest.raises((TypeError, ValueError), match=message):
+        reverse_sde(rng_key=0, **(good | options))
+
+
+def test_chains_that_cannot_be_split(unchecked):
+    """The number of chains is named."""
+    devices = NamedSharding(Mesh(np.array(jax.devices()), ("chains",)), PartitionSpec("chains"))
+    with pytest.raises(ValueError, match=r"num_samples=101 chains evenly over the 2 devices.* multiple of 2"):
+        run(energy(normal_energy), num_samples=101, sharding=devices)
 
 
 def test_little_noise_is_suspected():
@@ -248,7 +302,7 @@ def test_not_a_number_is_named():
             score_factor("score", x, jnp.where(hole, jnp.nan, -x / (1 + sigma**2)))
 
     source = energy(torn)
-    options = dict(grid=[30.0, 3.0, 0.5, 0.1], num_samples=100)
+    options = dict(grid=[30.0, 3.0, 0.5, 0.1], num_steps=3, num_samples=100)
     with pytest.raises(FloatingPointError, match=r"chains of 100 did not stay finite.* in step 2 of 3, from noise 0.5"):
         run(source, **options)
     draws = jax.vmap(lambda key: run(source, rng_key=key, **options).draws)(jax.random.split(jax.random.key(0), 2))

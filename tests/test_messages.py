@@ -18,11 +18,13 @@ from numpyro_score import (
     ISM,
     NCE,
     PCD,
+    SSM,
     AdversarialDynamicsEmbedding,
     Energy,
     KLContraction,
     ScoreMatching,
     generalized_bayes,
+    geometric_levels,
     log_partition,
     parzen_score,
     to_arviz,
@@ -87,6 +89,13 @@ def fit():
         (lambda: ScoreMatching(model).init(0, X, init_params=[1.0]), "init_params must be a dict.*got a list"),
         (lambda: ScoreMatching(model).init(0, X, init_params={"a": "1"}), "init_params has a of <U1"),
         (lambda: to_arviz(fit(), num_sample=8), "leave out 'num_sample'"),
+        (lambda: ISM(allow_kinks="no"), "ISM needs True or False as allow_kinks, got 'no'"),
+        (lambda: SSM(variance_reduced=2), "SSM needs True or False as variance_reduced, got 2"),
+        (lambda: ESM(lambda x: -x, allow_kinks=0), "ESM needs True or False as allow_kinks, got 0"),
+        (lambda: DSM(0.5, control_variate="yes"), "DSM needs True or False as control_variate, got 'yes'"),
+        (lambda: DSM(0.5, weighting=2.0), "DSM needs a function of the level as weighting, got 2.0"),
+        (lambda: SSM(jnp.array(3.0)), "SSM needs an integer as num_projections"),
+        (lambda: SSM(jnp.array([3])), "SSM needs an integer as num_projections"),
     ],
 )
 def test_types(make, match):
@@ -97,6 +106,7 @@ def test_types(make, match):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
+        (lambda: DSM((0.5, 1.0), weighting=lambda s: -s), "DSM's weighting gave -0.5 at the level 0.5.*at least 0"),
         (lambda: ScoreMatching(model).init(0, X, init_params={"a": -1.0}), "a = -1.0.*(?i:constraint positive)"),
         (lambda: parzen_score(X, 1.0)(X[0]), r"shape \(N, 2\), got \(2,\).*x\[None\]"),
         (lambda: Energy(model, {"a": 1.0}, X).flatten(X[0]), r"'x' have shape \(2,\)"),
@@ -163,6 +173,15 @@ def test_names_of_axes():
 @pytest.mark.parametrize("seed", [0, np.int64(7)])
 def test_integers_are_keys(seed):
     assert jax.random.key_data(as_key(seed)).tolist() == jax.random.key_data(jax.random.key(int(seed))).tolist()
+
+
+@pytest.mark.parametrize("three", [3, np.int64(3), np.array(3), jnp.array(3)])
+def test_integers_of_any_kind_are_counts_and_keys(three):
+    """And are integers from there on, so that a loss can be hashed."""
+    assert SSM(three) == SSM(3) and hash(SSM(three)) == hash(SSM(3)) and type(SSM(three).num_projections) is int
+    assert len(geometric_levels(1.0, 0.1, three)) == 3
+    assert as_key(three) == jax.random.key(3)
+    assert fit().sample_posterior(0, three)["a"].shape == (3,)
 
 
 @pytest.mark.parametrize("wrong", [True, 1.0, None, jax.random.split(jax.random.key(0))])

@@ -99,3 +99,8 @@ def test_shapes_that_are_refused():
         preconditioned_score(nothing, x, np.ones(3), 1.0)
     with pytest.raises(ValueError, match="needs a positive sigma_data"):
         preconditioned_energy(nothing, x, 1.0, -1.0)
+    for level in (0.0, -1.0, np.nan, np.array([1.0, 1.0, 0.0, 1.0])):
+        for f in (preconditioned_score, preconditioned_energy):
+            with pytest.raises(ValueError, match="needs positive noise levels as sigma, got"):
+                f(nothing, x, level, 1.0)
+    jax.jit(lambda level: preconditioned_score(nothing, x, level, 1.0))(0.5)  # of which nothing is known

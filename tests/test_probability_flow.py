@@ -14,7 +14,21 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
 from benchmarks.mixtures import Mixture
-from numpyro_score import DSM, EDM, VE, VP, Energy, ScoreMatching, SubVP, flow_log_prob, score_factor
+from numpyro_score import (
+    DSM,
+    EDM,
+    VE,
+    VP,
+    Energy,
+    ScoreDistribution,
+    ScoreMatching,
+    SubVP,
+    flow_decode,
+    flow_encode,
+    flow_interpolate,
+    flow_log_prob,
+    score_factor,
+)
 from numpyro_score.diffusion import flow
 
 RANGE = (1e-3, 140.0)
@@ -73,8 +87,11 @@ def test_scores_have_a_density_too(x64):
     assert errors(PLANE, found, x).max() <= 1e-4
 
 
-def test_a_score_that_turns_has_the_density_of_its_draws():
-    """A rotation besides the score of N(0, I) moves neither the law nor the divergence; no energy has this score."""
+TURNS = "antisymmetric part of its Jacobian is 100% of the symmetric one"
+
+
+def turning():
+    """The score of N(0, I) and a rotation, which moves neither the law nor the divergence; no energy has this score."""
 
     def model(x, sigma=1.0):
         with numpyro.plate("rows", len(x)):
@@ -82,10 +99,26 @@ def test_a_score_that_turns_has_the_density_of_its_draws():
             turned = jnp.stack([x[:, 1], -x[:, 0]], axis=1)
             score_factor("score", x, (turned - x) / (1 + jnp.square(sigma) * jnp.ones(len(x)))[:, None])
 
-    energy = Energy(model, {}, jnp.array([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]]))
+    return Energy(model, {}, jnp.array([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("function", [flow_encode, flow_decode, ScoreDistribution])
+def test_all_that_follows_the_flow_warns_of_a_score_that_turns(function, unchecked):
+    """Once, and before anything else is looked at."""
+    with pytest.warns(UserWarning, match=TURNS) as warned:
+        if function is ScoreDistribution:
+            ScoreDistribution(turning(), noise_range=RANGE)
+        else:
+            with pytest.raises(ValueError, match="with NaN"):
+                function(turning(), jnp.full((2, 2), jnp.nan), noise_range=RANGE)
+    assert len(warned) == 1
+
+
+def test_a_score_that_turns_has_the_density_of_its_draws():
+    """Those of N(0, I)."""
     x = jnp.array([[0.5, -1.0], [2.0, 0.0]])
-    with pytest.warns(UserWarning, match="antisymmetric part of its Jacobian is 100% of the symmetric one"):
-        found = flow_log_prob(energy, x, noise_range=RANGE, solver="tsit5")
+    with pytest.warns(UserWarning, match=TURNS):
+        found = flow_log_prob(turning(), x, noise_range=RANGE, solver="tsit5")
     np.testing.assert_allclose(found.value, dist.Normal().log_prob(x).sum(1), atol=1e-3)
 
 
@@ -178,6 +211,18 @@ def test_bad_input_gives_no_number(unchecked):
         run(divergence="approximate")
     with pytest.raises(TypeError, match=r"needs a diffusion such as sde=VP\(\)"):
         run(sde="vp")
+    with pytest.raises(TypeError, match=r"needs a diffusion such as sde=VP\(\), got None"):
+        run(sde=None)
+    with pytest.raises(TypeError, match=r"draws nothing with divergence='exact': leave rng_key out"):
+        run(rng_key=0)
+    with pytest.raises(ValueError, match=r"needs an rtol below 1.*got 5.0"):
+        run(rtol=5.0)
+    with pytest.raises(ValueError, match=r"needs an atol below the spread of the data with the least noise, 1, got 2"):
+        run(atol=2.0)
+    with pytest.raises(TypeError, match=r"'z' has 'a' in the place of a number"):
+        flow_decode(energy, "a", noise_range=RANGE)
+    with pytest.raises(ValueError, match=r"rows of shapes \(\) and \(2,\): pass two events of one shape"):
+        flow_interpolate(energy, 1.0, jnp.ones(2), 3, noise_range=RANGE)
     with pytest.raises(ValueError, match=r"got row 1 \(1 of 2\) with NaN"):
         flow_log_prob(energy, jnp.array([0.5, jnp.nan]), noise_range=RANGE)
 

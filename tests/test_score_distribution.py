@@ -24,6 +24,7 @@ from numpyro_score import (
     flow_encode,
     flow_interpolate,
 )
+from numpyro_score.diffusion.codes import great_circle
 
 RANGE = (1e-3, 140.0)
 
@@ -124,6 +125,52 @@ def test_codes_are_standard_normal_and_decode_to_the_data(x64):
     np.testing.assert_allclose(turned, turned.mean(), rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ([1.0, 0.0, 0.0], [-1.0, 1e-6, 1e-7]),
+        ([0.6, 0.8], [-0.6, -0.8]),
+        ([3.0, 4.0], [3.0, 4.0]),
+        ([0.0, 0.0], [1.0, 1.0]),
+        ([1.0, 2.0, 3.0], [-2.0, 0.5, 1.0]),
+    ],
+)
+def test_great_circles(a, b):
+    """Even turns at radii between those of the ends, in single precision, also between opposite codes."""
+    a, b = jnp.array(a, jnp.float32), jnp.array(b, jnp.float32)
+    z = np.asarray(great_circle(a, b, jnp.linspace(0.0, 1.0, 9, dtype=jnp.float32)), np.float64)
+    np.testing.assert_allclose(z[[0, -1]], [a, b], atol=1e-5)
+    sizes = np.linalg.norm(z, axis=1)
+    np.testing.assert_allclose(sizes, np.linspace(sizes[0], sizes[-1], 9), atol=1e-6)
+    if sizes[0] > 0:
+        between = np.sum(z[1:] * z[:-1], axis=1) / (sizes[1:] * sizes[:-1])
+        np.testing.assert_allclose(between, between.mean(), atol=1e-5)
+
+
+def test_one_number_has_no_circle():
+    """Codes of both signs are on a line."""
+    found = great_circle(jnp.array([-1.0]), jnp.array([2.0]), jnp.linspace(0.0, 1.0, 4))
+    np.testing.assert_allclose(found[:, 0], [-1.0, 0.0, 1.0, 2.0], atol=1e-6)
+
+
+def test_events_that_are_refused(unchecked):
+    """No event has no log density; a shape of draws has no negative numbers; text and few digits are named."""
+    p = ScoreDistribution(energy(), noise_range=RANGE)
+    assert p.log_prob(jnp.ones((0,))).shape == (0,) and p.log_prob(jnp.ones((3, 0))).shape == (3, 0)
+    with pytest.raises(ValueError, match=r"ScoreDistribution\.sample needs a sample_shape of no negative numbers"):
+        p.sample(0, (-1,))
+    with pytest.raises(TypeError, match="'value' holds float16 values"):
+        p.log_prob(jnp.ones(2, jnp.float16))
+    wide = Energy(normal_columns, {}, jnp.ones((2, 2)))
+    assert ScoreDistribution(wide, noise_range=RANGE).log_prob(jnp.ones((0, 2))).shape == (0,)
+
+
+def normal_columns(x, sigma=1.0):
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(2), obs=x)
+        numpyro.factor("energy", -0.5 * jnp.sum(x**2, axis=-1) / (1 + sigma**2))
+
+
 def test_columns_keep_their_shape():
     """Events of shape (2, 1), whose support and draws are those of the site."""
 
@@ -178,6 +225,11 @@ def test_log_likelihood_for_arviz(prior):
     exact = stats.norm(0, np.sqrt(variance + 1e-4)).logpdf(x)
     np.testing.assert_allclose(np.asarray(data["log_likelihood"]["x"]), exact, atol=2e-3)
     assert data["log_likelihood"].attrs["smallest_sigma"] == pytest.approx(0.01)
+    with pytest.raises(ValueError, match=r"of another model than the fit's: pass ScoreDistribution\(fit\)"):
+        fit.to_arviz(0, 40, prior)
+    other = ScoreDistribution(Energy(learned, {"variance": 9.0}, 3 * x), noise_range=RANGE)
+    with pytest.raises(ValueError, match=r"of another fit, whose 'variance' is another: pass ScoreDistribution\(fit\)"):
+        fit.to_arviz(0, 40, other)
 
     def model(x):
         shift = numpyro.sample("shift", dist.Normal(0, 1))

@@ -52,12 +52,18 @@ def test_times_of_noise_in_single_precision():
     assert time_at(sde, jnp.array(1e9)) == pytest.approx(1.0)
 
 
-def test_noise_that_falls_is_refused():
+def test_noise_that_falls_is_refused(unchecked):
     """Time runs from the data to noise."""
     with pytest.raises(ValueError, match=r"needs sigma/alpha that grows with t.*write time from the data"):
         LinearSDE(lambda t: jnp.ones_like(t), lambda t: 1 - t)
     with pytest.raises(ValueError, match=r"VE needs largest > smallest, got 0.1 and 1"):
         VE(1.0, 0.1)
+    with pytest.raises(ValueError, match=r"SubVP needs beta_max > beta_min, got 1 and 5"):
+        SubVP(5, 1)
+    with pytest.raises(TypeError, match=r"LinearSDE needs a function of t as alpha, got 1"):
+        LinearSDE(1, 2)
+    with pytest.raises(ValueError, match=r"alpha gave shape \(\) for times of shape \(1000,\).*jnp.ones_like\(t\)"):
+        LinearSDE(lambda t: 1.0, lambda t: t)
 
 
 def test_end_law_is_that_of_noised_data(x64):

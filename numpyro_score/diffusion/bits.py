@@ -101,12 +101,14 @@ def bits_by_noise(
         >>> bool(abs(found.bits[0] - 0.5 * jnp.log2(1 + 0.1**-2)) < 4 * found.bits_stderr[0])
         True
     """
-    for name, value in {"num_levels": num_levels, "num_draws": num_draws}.items():
-        at_least_one("bits_by_noise", name, value)
+    num_levels = at_least_one("bits_by_noise", "num_levels", num_levels)
+    num_draws = at_least_one("bits_by_noise", "num_draws", num_draws)
     if num_levels < 3:
         raise ValueError(f"bits_by_noise integrates over noise levels: num_levels must be 3 or more, got {num_levels}.")
     key = as_key(rng_key, "write bits_by_noise(fit, held_out, jax.random.key(0))")
     model = noisy_model("bits_by_noise", source)
+    if any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves((key, x, model.energy))):
+        raise TypeError("bits_by_noise got traced values, and integrates by NumPy: call it outside of jit and vmap.")
     low, high = shared_noise_range("bits_by_noise", source, None, noise_range)
     rows = model.energy.flatten(x)
     require_finite("bits_by_noise", rows)

@@ -19,6 +19,7 @@ from numpyro_score.diffusion.flow import (
 )
 from numpyro_score.diffusion.sde import SDE, VP, noise_at
 from numpyro_score.diffusion.source import as_data
+from numpyro_score.energy import check_rows
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.source import Source
 
@@ -59,11 +60,7 @@ def flow_encode(
         UserWarning: likewise.
     """
     flow, settings = prepared("flow_encode", source, sde, noise_range, solver, rtol, atol, "recursive")
-    rows = flow.model.energy.flatten(x)
-    require_finite("flow_encode", rows)
-    z, arrived = _encoded(settings, flow, rows)
-    require_solved("flow_encode", arrived)
-    return z
+    return _encode("flow_encode", settings, flow, x)
 
 
 def flow_decode(
@@ -114,27 +111,42 @@ def flow_decode(
         True
     """
     flow, settings = prepared("flow_decode", source, sde, noise_range, solver, rtol, atol, "recursive")
+    check_rows("z", z)
     z = jnp.asarray(z, flow.model.dtype)
     if z.ndim != 2 or z.shape[1] != flow.model.dim:
         raise ValueError(f"flow_decode got codes of shape {z.shape}: pass (n, {flow.model.dim}), one row for each.")
-    require_finite("flow_decode", z)
-    values, arrived = decoded(settings, flow, z)
-    require_solved("flow_decode", arrived)
-    return values
+    return _decode("flow_decode", settings, flow, z)
 
 
-def flow_interpolate(source: Source, first: Any, last: Any, num: int, **options: Any) -> Any:
+def flow_interpolate(
+    source: Source,
+    first: Any,
+    last: Any,
+    num: int,
+    *,
+    sde: SDE = VP(),  # noqa: B008
+    noise_range: tuple[float, float] | None = None,
+    solver: str = "dopri8",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> Any:
     """Data between two rows, along the great circle between their latent codes [Shoemake 1985].
 
     Codes of D independent normal numbers lie near a sphere of radius √D, where a straight line between two leaves it:
-    its middle would be unlike any draw. The radius goes from that of one code to that of the other.
+    its middle would be unlike any draw. The radius goes from that of one code to that of the other. Where the codes are
+    opposite, all great circles are as short, and one of them is taken; in one dimension there is none, and the way is
+    straight.
 
     Args:
         source: as in :func:`~numpyro_score.flow_log_prob`.
         first: one event, as the data site takes it, without the axis of rows.
         last: another.
         num: how many, the two included.
-        **options: of :func:`flow_decode`.
+        sde: the diffusion.
+        noise_range: the smallest and largest noise level.
+        solver: the solver's name.
+        rtol: its relative tolerance.
+        atol: its absolute tolerance.
 
     Returns:
         Rows as the data site has them, `num` of them.
@@ -142,16 +154,59 @@ def flow_interpolate(source: Source, first: Any, last: Any, num: int, **options:
     Raises:
         TypeError, ValueError, FloatingPointError: as :func:`~numpyro_score.flow_log_prob`.
     """
-    at_least_one("flow_interpolate", "num", num)
+    num = at_least_one("flow_interpolate", "num", num)
+    for name, value in {"first": first, "last": last}.items():
+        check_rows(name, value)
+    if _shapes(first) != _shapes(last):
+        raise ValueError(
+            f"flow_interpolate got rows of shapes {_shapes(first)} and {_shapes(last)}: pass two events of one shape."
+        )
+    flow, settings = prepared("flow_interpolate", source, sde, noise_range, solver, rtol, atol, "recursive")
     ends = jax.tree.map(lambda a, b: jnp.stack([jnp.asarray(a), jnp.asarray(b)]), first, last)
-    a, b = flow_encode(source, ends, **options)
-    share = jnp.linspace(0.0, 1.0, num, dtype=a.dtype)[:, None]
+    a, b = _encode("flow_interpolate", settings, flow, ends)
+    return _decode("flow_interpolate", settings, flow, great_circle(a, b, jnp.linspace(0.0, 1.0, num, dtype=a.dtype)))
+
+
+def _shapes(event: Any) -> Any:
+    return jax.tree.map(jnp.shape, event)
+
+
+def great_circle(a: Float[Array, "d"], b: Float[Array, "d"], share: Float[Array, "n"]) -> Float[Array, "n d"]:
+    """Points between two codes at shares of the angle, at radii between theirs; a straight line in one dimension."""
+    share = share[:, None]
+    if len(a) == 1:
+        return (1 - share) * a + share * b
     sizes = jnp.linalg.norm(a), jnp.linalg.norm(b)
-    angle = jnp.arccos(jnp.clip(jnp.dot(a, b) / (sizes[0] * sizes[1]), -1.0, 1.0))
-    # As sin(s·angle)/sin(angle), also where the angle is nothing.
-    weights = [jnp.sinc(s * angle / jnp.pi) * s / jnp.sinc(angle / jnp.pi) for s in (1 - share, share)]
-    direction = weights[0] * a / sizes[0] + weights[1] * b / sizes[1]
-    return flow_decode(source, ((1 - share) * sizes[0] + share * sizes[1]) * direction, **options)
+    # A code at the centre has any direction.
+    from_, to = (v / jnp.where(s > 0, s, 1.0) for v, s in zip((a, b), sizes, strict=True))
+    from_, to = jnp.where(sizes[0] > 0, from_, to), jnp.where(sizes[1] > 0, to, from_)
+    # Which way to turn: across `from_`, made so twice, as little is left of opposite codes. An axis where nothing is.
+    across = _across(to, from_)
+    axis = _across(jnp.eye(len(a), dtype=a.dtype)[jnp.argmin(jnp.abs(from_))], from_)
+    left = jnp.linalg.norm(across)
+    turn = _across(jnp.where(left > 8 * jnp.finfo(a.dtype).eps, across, axis), from_)
+    turn /= jnp.linalg.norm(turn)
+    angle = share * jnp.arctan2(left, jnp.dot(from_, to))
+    return ((1 - share) * sizes[0] + share * sizes[1]) * (jnp.cos(angle) * from_ + jnp.sin(angle) * turn)
+
+
+def _across(v: Float[Array, "d"], unit: Float[Array, "d"]) -> Float[Array, "d"]:
+    return v - jnp.dot(v, unit) * unit
+
+
+def _encode(owner: str, settings: Settings, flow: Flow, x: Any) -> Float[Array, "n d"]:
+    rows = flow.model.energy.flatten(x)
+    require_finite(owner, rows)
+    z, arrived = _encoded(settings, flow, rows)
+    require_solved(owner, arrived)
+    return z
+
+
+def _decode(owner: str, settings: Settings, flow: Flow, z: Float[Array, "n d"]) -> Any:
+    require_finite(owner, z)
+    values, arrived = decoded(settings, flow, z)
+    require_solved(owner, arrived)
+    return values
 
 
 def _units(settings: Settings, flow: Flow) -> Float[Array, "d"]:

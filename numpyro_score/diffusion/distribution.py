@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +17,7 @@ from numpyro_score.diffusion.flow import Flow, Settings, prepared, require_solve
 from numpyro_score.diffusion.sde import SDE, VP
 from numpyro_score.diffusion.source import NoisyModel, as_data
 from numpyro_score.energy import Energy
-from numpyro_score.normaliser.coordinates import data_to_row, row_log_jacobian
+from numpyro_score.normaliser.coordinates import as_events, data_to_row, num_draws, row_log_jacobian
 from numpyro_score.normaliser.source import Source
 from numpyro_score.random import Key, as_key
 
@@ -56,6 +55,9 @@ class ScoreDistribution(dist.Distribution):
         ValueError: as :func:`~numpyro_score.flow_log_prob`; of `log_prob`, for a value of another event shape.
         FloatingPointError: of `sample` and `log_prob`, if a solution does not arrive. Where traced, as under NUTS, its
             value is NaN, which samplers take for a divergence.
+
+    Warns:
+        UserWarning: once, when it is built, as :func:`~numpyro_score.flow_log_prob`.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -95,7 +97,8 @@ class ScoreDistribution(dist.Distribution):
         self.by_score = adjoint == "score"
         name = "recursive" if self.by_score else adjoint
         owner = "ScoreDistribution"
-        self.flow, self.settings = prepared(owner, source, sde, noise_range, solver, rtol, atol, name)
+        # NumPyro's metaclass stands between the user and this.
+        self.flow, self.settings = prepared(owner, source, sde, noise_range, solver, rtol, atol, name, stacklevel=4)
         if len(arrays := self.flow.model.energy.arrays) > 1:
             raise TypeError(f"The data are several sites, {[a.name for a in arrays]}: join them in one site.")
         event = partial(as_data, self.flow.model.energy)
@@ -129,16 +132,11 @@ class ScoreDistribution(dist.Distribution):
 
     def log_prob(self, value: Any) -> Array:
         """Normalised log density of events, (..., event shape) to (...)."""
-        energy = self.flow.model.energy
-        value = jnp.asarray(value, energy.dtype)
-        batch = value.shape[: max(value.ndim - len(self.event_shape), 0)]
-        if value.shape != (*batch, *self.event_shape):
-            raise ValueError(f"The value has shape {value.shape}: pass events of shape {self.event_shape}.")
-        if self._validate_args:
-            self._validate_sample(value)
-        events = value.reshape(-1, *self.event_shape)
+        events, batch = as_events(self.flow.model.energy, self.event_shape, value)
         if not len(events):
-            return jnp.zeros(batch, energy.dtype)
+            return jnp.zeros(batch, events.dtype)
+        if self._validate_args:
+            self._validate_sample(events)
         found = (_by_score if self.by_score else _log_prob)(self.settings, self.flow, events)
         require_solved(
             "ScoreDistribution.log_prob", jnp.isfinite(found) | ~jnp.isfinite(events).reshape(len(found), -1).all(-1)
@@ -153,7 +151,7 @@ class ScoreDistribution(dist.Distribution):
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Independent draws, (sample shape, event shape), of the data with the smallest noise."""
-        n = math.prod(sample_shape)
+        n = num_draws("ScoreDistribution", sample_shape)
         shape = (*sample_shape, *self.event_shape)
         if n == 0:
             return jnp.zeros(shape, self.flow.model.dtype)

@@ -36,6 +36,7 @@ _SOLVERS = {
     "heun": diffrax.Heun,
 }
 _MAX_STEPS = 1000  # smooth densities take 10 to 30
+_MOST_CURL, _CURL_ROWS = 0.3, 16  # of the Jacobian's antisymmetric part over its symmetric one; rows looked at
 _NORMAL_FROM = 3.0  # standard deviations of the data that the largest noise should have
 
 
@@ -68,26 +69,37 @@ def prepared(
     rtol: float,
     atol: float,
     adjoint: str,
+    stacklevel: int = 3,
 ) -> tuple[Flow, Settings]:
-    """The flow of a source, and what is static of it; see :func:`flow_log_prob` for arguments and errors."""
+    """The flow of a source, and what is static of it; see :func:`flow_log_prob` for arguments, errors and warnings."""
     for what, known, name in (("solver", _SOLVERS, solver), ("adjoint", _ADJOINTS, adjoint)):
         if name not in known:
             raise ValueError(f"{owner} has no {what} {name!r}: use {', '.join(map(repr, known))}.")
     positive(owner, "rtol", rtol)
     positive(owner, "atol", atol)
+    if rtol >= 1:
+        raise ValueError(f"{owner} needs an rtol below 1, the error of a number over the number itself, got {rtol}.")
+    if sde is None:
+        raise TypeError(f"{owner} needs a diffusion such as sde=VP(), got None.")
     model = noisy_model(owner, source)
     low, high = shared_noise_range(owner, source, sde, noise_range)
     energy, dtype = model.energy, model.dtype
     if energy.is_concrete:
         with jax.ensure_compile_time_eval():
-            end = end_law(*data_rows(energy), dtype)
+            rows, weights = data_rows(energy)
+            end = end_law(rows, weights, dtype)
             scale = float(jnp.sqrt(end.variances[-1]))
+        if atol >= (spread := float(np.hypot(scale, low))):
+            raise ValueError(
+                f"{owner} needs an atol below the spread of the data with the least noise, {spread:.3g}, got {atol}: "
+                "take a thousandth of it or less."
+            )
         if high < _NORMAL_FROM * scale:
             warnings.warn(
                 f"The largest noise level, {high:.3g}, is {high / scale:.2g} times the data's standard deviation of "
                 f"{scale:.3g}, where {owner} takes the noisy data to be normal, which they may not be yet: take larger "
                 "levels, or standardise the data.",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
     else:  # to be differentiated in its parameters, on which the data do not depend
         end = jax.lax.stop_gradient(end_law(*energy.data_and_weights(), dtype))
@@ -97,7 +109,30 @@ def prepared(
         levels = jnp.asarray([low, high], dtype)
         times = _times(sde, levels)
         tolerances = jnp.asarray([rtol, atol], dtype)
+        if energy.is_concrete and not energy.has_density:
+            _warn_of_curl(owner, one, jnp.asarray(rows[:_CURL_ROWS], dtype), levels[0], stacklevel + 1)
     return Flow(one, end, times[0], times[1], levels[0], tolerances[0], tolerances[1]), Settings(sde, solver, adjoint)
+
+
+def _warn_of_curl(
+    owner: str, model: NoisyModel, x: Float[Array, "n d"], rho: Float[Array, ""], stacklevel: int
+) -> None:
+    """Warns of a score that is far from a gradient at the smallest noise."""
+    share = float(jnp.median(_curl_shares(model, x, rho)))
+    if share > _MOST_CURL:
+        warnings.warn(
+            f"The score is not a gradient: the antisymmetric part of its Jacobian is {share:.0%} of the symmetric one "
+            f"at the smallest noise (median of the first rows of the data). What {owner} gives is of the law that "
+            "the flow draws, and no energy with this score has its density.",
+            stacklevel=stacklevel,
+        )
+
+
+@jax.jit
+def _curl_shares(model: NoisyModel, x: Float[Array, "n d"], rho: Float[Array, ""]) -> Float[Array, "n"]:
+    jacobian = jax.vmap(jax.jacfwd(lambda u: model.score(u[None], rho)[0]))(x)
+    other = jnp.swapaxes(jacobian, -1, -2)
+    return jnp.linalg.norm(jacobian - other, axis=(-1, -2)) / jnp.linalg.norm(jacobian + other, axis=(-1, -2))
 
 
 _times = jax.jit(time_at, static_argnums=0)  # its loop would be compiled at every call

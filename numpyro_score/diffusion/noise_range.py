@@ -10,6 +10,7 @@ import numpy as np
 
 from numpyro_score.diffusion.sde import SDE, noise_at
 from numpyro_score.diffusion.source import noise_range_of
+from numpyro_score.losses.base import as_numbers
 from numpyro_score.normaliser.source import Source
 
 __all__ = ["shared_noise_range"]
@@ -25,8 +26,8 @@ def shared_noise_range(owner: str, source: Source, sde: SDE | None, noise_range:
         noise_range: what the user asked for, if anything.
 
     Raises:
-        TypeError: if the levels of the model are not known and not given, or `sde` is no diffusion.
-        ValueError: if the levels asked for are not known to the model or not reached.
+        TypeError: if the levels of the model are not known and not given, or no numbers, or `sde` is no diffusion.
+        ValueError: if the levels asked for do not rise, or are not known to the model or not reached.
     """
     least, most = (0.0, np.inf) if sde is None else _reach(owner, sde)
     known = noise_range_of(source)
@@ -44,10 +45,13 @@ def shared_noise_range(owner: str, source: Source, sde: SDE | None, noise_range:
                 "passes them."
             )
         return low, high
-    given = np.asarray(noise_range, np.float64)
-    if given.shape != (2,) or not 0 < given[0] < given[1] < np.inf:
+    given = as_numbers(owner, "noise_range=(smallest, largest)", noise_range)
+    if given.shape != (2,) or not (np.isfinite(given).all() and (given > 0).all()):
         raise ValueError(f"{owner} needs noise_range=(smallest, largest) of positive numbers, got {noise_range!r}.")
     low, high = (float(v) for v in given)
+    if not low < high:
+        order = f"write ({high:g}, {low:g})" if low > high else "take a larger one"
+        raise ValueError(f"{owner} needs noise_range=(smallest, largest), and the largest is {high:g}: {order}.")
     if known is not None and (low < known[0] * (1 - 1e-5) or high > known[1] * (1 + 1e-5)):
         raise ValueError(
             f"noise_range goes from {low:.3g} to {high:.3g}, but the fit has seen {known[0]:.3g} to {known[1]:.3g}: "

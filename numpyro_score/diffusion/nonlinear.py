@@ -6,12 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score import random
 from numpyro_score.diffusion.chains import advance, require_finite, run_chains, start
+from numpyro_score.energy import check_rows, rows_text
+from numpyro_score.losses.base import as_numbers, true_or_false
 from numpyro_score.programs import compiled
 from numpyro_score.random import Key, as_key
 
@@ -53,7 +56,9 @@ def reverse_sde(
         Draws at `times[-1]`, (N, D).
 
     Raises:
-        ValueError: for times that do not fall, or x that is not rows of finite numbers.
+        TypeError: for what is no function, no numbers, or x of less than single precision.
+        ValueError: for times that do not fall, x that is not rows of finite numbers, or functions that return another
+            shape.
         FloatingPointError: if a draw is not finite, naming the step and the chains.
 
     Example:
@@ -65,20 +70,34 @@ def reverse_sde(
         True
     """
     key = as_key(rng_key, "write reverse_sde(drift, diffusion, score, jax.random.key(0), x, times)")
+    true_or_false("reverse_sde", progress_bar=progress_bar)
+    for name, given in {"drift": drift, "diffusion": diffusion, "score": score}.items():
+        if not callable(given):
+            raise TypeError(f"reverse_sde needs a function as {name}, got {given!r}: write e.g. lambda t: {given!r}.")
+    check_rows("x", x)
     real = jnp.result_type(float)
-    t, x = np.asarray(times, np.float64), jnp.asarray(x, real)
+    t, x = as_numbers("reverse_sde", "times", times), jnp.asarray(x, real)
     if t.ndim != 1 or len(t) < 2 or not (np.isfinite(t).all() and (np.diff(t) < 0).all()):
         raise ValueError("reverse_sde needs at least two times that fall, from that of x to the past.")
-    if x.ndim != 2 or not jnp.isfinite(x).all():
-        raise ValueError(f"reverse_sde needs finite rows x of shape (N, D), got shape {x.shape}.")
+    if x.ndim != 2:
+        raise ValueError(f"reverse_sde needs rows x of shape (N, D), got shape {x.shape}.")
+    if not isinstance(x, jax.core.Tracer) and (bad := rows_text(~np.isfinite(np.asarray(x)).all(-1))):
+        raise ValueError(f"reverse_sde got {bad} of x with NaN or infinity: pass finite rows.")
 
     def step(_: Any, now: tuple[Array, Array], x: Array, past: Array, key: Array) -> tuple[Array, Array]:
         t, dt = now
-        g = jnp.asarray(diffusion(t), x.dtype)
-        slope = drift(x, t) - g**2 * score(x, t)
-        if slope.shape != x.shape:
-            raise ValueError(f"drift and score gave shape {slope.shape} for rows of shape {x.shape}: return the same.")
-        return x - slope * dt + g * jnp.sqrt(dt) * random.normal(key, x.shape, x.dtype), past
+        g, f, s = jnp.asarray(diffusion(t), x.dtype), drift(x, t), score(x, t)
+        if g.shape not in ((), x.shape[1:]):
+            raise ValueError(
+                f"reverse_sde's diffusion gave shape {g.shape}: return one number, or one for each coordinate, "
+                f"{x.shape[1:]}."
+            )
+        for name, value in {"drift": f, "score": s}.items():
+            if jnp.shape(value) != x.shape:
+                raise ValueError(
+                    f"reverse_sde's {name} gave shape {jnp.shape(value)} for rows of shape {x.shape}: return the same."
+                )
+        return x - (f - g**2 * s) * dt + g * jnp.sqrt(dt) * random.normal(key, x.shape, x.dtype), past
 
     plan = (jnp.asarray(t[:-1], real), jnp.asarray(-np.diff(t), real))
     state, last = start(x), jnp.asarray(0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from numpyro_score.energy import AnyArray
-from numpyro_score.losses.base import positive
+from numpyro_score.losses.base import as_numbers, positive
 
 __all__ = ["preconditioned_energy", "preconditioned_score"]
 
@@ -44,7 +46,8 @@ def preconditioned_score(
         sigma_data: σ_d, the standard deviation of a number of the data without noise.
 
     Raises:
-        ValueError: if the network's output, or sigma, has another shape; if sigma_data is not positive.
+        ValueError: if the network's output, or sigma, has another shape; if sigma_data, or a level that is not
+            traced, is not positive.
     """
     x, scaled, sigma, noise = _inputs("preconditioned_score", x, sigma, sigma_data)
     output = network(scaled, noise)
@@ -92,6 +95,11 @@ def preconditioned_energy(
 def _inputs(owner: str, x: ArrayLike, sigma: ArrayLike, sigma_data: float) -> tuple[Array, Array, Array, Array]:
     """The data, what the network sees of them, the level of each row and what the network sees of it."""
     positive(owner, "sigma_data, the standard deviation of the data", sigma_data)
+    if not isinstance(sigma, jax.core.Tracer):
+        levels = as_numbers(owner, "sigma", sigma).reshape(-1)
+        if not (np.isfinite(levels).all() and (levels > 0).all()):
+            bad = levels[~(np.isfinite(levels) & (levels > 0))][0]
+            raise ValueError(f"{owner} needs positive noise levels as sigma, got {bad:g}: its score is infinite at 0.")
     x, sigma = jnp.asarray(x), jnp.asarray(sigma)
     if not x.ndim or sigma.shape not in ((), x.shape[:1]):
         raise ValueError(

@@ -20,11 +20,13 @@ from numpyro_score.diffusion.sde import SDE
 from numpyro_score.diffusion.source import NoisyModel, as_data, data_rows, noisy_model
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.energy import plural
-from numpyro_score.losses.base import at_least_one
+from numpyro_score.losses.base import at_least_one, true_or_false
 from numpyro_score.normaliser.source import Source
 from numpyro_score.random import Key, as_key
 
 __all__ = ["Diffused", "diffuse", "field_of"]
+
+_STEPS = 32
 
 
 class Diffused(NamedTuple):
@@ -48,7 +50,7 @@ def diffuse(
     *,
     sde: SDE | None = None,
     method: str | Method = "dpm++2m",
-    num_steps: int = 32,
+    num_steps: int | None = None,
     grid: Any = "karras",
     noise_range: tuple[float, float] | None = None,
     denoise: bool = False,
@@ -80,7 +82,7 @@ def diffuse(
         num_samples: N, the number of draws, each a chain of its own.
         sde: the diffusion; by default that of Karras et al. 2022, with α = 1 and σ = t.
         method: a name above or a method.
-        num_steps: S.
+        num_steps: S, 32 if not given; not with the levels themselves as grid, unless they are as many.
         grid: where the levels are: "karras", even in ρ^(1/7); "log_snr", even in log ρ; "uniform", even in t; or the
             S + 1 levels themselves, falling.
         noise_range: the smallest and largest level; by default all that the fit has seen and the SDE reaches.
@@ -89,11 +91,13 @@ def diffuse(
         trajectory: whether to keep the chains at all levels, before the mean of the data is taken.
         sharding: over which devices to split the chains, e.g. `NamedSharding(mesh, PartitionSpec("chains"))`.
         progress_bar: whether to show one. Calls with and without it share one compiled program, as do those with
-            other parameters, keys, levels and settings.
+            other parameters, keys, levels and settings of the method. Another `sde`, or the same with other numbers,
+            compiles the few lines that place its levels.
 
     Raises:
         TypeError, ValueError: for a model without `sigma`, levels that the fit has not seen or the SDE does not reach,
-            bounded data, and methods that cannot use their grid.
+            bounded data, methods that cannot use their grid or number of steps, and chains that `sharding` cannot split
+            evenly.
         FloatingPointError: if a draw is not finite, naming the step and the chains. Under `jax.vmap` or `jax.jit` over
             keys, which work, the draws are then NaN.
 
@@ -113,13 +117,21 @@ def diffuse(
         >>> bool(abs(found.draws.std() - 1) < 0.03), found.num_calls
         (True, 32)
     """
-    at_least_one("diffuse", "num_samples", num_samples)
+    num_samples = at_least_one("diffuse", "num_samples", num_samples)
+    true_or_false("diffuse", denoise=denoise, trajectory=trajectory, progress_bar=progress_bar)
     key = as_key(rng_key, "write diffuse(fit, jax.random.key(0), 1000)")
     model, method = noisy_model("diffuse", source), method_named(method)
     if not model.energy.is_concrete:
         raise TypeError("The energy is traced by a JAX transformation: only the key of diffuse may be.")
     with jax.ensure_compile_time_eval():  # also while a key is traced by jax.jit
-        levels = levels_on(sde, grid, num_steps, shared_noise_range("diffuse", source, sde, noise_range))
+        ends = shared_noise_range("diffuse", source, sde, noise_range)
+        levels = levels_on(sde, grid, _STEPS if num_steps is None else num_steps, ends)
+        if num_steps is not None and num_steps != levels.num_steps:
+            raise ValueError(
+                f"diffuse got num_steps={num_steps} and a grid of {levels.num_steps + 1} levels, which are "
+                f"{plural(levels.num_steps, 'step')}: leave num_steps out."
+            )
+        _check_sharding(sharding, (num_samples, model.dim))
         field = field_of(model)
         _warn_of_structure(field, levels.rho[0])
         plan = jax.tree.map(lambda v: jnp.asarray(v, model.dtype), method.plan(levels, field.end))
@@ -148,6 +160,23 @@ _advance = jax.jit(advance, static_argnums=0)
 @jax.jit
 def _denoised(field: Field, u: Float[Array, "n d"], rho: Float[Array, ""]) -> Float[Array, "n d"]:
     return field.denoised(u, rho)
+
+
+def _check_sharding(sharding: Any, shape: tuple[int, int]) -> None:
+    if sharding is None:
+        return
+    if not isinstance(sharding, jax.sharding.Sharding):
+        raise TypeError(
+            f"diffuse needs a sharding such as NamedSharding(mesh, PartitionSpec('chains')), got {sharding!r}."
+        )
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        n = len(sharding.device_set)
+        raise ValueError(
+            f"diffuse cannot split num_samples={shape[0]} chains evenly over the {n} devices of the sharding: take a "
+            f"multiple of {n}, and split the chains alone, not their {plural(shape[1], 'number')}."
+        ) from error
 
 
 def _warn_of_structure(field: Field, largest: float) -> None:

@@ -56,7 +56,7 @@ class VE:
     largest: float = 50.0
 
     def __post_init__(self) -> None:
-        _check_ends("VE", self.smallest, self.largest)
+        _check_ends(type(self).__name__, self.smallest, self.largest)
 
     final_time = 1.0
 
@@ -80,7 +80,7 @@ class VP:
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        _check_ends("VP", self.beta_min, self.beta_max, "beta_min", "beta_max")
+        _check_ends(type(self).__name__, self.beta_min, self.beta_max, "beta_min", "beta_max")
 
     final_time = 1.0
 
@@ -113,7 +113,7 @@ class EDM:
     largest: float = 80.0
 
     def __post_init__(self) -> None:
-        positive("EDM", "largest", self.largest)
+        positive(type(self).__name__, "largest", self.largest)
 
     @property
     def final_time(self) -> float:
@@ -139,7 +139,8 @@ class LinearSDE:
         final_time: where the noise is largest.
 
     Raises:
-        ValueError: if σ/α does not grow, or is not finite and positive inside.
+        TypeError: for what is no function.
+        ValueError: if σ/α does not grow, or is not finite and positive inside, or a function changes the shape of t.
     """
 
     alpha: Callable[[Time], Time]
@@ -149,6 +150,15 @@ class LinearSDE:
     def __post_init__(self) -> None:
         positive("LinearSDE", "final_time", self.final_time)
         t = jnp.linspace(0.0, self.final_time, 1001)[1:]
+        for name in ("alpha", "sigma"):
+            function = getattr(self, name)
+            if not callable(function):
+                raise TypeError(f"LinearSDE needs a function of t as {name}, got {function!r}: write lambda t: ...")
+            if (shape := jnp.shape(function(t))) != t.shape:
+                raise ValueError(
+                    f"LinearSDE's {name} gave shape {shape} for times of shape {t.shape}: return one number for each, "
+                    "e.g. jnp.ones_like(t)."
+                )
         rho = self.sigma(t) / self.alpha(t)
         wrong = ~(jnp.isfinite(rho) & (rho > 0) & jnp.r_[True, jnp.diff(rho) > 0])
         if wrong.any():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy, takes_keyword
+from numpyro_score.energy import Energy, plural, rows_text, takes_keyword
 from numpyro_score.losses import ContinuousDSM
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.normaliser.coordinates import row_to_data
@@ -119,15 +119,15 @@ def noise_range_of(source: Source) -> tuple[float, float] | None:
 def data_rows(energy: Energy) -> tuple[np.ndarray, np.ndarray]:
     """The data (N, D) and their weights (N,) in double precision, without rows that do not count.
 
-    Raises ValueError if none counts, or one is not finite.
+    Raises ValueError if none counts, or one is not finite, naming site and rows.
     """
     x, weights = (np.asarray(v, np.float64) for v in jax.device_get(jax.jit(Energy.data_and_weights)(energy)))
     used = weights > 0
-    if not used.any() or not np.isfinite(x[used]).all():
-        raise ValueError(
-            f"Of the energy's {len(x)} rows {used.sum()} count and {np.isfinite(x[used]).all(-1).sum()} of these are "
-            "finite: bind it to finite data, whose mean and covariance say where noise begins."
-        )
+    names, why = ", ".join(repr(a.name) for a in energy.arrays), "whose mean and covariance say where noise begins"
+    if not used.any():
+        raise ValueError(f"All {plural(len(x), 'row')} of {names} have weight zero: bind the energy to data, {why}.")
+    if bad := rows_text(used & ~np.isfinite(x).all(-1)):
+        raise ValueError(f"Data {names} have NaN or infinity in {bad}: bind the energy to finite data, {why}.")
     return x[used], weights[used]
 
 

@@ -153,7 +153,7 @@ def draw(law: Law, other: Law, rng_key: Key | None, num_samples: int) -> Draws:
     space = law.energy if law.energy is not None else other.energy
     if law.given is not None:
         return _given_rows(law, space)
-    at_least_one("The divergence", "num_samples", num_samples)
+    num_samples = at_least_one("The divergence", "num_samples", num_samples)
     if rng_key is None:
         raise TypeError(f"{law.name} is to be drawn from: pass rng_key=jax.random.key(...), or ({law.name}, draws).")
     rng_key = as_key(rng_key)

@@ -85,7 +85,7 @@ def kernel_stein_discrepancy(
         True
     """
     owner = "kernel_stein_discrepancy"
-    at_least_one(owner, "num_bootstrap", num_bootstrap)
+    num_bootstrap = at_least_one(owner, "num_bootstrap", num_bootstrap)
     if bandwidth is not None:
         positive(owner, "bandwidth", bandwidth)
     p, q = read_pair(owner, p, q)

@@ -15,6 +15,7 @@ from numpyro_score.energy.score_terms import curl, score_factor
 from numpyro_score.energy.supports import base_constraint, base_law, innermost, make_frame
 from numpyro_score.energy.text import numbered, plural, rows_text
 from numpyro_score.energy.trace import Parameters, Sealed, Site
+from numpyro_score.energy.values import check_rows
 
 __all__ = [
     "AnyArray",
@@ -26,6 +27,7 @@ __all__ = [
     "base_constraint",
     "base_law",
     "check_arguments",
+    "check_rows",
     "curl",
     "depends_on_inputs",
     "evaluate_for_check",

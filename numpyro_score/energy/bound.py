@@ -34,7 +34,7 @@ from numpyro_score.energy.layout import (
 from numpyro_score.energy.rows import assemble
 from numpyro_score.energy.supports import Block, can_be_outside, outside
 from numpyro_score.energy.trace import is_observed_sample, term_log_prob
-from numpyro_score.energy.values import check_argument
+from numpyro_score.energy.values import check_argument, check_rows
 
 __all__ = ["BoundModel"]
 
@@ -167,7 +167,7 @@ class BoundModel(ModelAtValues):
         """
         values, columns = by_name(self._layout, values), []
         for a in self._layout.arrays:
-            check_argument(a.name, values[a.name])
+            check_rows(a.name, values[a.name])
             value = jnp.asarray(values[a.name], self.dtype)
             check_row_shape(a, value.shape)
             value = a.support.to_coordinates(value)
@@ -221,6 +221,7 @@ class BoundModel(ModelAtValues):
 
     def at(self: M, x: Float[AnyArray, "n d"]) -> M:
         """The same density with `x` as its data; another number of rows needs :attr:`resizable`."""
+        check_rows("x", x)
         x = jnp.asarray(x, self.dtype)
         n = x.shape[0]
         if x.shape != (n, self.dim):

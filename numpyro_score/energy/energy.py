@@ -14,7 +14,7 @@ from numpyro_score import operators
 from numpyro_score.energy.base import AnyArray
 from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.check import check
-from numpyro_score.energy.values import check_argument
+from numpyro_score.energy.values import check_rows
 
 __all__ = ["Energy"]
 
@@ -95,7 +95,7 @@ class Energy(BoundModel):
 
     def _over_rows(self, f: Callable[..., Any], x: Any) -> Any:
         """Applies a function of (M, D) rows to x of any leading shape."""
-        check_argument("x", x)
+        check_rows("x", x)
         x = jnp.asarray(x, self.dtype)
         if x.ndim == 0 or x.shape[-1] != self.dim or x.size == 0:
             raise ValueError(f"x has shape {x.shape}, but a row has {self.dim} numbers: pass (..., {self.dim}).")

@@ -20,6 +20,7 @@ from numpyro.distributions import constraints
 from numpyro_score.energy.dependence import depends_on_inputs
 from numpyro_score.energy.supports import Block, Shape, Support, base_constraint, limits, row_width
 from numpyro_score.energy.trace import Recorder, Site, is_factor, is_observed_sample, unwrap
+from numpyro_score.energy.values import check_precision
 
 Trace = dict[str, Site]
 
@@ -151,6 +152,7 @@ def find_arrays(
                 f"Data {kind} '{a.name}' holds {jnp.result_type(value)} values: score matching differentiates in "
                 f"the data, so pass floats, e.g. {floats}."
             )
+        check_precision(f"Data {kind} '{a.name}'", a.name, jnp.result_type(value))
         if 0 in a.shape:
             raise ValueError(
                 f"Data {kind} '{a.name}' is empty, of shape {a.shape}: pass at least one row of one number."

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
-__all__ = ["check_argument", "check_list", "check_observed"]
+__all__ = ["check_argument", "check_list", "check_observed", "check_precision", "check_rows"]
 
 
 def check_argument(name: str, value: Any) -> None:
@@ -53,6 +54,27 @@ def _check_array(what: str, name: str, array: np.ndarray) -> None:
         raise TypeError(
             f"{what} is a structured array with the fields {', '.join(array.dtype.names)}: pass numbers, e.g. "
             f"np.lib.recfunctions.structured_to_unstructured({name})."
+        )
+
+
+def check_rows(name: str, value: Any) -> None:
+    """Raises TypeError for what cannot be rows of data, or holds them in too few digits."""
+    check_argument(name, value)
+    if value is None:
+        raise TypeError(f"'{name}' is None: pass an array of numbers.")
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, str | bytes):
+            raise TypeError(f"'{name}' has {leaf!r} in the place of a number: pass an array of numbers.")
+        if hasattr(leaf, "dtype"):
+            check_precision(f"'{name}'", name, leaf.dtype)
+
+
+def check_precision(what: str, name: str, dtype: Any) -> None:
+    """Raises TypeError for floats of less than single precision, in which differences of data are lost."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        raise TypeError(
+            f"{what} holds {dtype} values, which have three digits or fewer: pass data in single precision, "
+            f"{name}.astype('float32'), and let the model alone compute in {dtype}."
         )
 
 

@@ -29,6 +29,10 @@ class NormalisedDensity(Protocol):
 
     smallest_sigma: Any
 
+    @property
+    def energy(self) -> Energy:
+        """The model that it is the density of."""
+
     def log_prob_at(self, params: dict[str, Any], x: Float[Array, "n d"]) -> Float[Array, "s n"]:
         """Log densities of rows (N, D) at each of S values of the parameters."""
 
@@ -67,7 +71,23 @@ def fit_groups(
 
 
 def _by_density(energy: Energy, draws: dict[str, Any], density: NormalisedDensity, chains: int) -> xr.Dataset:
-    """Log densities of the data that count, at each draw."""
+    """Log densities of the data that count, at each draw.
+
+    Raises:
+        ValueError: if the density is of another model or fit.
+    """
+    own, other = energy.params, density.energy.params
+    if density.energy.model is not energy.model or own.keys() != other.keys():
+        raise ValueError(
+            f"log_partition is a {type(density).__name__} of another model than the fit's: pass "
+            f"{type(density).__name__}(fit)."
+        )
+    for name, value in own.items():
+        if not jax.tree.all(jax.tree.map(np.array_equal, value, other[name])):
+            raise ValueError(
+                f"log_partition is a {type(density).__name__} of another fit, whose '{name}' is another: pass "
+                f"{type(density).__name__}(fit)."
+            )
     x, weights = jax.device_get(jax.jit(Energy.data_and_weights)(energy))
     (used,) = np.nonzero(weights)
     values = density.log_prob_at({k: v for k, v in draws.items() if k in energy.params}, jnp.asarray(x[used]))

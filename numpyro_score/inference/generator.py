@@ -111,8 +111,8 @@ class DenoisingGenerator(Compiling):
         critic_steps: int = 5,
         batch_size: int = 256,
     ) -> None:
-        at_least_one("DenoisingGenerator", "critic_steps", critic_steps)
-        at_least_one("DenoisingGenerator", "batch_size", batch_size)
+        critic_steps = at_least_one("DenoisingGenerator", "critic_steps", critic_steps)
+        batch_size = at_least_one("DenoisingGenerator", "batch_size", batch_size)
         if batch_size < 2:
             raise ValueError(f"DenoisingGenerator needs batch_size of at least 2, got {batch_size}.")
         positive("DenoisingGenerator", "sigma", sigma)
@@ -189,7 +189,7 @@ class DenoisingGenerator(Compiling):
             FloatingPointError: as soon as a divergence is not finite.
         """
         rng_key = as_key(rng_key, "write run(jax.random.key(0), target, params)")
-        at_least_one("DenoisingGenerator.run", "num_steps", num_steps)
+        num_steps = at_least_one("DenoisingGenerator.run", "num_steps", num_steps)
         if not isinstance(target, Energy):
             raise TypeError(f"The target must be an Energy, such as fit.energy, got {type(target).__name__}.")
         _require_real("target", target)

@@ -22,6 +22,7 @@ from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.export import NormalisedDensity, fit_groups
 from numpyro_score.inference.files import save_fit
 from numpyro_score.losses import Loss
+from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser import LogPartition
 from numpyro_score.printed import values_with_errors
 from numpyro_score.random import Key, as_key
@@ -214,7 +215,7 @@ class ScoreMatchingResult:
         A point fit is drawn from N(estimate, sandwich) in unconstrained space; other guides from the guide itself,
         with the model's params at their estimates. Deterministic sites are computed from the draws.
         """
-        rng_key = as_key(rng_key)
+        rng_key, n = as_key(rng_key), at_least_one("sample_posterior", "n", n)
         if self.is_point:
             return self.with_deterministic(self.coordinates.draw(rng_key, self.curvature.covariance, n))
         draws = self._draw_from_guide(rng_key, n)
@@ -247,6 +248,7 @@ class ScoreMatchingResult:
     ) -> Any:
         """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
         rng_key = as_key(0 if rng_key is None else rng_key)
+        num_samples = at_least_one("to_arviz", "num_samples", num_samples)
         return as_arviz(fit_groups(self, rng_key, num_samples, log_partition), coords, dims)
 
     def save(self, path: str | os.PathLike[str], *, data: bool = True) -> None:

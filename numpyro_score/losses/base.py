@@ -14,10 +14,12 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy, Kink, find_kink
+from numpyro_score.random import integer
 
 __all__ = [
     "SMOOTH_FORM",
     "Loss",
+    "as_numbers",
     "at_least_one",
     "check_settings",
     "declare_sites",
@@ -28,8 +30,10 @@ __all__ = [
     "required",
     "row_losses",
     "rows_in_cache",
+    "set_counts",
     "total_loss",
     "total_loss_and_memory",
+    "true_or_false",
 ]
 
 
@@ -83,12 +87,42 @@ def positive(owner: str, name: str, value: Any) -> None:
         raise ValueError(f"{owner} needs a positive {name}, got {value}.")
 
 
-def at_least_one(owner: str, name: str, value: Any) -> None:
-    """Raises unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+def as_numbers(owner: str, name: str, value: Any) -> np.ndarray:
+    """The value as an array in double precision; raises TypeError for what holds no numbers, True and text included."""
+    leaves = jax.tree.leaves(value)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise TypeError(f"{owner} got a traced {name}: give its values outside of jit, grad and vmap.")
+    for leaf in leaves:
+        dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
+        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+            raise TypeError(f"{owner} needs numbers as {name}, got {value!r}.")
+    try:
+        return np.asarray(value, np.float64)
+    except (TypeError, ValueError):  # rows of several lengths, dictionaries
+        raise TypeError(f"{owner} needs one array of numbers as {name}, got {value!r}.") from None
+
+
+def at_least_one(owner: str, name: str, value: Any) -> int:
+    """The value as an integer, of which arrays of no axes may hold one; raises unless it is one of at least 1."""
+    number = integer(value)
+    if number is None:
         raise TypeError(f"{owner} needs an integer as {name}, got {value!r}.")
-    if value < 1:
+    if number < 1:
         raise ValueError(f"{owner} needs a {name} of at least 1, got {value}.")
+    return number
+
+
+def set_counts(loss: Any, *names: str) -> None:
+    """:func:`at_least_one` of a loss's settings, which become the integers."""
+    for name in names:
+        object.__setattr__(loss, name, at_least_one(type(loss).__name__, name, getattr(loss, name)))
+
+
+def true_or_false(owner: str, **flags: Any) -> None:
+    """Raises TypeError for a flag that is neither, such as a word or a number, which Python would take for true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{owner} needs True or False as {name}, got {value!r}.")
 
 
 def require_equal_rows(energy: Energy, owner: str) -> None:

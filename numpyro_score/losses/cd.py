@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
 from numpyro_score.kernels.langevin import Chains, LogDensity
-from numpyro_score.losses.base import at_least_one, required
+from numpyro_score.losses.base import required, set_counts
 from numpyro_score.losses.terms import require_flat
 
 __all__ = ["CD", "ChainKernel", "check_kernel", "run_chains"]
@@ -104,7 +104,7 @@ class CD:
             self.kernel,
             "the step of its chains: start from CD(kernel=MALA(step_size=0.1 * float(x.var()))), in units of x²",
         )
-        at_least_one("CD", "num_steps", self.num_steps)
+        set_counts(self, "num_steps")
         check_kernel("CD", self.kernel)
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:

@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import positive, required, rows_in_cache
-from numpyro_score.losses.dsm import DSM, at_levels, denoising_values
+from numpyro_score.losses.base import positive, required, rows_in_cache, true_or_false
+from numpyro_score.losses.dsm import DSM, at_levels, check_weighting, denoising_values
 from numpyro_score.losses.terms import require_flat
 
 __all__ = ["ContinuousDSM"]
@@ -70,8 +70,9 @@ class ContinuousDSM:
         allow_kinks: as in :class:`~numpyro_score.DSM`.
 
     Raises:
-        ValueError, TypeError: if the levels are not positive and in order, the weighting is not known, or "edm" lacks
-            `sigma_data` or gives the range no weight; if the model takes no `sigma` or its arguments give one already.
+        ValueError, TypeError: if the levels are not positive and in order; if the weighting is not known, or a function
+            that does not give numbers of at least 0, or "edm" lacks `sigma_data` or gives the range no weight; if the
+            model takes no `sigma` or its arguments give one already.
     """
 
     smallest: float = None  # type: ignore[assignment]
@@ -85,6 +86,8 @@ class ContinuousDSM:
     no_moving_kinks: ClassVar[str] = DSM.no_moving_kinks
 
     def __post_init__(self) -> None:
+        flags = ("stratified", "antithetic", "allow_kinks")
+        true_or_false("ContinuousDSM", **{name: getattr(self, name) for name in flags})
         for name in ("smallest", "largest"):
             value, what = getattr(self, name), "a noise level in the units of the data"
             required("ContinuousDSM", name, value, f"{what}, e.g. ContinuousDSM(0.01, 50.0)")
@@ -109,7 +112,9 @@ class ContinuousDSM:
                 )
         elif self.sigma_data is not None:
             raise ValueError('ContinuousDSM takes sigma_data with weighting="edm" only: leave it out.')
-        elif not callable(self.weighting) and self.weighting not in ("likelihood", "uniform"):
+        elif callable(self.weighting):
+            check_weighting("ContinuousDSM", self.weighting, np.geomspace(self.smallest, self.largest, 65))
+        elif self.weighting not in ("likelihood", "uniform"):
             raise ValueError(
                 f"ContinuousDSM has no weighting {self.weighting!r}: use 'likelihood', 'uniform', 'edm' or a function "
                 "of the level."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score import random
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import at_least_one, positive, required, rows_in_cache
+from numpyro_score.losses.base import at_least_one, positive, required, rows_in_cache, true_or_false
 from numpyro_score.losses.terms import require_flat
 
 __all__ = ["DSM", "at_levels", "denoising_values", "geometric_levels"]
@@ -50,8 +50,9 @@ class DSM:
         allow_kinks: do not look for jumps of the score whose place depends on the parameters, which bias the gradient.
 
     Raises:
-        ValueError, TypeError: if sigma is not made of positive numbers; for several levels, if the model takes no
-            `sigma` or its arguments give one already; for one level, if the model's `sigma` is left at its default.
+        ValueError, TypeError: if sigma is not made of positive numbers, or weighting does not give numbers of at least
+            0; for several levels, if the model takes no `sigma` or its arguments give one already; for one level, if
+            the model's `sigma` is left at its default.
     """
 
     sigma: float | Array | tuple[float, ...] = None  # type: ignore[assignment]
@@ -83,6 +84,10 @@ class DSM:
             positive("DSM", "sigma, in the units of the data", level)
         if self.levels not in ("sampled", "all"):
             raise ValueError(f"DSM has no levels {self.levels!r}: use 'sampled' or 'all'.")
+        flags = ("control_variate", "antithetic", "allow_kinks")
+        true_or_false("DSM", **{name: getattr(self, name) for name in flags})
+        if self.weighting is not None and not isinstance(self.sigma, jax.core.Tracer):
+            check_weighting("DSM", self.weighting, self.sigma)
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
@@ -122,6 +127,27 @@ class DSM:
         """What fits the cache."""
         levels = len(self.sigma) if isinstance(self.sigma, tuple) and self.levels == "all" else 1
         return rows_in_cache(energy, levels)
+
+
+def check_weighting(owner: str, weighting: Any, levels: Any) -> None:
+    """Raises for a weighting that is no function, or that gives no number of at least 0 at some level."""
+    if not callable(weighting):
+        raise TypeError(f"{owner} needs a function of the level as weighting, got {weighting!r}.")
+    with jax.ensure_compile_time_eval():
+        weights = weighting(jnp.asarray(levels, jnp.result_type(float)))
+    if isinstance(weights, jax.core.Tracer):
+        return
+    weights = np.asarray(weights)
+    if not np.issubdtype(weights.dtype, np.number):
+        raise TypeError(f"{owner}'s weighting gave {weights.dtype} in the place of numbers: return one for each level.")
+    wrong = ~(np.isfinite(weights) & (weights >= 0)).reshape(-1)
+    if wrong.any() or not weights.any():
+        i = int(np.argmax(wrong))
+        level = np.ravel(levels)[min(i, np.size(levels) - 1)]
+        raise ValueError(
+            f"{owner}'s weighting gave {weights.reshape(-1)[i]:.3g} at the level {level:.3g}: return a finite number "
+            "of at least 0 for each level, and more for some, as negative weights fit what the data are not."
+        )
 
 
 def at_levels(owner: str, energy: Energy, sigma: Float[Array, "n"]) -> Energy:
@@ -174,7 +200,7 @@ def geometric_levels(largest: float, smallest: float, num: int) -> tuple[float, 
     """
     positive("geometric_levels", "largest", largest)
     positive("geometric_levels", "smallest", smallest)
-    at_least_one("geometric_levels", "num", num)
+    num = at_least_one("geometric_levels", "num", num)
     if not largest > smallest or num < 2:
         raise ValueError(
             f"geometric_levels needs largest > smallest and at least two levels, got {largest}, {smallest} and {num}."

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import AnyArray, Energy
-from numpyro_score.losses.base import positive, required
+from numpyro_score.losses.base import positive, required, true_or_false
 from numpyro_score.losses.terms import data_frame
 
 __all__ = ["ESM", "parzen_score"]
@@ -55,6 +55,7 @@ class ESM:
         )
         if not callable(self.target_score):
             raise TypeError(f"ESM needs a target_score that is a function of rows, got {self.target_score!r}.")
+        true_or_false("ESM", allow_kinks=self.allow_kinks)
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""

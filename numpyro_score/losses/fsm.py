@@ -64,7 +64,7 @@ class FSM:
             positive("FSM", "epsilon", self.epsilon)
         if self.sigma is not None:
             positive("FSM", "sigma", self.sigma)
-        check_projections("FSM", self.num_projections, self.projection)
+        check_projections(self)
 
     @full_precision
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import narrowness
+from numpyro_score.losses.base import narrowness, true_or_false
 from numpyro_score.losses.terms import check_boundary_weight, exact_terms
 
 __all__ = ["ISM"]
@@ -51,6 +51,7 @@ class ISM:
 
     def __post_init__(self) -> None:
         check_boundary_weight("ISM", self.boundary_weight)
+        true_or_false("ISM", allow_kinks=self.allow_kinks)
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""

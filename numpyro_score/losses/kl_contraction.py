@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score import random
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import at_least_one, positive, required
+from numpyro_score.losses.base import positive, required, set_counts
 from numpyro_score.losses.rounding import warn_of_flat_data
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.operators import full_precision
@@ -58,7 +58,7 @@ class KLContraction:
             "KLContraction(time=0.1 * float(x.var()))",
         )
         positive("KLContraction", "time", self.time)
-        at_least_one("KLContraction", "num_samples", self.num_samples)
+        set_counts(self, "num_samples")
         if not (math.isfinite(self.stabiliser) and self.stabiliser >= 0):
             raise ValueError(f"KLContraction needs a stabiliser of at least 0, got {self.stabiliser}.")
 

@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float
 
 from numpyro_score.energy import Energy, innermost
-from numpyro_score.losses.base import at_least_one, require_equal_rows, required
+from numpyro_score.losses.base import require_equal_rows, required, set_counts
 
 __all__ = ["LOG_PARTITION_SITE", "NCE"]
 
@@ -95,7 +95,7 @@ class NCE:
             "a normalised law of one row that covers the data: start from a normal of their mean and twice their "
             "standard deviation, e.g. NCE(dist.Normal(x.mean(0), 2 * x.std(0)).to_event(1))",
         )
-        at_least_one("NCE", "num_noise", self.num_noise)
+        set_counts(self, "num_noise")
         if not isinstance(self.noise, dist.Distribution) or isinstance(self.noise, dist.ImproperUniform):
             raise TypeError(
                 f"NCE needs a noise to draw from, got {self.noise!r}: write e.g. noise=dist.Normal(0.0, 1.0)."

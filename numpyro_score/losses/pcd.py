@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from numpyro.primitives import mutable
 
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import at_least_one, require_equal_rows, required
+from numpyro_score.losses.base import require_equal_rows, required, set_counts
 from numpyro_score.losses.cd import NO_OBJECTIVE, RUN_AWAY, ChainKernel, check_kernel, run_chains
 from numpyro_score.losses.terms import require_flat
 
@@ -93,8 +93,7 @@ class PCD:
             self.kernel,
             "the step of its chains: start from PCD(kernel=MALA(step_size=0.1 * float(x.var()))), in units of x²",
         )
-        at_least_one("PCD", "num_chains", self.num_chains)
-        at_least_one("PCD", "num_steps", self.num_steps)
+        set_counts(self, "num_chains", "num_steps")
         check_kernel("PCD", self.kernel)
         if not isinstance(self.restart, numbers.Real) or isinstance(self.restart, bool):
             raise TypeError(f"PCD needs a number as restart, got {self.restart!r}.")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score import random
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import at_least_one, rows_in_cache
+from numpyro_score.losses.base import rows_in_cache, set_counts, true_or_false
 from numpyro_score.losses.terms import check_boundary_weight, sliced_terms
 
 __all__ = ["SSM"]
@@ -53,7 +53,8 @@ class SSM:
     no_kinks: ClassVar[str] = "the derivative of the score leaves the jump out"
 
     def __post_init__(self) -> None:
-        check_projections("SSM", self.num_projections, self.projection)
+        check_projections(self)
+        true_or_false("SSM", variance_reduced=self.variance_reduced, allow_kinks=self.allow_kinks)
         check_boundary_weight("SSM", self.boundary_weight)
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
@@ -70,11 +71,12 @@ class SSM:
         return None if self.variance_reduced else rows_in_cache(energy, self.num_projections)
 
 
-def check_projections(owner: str, num_projections: int, projection: str) -> None:
+def check_projections(loss: Any) -> None:
     """Raises ValueError for fewer than one projection or an unknown law, TypeError for a number that is no integer."""
-    at_least_one(owner, "num_projections", num_projections)
-    if projection not in ("rademacher", "gaussian", "sphere"):
-        raise ValueError(f"{owner} has no projection {projection!r}: use 'rademacher', 'gaussian' or 'sphere'.")
+    set_counts(loss, "num_projections")
+    if loss.projection not in ("rademacher", "gaussian", "sphere"):
+        name = type(loss).__name__
+        raise ValueError(f"{name} has no projection {loss.projection!r}: use 'rademacher', 'gaussian' or 'sphere'.")
 
 
 def draw_directions(projection: Projection, rng_key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

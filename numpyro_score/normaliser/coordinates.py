@@ -17,22 +17,25 @@ Spheres and circles have two sets of free coordinates:
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpyro.distributions import biject_to, constraints
 
-from numpyro_score.energy import Energy, base_constraint
+from numpyro_score.energy import Energy, base_constraint, check_rows
 
 __all__ = [
     "Chart",
+    "as_events",
     "data_to_row",
     "free_dim",
     "free_log_density",
     "from_free",
+    "num_draws",
     "row_log_jacobian",
     "row_to_data",
     "to_free",
@@ -103,6 +106,32 @@ def data_to_row(energy: Energy, values: dict[str, Array]) -> Float[Array, "d"]:
     """The inverse of :func:`row_to_data`."""
     arrays = energy.arrays
     return energy.flatten({a.name: jnp.expand_dims(values[a.name], a.row_axes) for a in arrays})[0]
+
+
+def as_events(energy: Energy, shape: tuple[int, ...], value: Any) -> tuple[Float[Array, "n ..."], tuple[int, ...]]:
+    """What a distribution's `log_prob` got, (..., event shape), as events along one axis, and its batch shape.
+
+    Raises:
+        TypeError: for what holds no numbers, or in too few digits.
+        ValueError: for another event shape.
+    """
+    check_rows("value", value)
+    value = jnp.asarray(value, energy.dtype)
+    batch = value.shape[: max(value.ndim - len(shape), 0)]
+    if value.shape != (*batch, *shape):
+        raise ValueError(f"The value has shape {value.shape}: pass events of shape {shape}.")
+    return value.reshape(math.prod(batch), *shape), batch
+
+
+def num_draws(owner: str, sample_shape: Any) -> int:
+    """How many draws a distribution's `sample` is asked for; raises for what is no shape."""
+    if not isinstance(sample_shape, tuple | list) or any(
+        isinstance(n, bool) or not isinstance(n, numbers.Integral) for n in sample_shape
+    ):
+        raise TypeError(f"{owner}.sample needs integers as sample_shape, got {sample_shape!r}: write e.g. (100,).")
+    if any(n < 0 for n in sample_shape):
+        raise ValueError(f"{owner}.sample needs a sample_shape of no negative numbers, got {tuple(sample_shape)}.")
+    return math.prod(sample_shape)
 
 
 def row_log_jacobian(energy: Energy, x: Float[Array, "d"]) -> Float[Array, ""]:

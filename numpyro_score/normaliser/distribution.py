@@ -15,7 +15,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import NUTS
 
 from numpyro_score.energy import Energy
-from numpyro_score.normaliser.coordinates import data_to_row, row_log_jacobian, row_to_data
+from numpyro_score.normaliser.coordinates import as_events, data_to_row, num_draws, row_log_jacobian, row_to_data
 from numpyro_score.normaliser.partition import LogPartition
 from numpyro_score.normaliser.sampling import Kernel, run_chains
 from numpyro_score.normaliser.source import Source, density_of
@@ -130,18 +130,16 @@ class EnergyDistribution(dist.Distribution):
             row = data_to_row(energy, {name: event})
             return energy.log_density(row) - row_log_jacobian(energy, row)
 
-        value = jnp.asarray(value, energy.dtype)
-        batch = value.shape[: max(value.ndim - len(self.event_shape), 0)]
-        if value.shape != (*batch, *self.event_shape):
-            raise ValueError(f"The value has shape {value.shape}: pass events of shape {self.event_shape}.")
+        events, batch = as_events(energy, self.event_shape, value)
+        if not len(events):
+            return jnp.zeros(batch, energy.dtype)
         if self._validate_args:
-            self._validate_sample(value)
-        log_density = jax.vmap(one)(value.reshape(-1, *self.event_shape)).reshape(batch)
-        return log_density - self.log_partition
+            self._validate_sample(events)
+        return jax.vmap(one)(events).reshape(batch) - self.log_partition
 
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Approximate draws, (sample shape, event shape), by MCMC from rows of the energy's data."""
-        n = math.prod(sample_shape)
+        n = num_draws("EnergyDistribution", sample_shape)
         if n == 0:
             return jnp.zeros((*sample_shape, *self.event_shape), self.energy.dtype)
         chains = min(n, self.num_chains)

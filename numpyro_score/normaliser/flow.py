@@ -55,9 +55,9 @@ def flow(
         ValueError: if fewer than 1% of the draws count, so that the error cannot be trusted; or if the data are too
             few to fit their covariance.
     """
-    at_least_one("method='flow'", "num_leapfrog", num_leapfrog)
-    at_least_one("method='flow'", "num_steps", num_steps)
-    at_least_one("method='flow'", "num_draws", num_draws)
+    num_leapfrog = at_least_one("method='flow'", "num_leapfrog", num_leapfrog)
+    num_steps = at_least_one("method='flow'", "num_steps", num_steps)
+    num_draws = at_least_one("method='flow'", "num_draws", num_draws)
     data_key, fit_key, draw_key = jax.random.split(rng_key, 3)
     data = free_data(energy, rng_key=data_key)
     check_tails(energy, data)

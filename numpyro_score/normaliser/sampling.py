@@ -84,10 +84,10 @@ def sample(
         >>> abs(float(draws["posterior"]["x"].mean()) - 0.5) < 0.05  # an exponential law of rate 2
         True
     """
-    at_least_one("sample", "num_samples", num_samples)
-    at_least_one("sample", "num_chains", num_chains)
+    num_samples = at_least_one("sample", "num_samples", num_samples)
+    num_chains = at_least_one("sample", "num_chains", num_chains)
     if num_warmup != 0:
-        at_least_one("sample", "num_warmup", num_warmup)
+        num_warmup = at_least_one("sample", "num_warmup", num_warmup)
     if isinstance(kernel, MCMCKernel):
         name = type(kernel).__name__
         raise TypeError(
