@@ -14,7 +14,8 @@ import scipy.stats
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
-from numpyro_score.diffusion.posteriors import Method, Problem, check_observation, log_likelihood
+from numpyro_score.diffusion.observations import check_observation, log_likelihood
+from numpyro_score.diffusion.posteriors import Method, Problem
 from numpyro_score.diffusion.samplers import diffuse
 from numpyro_score.diffusion.source import as_data
 from numpyro_score.diffusion.steps import Field
@@ -133,7 +134,7 @@ def simulation_ranks(
         y = {k: np.asarray(v[i]) for k, v in observed.items()}  # a NumPy number would be static
         arrays, static = split_arrays((args, {**kwargs, **y}))
         if i == 0:
-            check_observation(problem.observation, problem.field, arrays, static)
+            check_observation(problem.observation, problem.field, args, {**kwargs, **y})
         found = problem.run_checked(run_keys[i], arrays, static)
         held = (problem.observation, static, functions, num_draws)
         points, at = jax.device_get(

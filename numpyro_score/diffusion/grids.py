@@ -34,7 +34,7 @@ class Levels(NamedTuple):
         return len(self.rho) - 1
 
 
-def levels_on(sde: SDE | None, grid: Any, num_steps: int, ends: tuple[float, float]) -> Levels:
+def levels_on(sde: SDE | None, grid: Any, num_steps: int, ends: tuple[float, float], owner: str = "diffuse") -> Levels:
     """The levels of a grid between two noise levels, the smallest first.
 
     Args:
@@ -43,15 +43,16 @@ def levels_on(sde: SDE | None, grid: Any, num_steps: int, ends: tuple[float, flo
             the levels themselves, (S + 1,), falling.
         num_steps: S, where the levels are not given.
         ends: the smallest and the largest level.
+        owner: who asks, for messages.
 
     Raises:
         ValueError, TypeError: for an unknown grid, or levels that do not fall or lie beyond the ends.
     """
-    at_least_one("diffuse", "num_steps", num_steps)
+    at_least_one(owner, "num_steps", num_steps)
     low, high = ends
     uniform = isinstance(grid, str) and grid == "uniform"
     if not isinstance(grid, str):
-        given = _checked(np.asarray(grid, np.float64), low, high)
+        given = _checked(owner, np.asarray(grid, np.float64), low, high)
     elif grid == "karras":
         given = np.linspace(high ** (1 / _BEND), low ** (1 / _BEND), num_steps + 1) ** _BEND
     elif grid == "log_snr":
@@ -59,7 +60,7 @@ def levels_on(sde: SDE | None, grid: Any, num_steps: int, ends: tuple[float, flo
     elif uniform:
         given = np.linspace(high, low, num_steps + 1) if sde is None else np.array([high, low])
     else:
-        raise ValueError(f"diffuse has no grid {grid!r}: use 'karras', 'log_snr', 'uniform', or falling noise levels.")
+        raise ValueError(f"{owner} has no grid {grid!r}: use 'karras', 'log_snr', 'uniform', or falling noise levels.")
 
     if sde is None:
         return Levels(given, given, np.ones_like(given), np.zeros_like(given[1:]), 2 * given[:-1])
@@ -74,11 +75,11 @@ def levels_on(sde: SDE | None, grid: Any, num_steps: int, ends: tuple[float, flo
     return levels if uniform else levels._replace(rho=given)
 
 
-def _checked(rho: np.ndarray, low: float, high: float) -> np.ndarray:
+def _checked(owner: str, rho: np.ndarray, low: float, high: float) -> np.ndarray:
     if rho.ndim != 1 or len(rho) < 2:
-        raise ValueError(f"diffuse needs at least two noise levels in one row as grid, got shape {rho.shape}.")
+        raise ValueError(f"{owner} needs at least two noise levels in one row as grid, got shape {rho.shape}.")
     if not (np.isfinite(rho).all() and (np.diff(rho) < 0).all() and rho[-1] > 0):
-        raise ValueError("diffuse needs positive noise levels that fall from the largest to the smallest as grid.")
+        raise ValueError(f"{owner} needs positive noise levels that fall from the largest to the smallest as grid.")
     if rho[0] > high * (1 + 1e-5) or rho[-1] < low * (1 - 1e-5):
         raise ValueError(
             f"The grid's levels, {rho[-1]:.3g} to {rho[0]:.3g}, lie beyond {low:.3g} to {high:.3g}, where model and "

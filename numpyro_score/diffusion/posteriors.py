@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +15,10 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro import handlers
-from numpyro.infer.util import log_density
 
 from numpyro_score.diffusion.grids import levels_on
 from numpyro_score.diffusion.noise_range import shared_noise_range
+from numpyro_score.diffusion.observations import check_call, log_likelihood, refuse_traced, split_observation
 from numpyro_score.diffusion.particles import Run, run_particles
 from numpyro_score.diffusion.samplers import field_of
 from numpyro_score.diffusion.source import NoisyModel, as_data, noisy_model
@@ -29,7 +30,7 @@ from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
 from numpyro_score.random import Key, as_key
 
-__all__ = ["PosteriorDraws", "Problem", "check_observation", "inpaint", "log_likelihood", "posterior"]
+__all__ = ["PosteriorDraws", "Problem", "inpaint", "posterior"]
 
 Method = Literal["smc", "tds", "guided"]
 
@@ -91,7 +92,8 @@ def posterior(
         observation_model: a NumPyro model whose first argument is the data of one row, in the shape of its site (a
             dictionary by name for several sites), and whose sites are all observed.
         rng_key: a key.
-        *args: further arguments of the observation model, such as y.
+        *args: further arguments of the observation model, such as y. Numbers of Python are passed as arrays, so that
+            others need no new program, unless the model needs them as such, e.g. as a size or in `if`.
         method: "tds", "smc" or "guided".
         num_particles: N, of each run.
         num_runs: R, independent runs, which share nothing but the target.
@@ -103,8 +105,9 @@ def posterior(
         **kwargs: further keyword arguments of the observation model.
 
     Raises:
-        TypeError, ValueError: as :func:`~numpyro_score.diffuse`; an observation model with latent sites; "smc" for a
-            model without a density.
+        TypeError, ValueError: as :func:`~numpyro_score.diffuse`; an observation model with latent sites, random keys
+            or subsampled plates; an observed value that is NaN or that no x makes possible; traced arguments; "smc"
+            for a model without a density.
         FloatingPointError: if weights are NaN, or the observation is impossible at all particles.
 
     Warns:
@@ -127,6 +130,7 @@ def posterior(
         True
     """
     key = as_key(rng_key, "write posterior(fit, observed, jax.random.key(0), y)")
+    check_call("posterior", source, key, observation_model, args, kwargs)
     problem = Problem.of(
         source, observation_model, method, num_particles, num_runs, num_steps, twist, grid, noise_range
     )
@@ -153,6 +157,9 @@ def posterior(
     return PosteriorDraws(draws, log_weights, log_evidence, stderr, ess, least, ancestors, False)
 
 
+_SETTINGS = [p.name for p in inspect.signature(posterior).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
 class Problem(NamedTuple):
     """All of a posterior but the observed values."""
 
@@ -176,22 +183,24 @@ class Problem(NamedTuple):
         twist: Twist,
         grid: Any,
         noise_range: tuple[float, float] | None,
+        owner: str = "posterior",
     ) -> Problem:
-        """From the arguments of :func:`posterior`, checked."""
+        """From the arguments of :func:`posterior`, or those that `owner` shares with it, checked."""
         for name, value in {"num_particles": num_particles, "num_runs": num_runs}.items():
-            at_least_one("posterior", name, value)
+            at_least_one(owner, name, value)
         if twist not in ("moments", "isotropic", "plain"):
-            raise ValueError(f"posterior has no twist {twist!r}: use 'moments', 'isotropic' or 'plain'.")
-        model = noisy_model("posterior", source)
-        _check_method(model, method)
-        levels = levels_on(None, grid, num_steps, shared_noise_range("posterior", source, None, noise_range))
+            raise ValueError(f"{owner} has no twist {twist!r}: use 'moments', 'isotropic' or 'plain'.")
+        model = noisy_model(owner, source)
+        _check_method(owner, model, method)
+        levels = levels_on(None, grid, num_steps, shared_noise_range(owner, source, None, noise_range), owner)
         return cls(field_of(model), levels.rho, observation, method, twist, num_particles, num_runs)
 
     def run(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         """All runs, for one observation, on the host."""
-        arrays, static = split_arrays((args, kwargs))
-        if self.observation is not _nothing:
-            check_observation(self.observation, self.field, arrays, static)
+        if self.observation is _nothing:
+            arrays, static = split_arrays((args, kwargs))
+        else:
+            arrays, static = split_observation(self.observation, self.field, args, kwargs)
         return self.run_checked(jax.random.split(rng_key, self.num_runs), arrays, static)
 
     def run_checked(self, keys: Array, arrays: list[Any], static: Any) -> Run:
@@ -228,6 +237,9 @@ def inpaint(
     Raises:
         TypeError, ValueError: as :func:`posterior`; x or mask of another shape; NaN or infinity where x is known.
     """
+    if unknown := sorted(settings.keys() - set(_SETTINGS)):
+        raise TypeError(f"inpaint has no setting '{unknown[0]}': it takes those of posterior, {', '.join(_SETTINGS)}.")
+    refuse_traced("inpaint", getattr(source, "energy", source), x, mask, rng_key)
     model = noisy_model("inpaint", source)
     shapes = {k: v.shape for k, v in row_to_data(field_of(model).model.energy, jnp.zeros(model.dim)).items()}
     if len(shapes) > 1:
@@ -235,7 +247,10 @@ def inpaint(
             f"inpaint needs one data site, got {sorted(shapes)}: write posterior with a model of the known."
         )
     (shape,) = shapes.values()
-    x, mask = np.asarray(x, np.float64), np.asarray(mask)
+    x, mask = np.asarray(x), np.asarray(mask)
+    if x.dtype.kind not in "fiub" and not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"inpaint needs numbers as x, got {x.dtype}: pass one row, and mask where it is known.")
+    x = x.astype(np.float64)
     if x.shape != shape or mask.shape != shape or mask.dtype != bool:
         raise ValueError(
             f"inpaint needs x and a boolean mask of one row's shape {shape}, got {x.shape} and {mask.shape} of "
@@ -259,32 +274,11 @@ def _nothing(_: Any) -> None:
     """No observation."""
 
 
-def _check_method(model: NoisyModel, method: Method) -> None:
+def _check_method(owner: str, model: NoisyModel, method: Method) -> None:
     if method not in ("smc", "tds", "guided"):
-        raise ValueError(f"posterior has no method {method!r}: use 'smc', 'tds' or 'guided'.")
+        raise ValueError(f"{owner} has no method {method!r}: use 'smc', 'tds' or 'guided'.")
     if method == "smc" and not model.energy.has_density:
-        raise TypeError("posterior by 'smc' needs the density at every level, and the model has a score: use 'tds'.")
-
-
-def log_likelihood(observation: Callable[..., Any], args: Any, kwargs: Any, field: Field, row: Array) -> Array:
-    """The log density of the observation given one row (D,)."""
-    seeded = handlers.seed(observation, jax.random.key(0))  # for its plates; nothing is drawn
-    return jnp.asarray(log_density(seeded, (as_data(field.model.energy, row), *args), kwargs, {})[0], row.dtype)
-
-
-def check_observation(observation: Callable[..., Any], field: Field, arrays: list[Any], static: Any) -> None:
-    """Raises unless all sites are observed, and there is one."""
-    args, kwargs = join_arrays(arrays, static)
-    seeded = handlers.seed(observation, jax.random.key(0))
-    trace = handlers.trace(seeded).get_trace(as_data(field.model.energy, field.end.mean), *args, **kwargs)
-    sites = [s for s in trace.values() if s["type"] in ("sample", "param")]
-    if free := [s["name"] for s in sites if s["type"] == "param" or not s["is_observed"]]:
-        raise TypeError(
-            f"The observation model has the latent site '{free[0]}', of which posterior knows nothing: give its value, "
-            "or take the prior as ScoreDistribution in a model of both and run NUTS."
-        )
-    if not sites:
-        raise ValueError("The observation model observes nothing: write numpyro.sample(..., obs=y) in it.")
+        raise TypeError(f"{owner} by 'smc' needs the density at every level, and the model has a score: use 'tds'.")
 
 
 @partial(jax.jit, static_argnames=("observation", "static", "method", "twist", "num_particles"))
