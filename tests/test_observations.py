@@ -1,4 +1,4 @@
-"""What posteriors refuse of an observation."""
+"""What posteriors refuse of an observation, and what their numbers are worth where particles, runs or steps are few."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,12 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from models import improper
+from models import counted_compilations, improper
 
 from numpyro_score import VP, Energy, inpaint, posterior
+from numpyro_score.diffusion.evidence import evidence_of
 from numpyro_score.diffusion.observations import split_observation
+from numpyro_score.diffusion.particles import Run, _ess, _normalised
 from numpyro_score.diffusion.posteriors import Problem
 
 KEY, RANGE = jax.random.key(0), (0.02, 20.0)
@@ -18,6 +20,7 @@ MEANS, WEIGHTS, VARIANCE = np.array([-3.0, 0.0, 4.0]), np.array([0.3, 0.5, 0.2])
 DATA = np.random.default_rng(0).choice(MEANS, 500, p=WEIGHTS) + VARIANCE**0.5 * np.random.default_rng(1).normal(
     size=500
 )
+GRID = np.linspace(-6, 7, 6001)
 
 
 def three_modes(x, sigma=1.0):
@@ -37,9 +40,95 @@ def observed(x, y, scale=0.3):
     numpyro.sample("y", dist.Normal(x, scale), obs=y)
 
 
+def band(x, y):
+    numpyro.sample("y", dist.Uniform(x - 0.5, x + 0.5), obs=y)
+
+
+def exact(log_likelihood):
+    """The log evidence by quadrature."""
+    prior = np.exp(np.asarray(log_prior(jnp.asarray(GRID), RANGE[0]), float))
+    return np.log(np.sum(prior * np.exp(np.asarray(log_likelihood, float))) / np.sum(prior))
+
+
 @pytest.fixture(scope="module")
 def source():
     return Energy(three_modes, {}, jnp.asarray(DATA, jnp.float32))
+
+
+def test_weights_of_any_size():
+    """Log weights that single precision holds and their sum's log does not; none at all."""
+    for log_weights in (jnp.full(512, -3.3e11), jnp.full(512, 7e36)):
+        relative, total = _normalised(log_weights)
+        assert jnp.sum(jnp.exp(relative)) == pytest.approx(1.0, rel=1e-5) and total == log_weights[0]
+        assert _ess(log_weights) == pytest.approx(1.0)
+    assert _ess(jnp.array([0.0, -1e30, -jnp.inf])) == pytest.approx(1 / 3)
+    assert _ess(jnp.full(3, -jnp.inf)) == 0
+
+
+def test_steps_and_distances(source):
+    """Steps too long, an observation that leaves one particle, and one beyond single precision; one program for all.
+
+    Numbers of Python and of NumPy do not need another.
+    """
+    with pytest.warns(UserWarning, match=r"From half the steps to 8 the log evidence moved by .* take more num_steps"):
+        found = posterior(source, observed, KEY, 1.9, **SETTINGS)
+    away = abs(found.log_evidence - exact(dist.Normal(GRID, 0.3).log_prob(1.9)))
+    assert away > 5 * found.log_evidence_stderr and found.log_evidence_step_error > away / 2
+    with counted_compilations() as compiled:
+        with pytest.warns(UserWarning, match=r"128 particles counted as 1\.\d"):
+            found = posterior(source, observed, KEY, np.float64(200.0), **SETTINGS)
+        assert found.log_evidence_stderr == np.inf and found.ess >= 1
+        assert np.exp(found.log_weights).sum() == pytest.approx(1.0)
+        with pytest.raises(FloatingPointError, match=r"lost from noise 20 on, after 0 of 8 steps, in 4 of 4 runs"):
+            posterior(source, observed, KEY, 1e6, **SETTINGS)
+    assert sum(compiled) < 0.5  # seconds, of the checks' small operations; the particles take ten times that
+
+
+def test_guidance_that_explodes(source):
+    """Draws that are not finite are no draws, and those of which one would weigh all come with a warning."""
+    settings = {**SETTINGS, "method": "guided", "twist": "plain"}
+    with pytest.raises(FloatingPointError, match=r"from noise .* on, after \d of 8 steps, in \d of 4 runs"):
+        posterior(source, observed, KEY, 5.0, 1e-4, **settings)
+    with pytest.warns(UserWarning, match=r"128 particles counted as 1\.\d"):
+        found = posterior(source, observed, KEY, 1.9, 0.3, **settings)
+    assert found.biased and found.least_ess < 2 / 128
+
+
+@pytest.mark.slow
+def test_likelihood_that_ends(source):
+    """Where y is impossible at most particles on the way they go on; where it is so at all in the end, an error."""
+    settings = {**SETTINGS, "method": "smc", "num_particles": 256}
+    found = posterior(source, band, KEY, 0.4, **settings)
+    truth = exact(np.where(np.abs(GRID - 0.4) < 0.5, 0.0, -np.inf))
+    assert abs(found.log_evidence - truth) < 4 * found.log_evidence_stderr + 0.01
+    assert np.all(np.abs(np.asarray(found.draws)[np.exp(found.log_weights) > 0] - 0.4) < 0.5)
+    with pytest.raises(FloatingPointError, match=r"impossible at all particles, at noise 0\.02, in 4 of 4 runs"):
+        posterior(source, band, KEY, 100.0, **settings)
+
+
+def run_of(log_z, least_ess=0.5):
+    log_z = np.asarray(log_z, np.float32)
+    n = len(log_z)
+    never = np.full(n, -1)
+    log_weights = np.full((n, 64), -np.log(64), np.float32)
+    least = np.full(n, least_ess, np.float32)
+    return Run(np.zeros((n, 64, 1)), log_weights, log_z, least, np.zeros((n, 64)), never, never, np.zeros(n))
+
+
+def test_errors_of_evidence():
+    """The spread of runs is an error only where several of them and several particles count."""
+    even, apart = run_of([0.0, 0.1, -0.1, 0.0]), run_of([0.0, -9.0, -20.0, -30.0])
+    assert 0 < evidence_of(even, None, even, 8).stderr < 0.1
+    with pytest.warns(UserWarning, match="One of the 4 runs holds most"):
+        assert evidence_of(apart, even, None, 8).stderr == np.inf
+    with pytest.warns(UserWarning, match="64 particles counted as 1.5"):
+        assert evidence_of(run_of([0.0, 0.1], 1.5 / 64), even, None, 8).stderr == np.inf
+    with pytest.warns(UserWarning, match=r"One run does not tell its error.*num_runs of 2"):
+        assert np.isnan(evidence_of(run_of([0.0]), even, None, 8).stderr)
+    with pytest.warns(UserWarning, match=r"One step does not tell its error.*num_steps of 2"):
+        assert np.isnan(evidence_of(even, None, None, 1).step_error)
+    with pytest.warns(UserWarning, match="moved by inf"):
+        assert evidence_of(even, None, even._replace(failed=np.array([-1, 3, -1, -1])), 8).step_error == np.inf
 
 
 def plate_of_three(x, y):
