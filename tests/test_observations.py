@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 import pytest
 from models import counted_compilations, improper
 
-from numpyro_score import VP, Energy, inpaint, posterior
+from numpyro_score import VP, Energy, inpaint, posterior, simulation_ranks
 from numpyro_score.diffusion.evidence import evidence_of
 from numpyro_score.diffusion.observations import split_observation
 from numpyro_score.diffusion.particles import Run, _ess, _normalised
@@ -188,6 +188,34 @@ def test_calls_that_are_refused(source):
         inpaint(source, 1.0, np.array(True), KEY, foo=3, **SETTINGS)
     with pytest.raises(TypeError, match="inpaint needs numbers as x"):
         inpaint(source, "a", np.array(True), KEY, **SETTINGS)
+
+
+def test_ranks_that_are_refused(source, unchecked):
+    """Quantities that have no rank, and truths of another form, by name."""
+    settings = {"noise_range": RANGE, "num_sets": 3, "num_steps": 4, "truths": DATA}
+
+    def once(x, y=None):
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    for quantities, error, message in (
+        ([len], TypeError, r"functions by name as quantities, got \["),
+        ({"both": lambda x, y: jnp.stack([x, y])}, ValueError, r"quantity 'both' has shape \(2,\), and only numbers"),
+        (
+            {"mine": lambda x: x},
+            TypeError,
+            r"quantity 'mine' cannot be called with x and \['y'\].*keyword argument 'y'",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            simulation_ranks(source, once, KEY, quantities=quantities, **settings)
+    for truths, message in (
+        (np.zeros((5, 2)), r"truths needs rows of the shapes"),
+        (np.full(5, np.nan), "truths has NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            simulation_ranks(source, once, KEY, **{**settings, "truths": truths})
+    with pytest.raises(ValueError, match=r"^simulation_ranks needs a num_steps"):
+        simulation_ranks(source, once, KEY, **{**settings, "num_steps": 0})
 
 
 def test_numbers_that_models_use_as_such(source):
