@@ -14,20 +14,22 @@ import scipy.stats
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
-from numpyro_score.diffusion.posteriors import Method, Problem, check_observation, log_likelihood
+from numpyro_score.diffusion.observations import check_call, check_observation, log_likelihood
+from numpyro_score.diffusion.posteriors import Method, Problem
 from numpyro_score.diffusion.samplers import diffuse
 from numpyro_score.diffusion.source import as_data
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.diffusion.twists import Twist
 from numpyro_score.energy import join_arrays, split_arrays, takes_keyword
 from numpyro_score.losses.base import at_least_one
-from numpyro_score.normaliser.coordinates import data_to_row
+from numpyro_score.normaliser.coordinates import data_to_row, row_to_data
 from numpyro_score.normaliser.source import Source
 from numpyro_score.random import Key, as_key
 
 __all__ = ["SimulationRanks", "simulation_ranks"]
 
 _COORDINATES = 4
+_WRITE = "write quantities={'square': lambda x, y: x**2}, with one number each, and the observed sites as keywords."
 _FEATURES, _PERMUTATIONS = 100, 999
 
 
@@ -110,20 +112,27 @@ def simulation_ranks(
 
     Raises:
         TypeError, ValueError, FloatingPointError: as :func:`~numpyro_score.posterior`; an observed site without an
-            argument of its name.
+            argument of its name; a quantity that is not one number, or takes no observed values; truths of another
+            shape than the data's, or not finite.
     """
-    for name, value in {"num_sets": num_sets, "num_draws": num_draws}.items():
-        at_least_one("simulation_ranks", name, value)
-    prior_key, data_key, run_key, tie_key = jax.random.split(as_key(rng_key), 4)
-    settings = (method, num_particles, 1, num_steps, twist, grid, noise_range)
+    num_sets = at_least_one("simulation_ranks", "num_sets", num_sets)
+    num_draws = at_least_one("simulation_ranks", "num_draws", num_draws)
+    if not isinstance(quantities or {}, Mapping) or not all(map(callable, (quantities or {}).values())):
+        raise TypeError(f"simulation_ranks needs functions by name as quantities, got {quantities!r}: " + _WRITE)
+    key = as_key(rng_key)
+    check_call("simulation_ranks", source, key, observation_model, args, kwargs)
+    prior_key, data_key, run_key, tie_key = jax.random.split(key, 4)
+    settings = (method, num_particles, 1, num_steps, twist, grid, noise_range, "simulation_ranks")
     problem = Problem.of(source, observation_model, *settings)
     if truths is None:
-        truths = diffuse(source, prior_key, num_sets, num_steps=2 * num_steps, grid=grid, noise_range=noise_range).draws
+        steps = 2 * (len(problem.rho) - 1) if isinstance(grid, str) else None
+        truths = diffuse(source, prior_key, num_sets, num_steps=steps, grid=grid, noise_range=noise_range).draws
     rows = _rows(problem, truths)[:num_sets]
     if len(rows) < num_sets:
         raise ValueError(f"truths holds {len(rows)} data sets: give at least num_sets={num_sets}.")
     observed = _simulated(problem, args, kwargs, rows, jax.random.split(data_key, num_sets))
     functions = tuple((quantities or {}).items())
+    _check_quantities(problem, functions, rows[0], {k: v[0] for k, v in observed.items()})
     rng = np.random.default_rng(np.asarray(jax.random.bits(tie_key, (4,))))
     ranks: dict[str, list[int]] = {}
     pairs = []
@@ -133,7 +142,7 @@ def simulation_ranks(
         y = {k: np.asarray(v[i]) for k, v in observed.items()}  # a NumPy number would be static
         arrays, static = split_arrays((args, {**kwargs, **y}))
         if i == 0:
-            check_observation(problem.observation, problem.field, arrays, static)
+            check_observation(problem.observation, problem.field, args, {**kwargs, **y})
         found = problem.run_checked(run_keys[i], arrays, static)
         held = (problem.observation, static, functions, num_draws)
         points, at = jax.device_get(
@@ -176,9 +185,29 @@ def _joint_pvalue(pairs: Float[np.ndarray, "sets k p"], rng: np.random.Generator
     return float(np.mean(away >= away[0] * (1 - 1e-12)))
 
 
+def _check_quantities(problem: Problem, functions: Any, row: Float[Array, "d"], y: dict[str, Any]) -> None:
+    for name, f in functions:
+        try:
+            shape = jax.eval_shape(
+                lambda r, y, f=f: jnp.asarray(f(as_data(problem.field.model.energy, r), **y)), row, y
+            )
+        except TypeError as error:
+            raise TypeError(
+                f"The quantity '{name}' cannot be called with x and {sorted(y)}, {error}: " + _WRITE
+            ) from None
+        if shape.shape != ():
+            raise ValueError(f"The quantity '{name}' has shape {shape.shape}, and only numbers have ranks: " + _WRITE)
+
+
 def _rows(problem: Problem, truths: Any) -> Float[Array, "sets d"]:
     energy = problem.field.model.energy
     values = truths if isinstance(truths, Mapping) else {energy.arrays[0].name: truths}
+    shapes = {k: v.shape for k, v in row_to_data(energy, jnp.zeros(energy.dim, energy.dtype)).items()}
+    got = {k: np.shape(v) for k, v in values.items()}
+    if got.keys() != shapes.keys() or any(len(v) == 0 or v[1:] != shapes[k] for k, v in got.items()):
+        raise ValueError(f"truths needs rows of the shapes {shapes}, as diffuse draws them, got {got}.")
+    if bad := [k for k, v in values.items() if not np.isfinite(np.asarray(v)).all()]:
+        raise ValueError(f"truths has NaN or infinity in '{bad[0]}': give draws of the prior, or leave truths out.")
     return jax.vmap(partial(data_to_row, energy))({k: jnp.asarray(v, energy.dtype) for k, v in values.items()})
 
 

@@ -15,6 +15,8 @@ from numpyro_score.diffusion.twists import Belief, Likelihood, Twist, believe, e
 __all__ = ["Run", "run_particles"]
 
 _RESAMPLE = 0.5  # of the particles, below which their effective number makes them resampled
+_LOST = 0.1  # nat, a rounding error of log weights that leaves nothing of them
+_BELOW = 1.0  # nat, how far an impossible point's twist is below the least of the others'; by 20, few come back
 _LEAST_SPREAD = 1e-4  # of a step's noise, which covariances in single precision need in order to have roots
 
 
@@ -22,11 +24,13 @@ class Run(NamedTuple):
     """The end of one run of N particles."""
 
     u: Float[Array, "n d"]
-    log_weights: Float[Array, "n"]  # normalised
+    log_weights: Float[Array, "n"]  # normalised; for "guided" those that its draws would need
     log_z: Float[Array, ""]  # log of the mean weight
     least_ess: Float[Array, ""]  # over the levels, as a share of N
     ancestors: Int[Array, "n"]  # the first particle that each descends from
-    failed: Int[Array, ""]  # the first level with weights that are NaN; -1 if there is none
+    failed: Int[Array, ""]  # the first level with points or weights that are NaN or infinite; -1 if there is none
+    lost: Int[Array, ""]  # the first whose weights are differences of numbers too large for them; -1 if there is none
+    size: Float[Array, ""]  # of the largest of these numbers
 
 
 class _State(NamedTuple):
@@ -38,18 +42,19 @@ class _State(NamedTuple):
     least_ess: Float[Array, ""]
     ancestors: Int[Array, "n"]
     failed: Int[Array, ""]
+    lost: Int[Array, ""]
+    size: Float[Array, ""]
 
 
 def run_particles(
     field: Field,
     likelihood: Likelihood,
-    rho: Float[Array, "levels"],
     method: str,
     twist: Twist,
     num_particles: int,
-    rng_key: Array,
+    inputs: tuple[Float[Array, "levels"], Int[Array, ""], Array],
 ) -> Run:
-    r"""One run, over falling levels ρ.
+    r"""One run, over falling levels ρ: the inputs are these, how many steps to take along them, and a key.
 
     The data x are those with the smallest noise, and τ = ρ² − ρ_min² is what ρ has more. From u with noise ρ a particle
     goes to ρ' by the law of the noising process between x and u, over the normal law of x given u and y: with a = τ'/τ,
@@ -60,29 +65,30 @@ def run_particles(
 
     - "smc": :math:`q_{\rho'}(u')\, h'(u')\, N(u; u', (\rho^2 - \rho'^2) I) \,/\, (q_\rho(u)\, h(u)\, K(u'))`;
     - "tds": :math:`P(u')\, h'(u') \,/\, (h(u)\, K(u'))`;
-    - "guided": nothing.
+    - "guided": as for "tds", without resampling: what these would be, as the draws are taken without them.
+
+    At a point where y is impossible h is small and not 0, except at the end: from there y may be possible again.
     """
+    rho, num_steps, rng_key = inputs
     start_key, move_key, resample_key = jax.random.split(rng_key, 3)
     exact = method == "smc"
 
     def log_density(u: Array, rho: Array) -> Array:
         return field.model.log_density(u, rho) if exact else jnp.zeros(len(u), u.dtype)
 
-    def step(state: _State, i: Array) -> tuple[_State, None]:
+    def step(i: Array, state: _State) -> _State:
         state = _resampled(state, jax.random.fold_in(resample_key, i)) if method != "guided" else state
         u, old, noise, less = state.u, state.belief, rho[i], rho[i + 1]
         left = excess(less, rho[-1])
         a = left / excess(noise, rho[-1])
         # Of K, and for "tds" of P. One call for both: two at once may lock jaxlib's threads up, see laplace_update.
-        covariances = jnp.stack([old.told_covariance, old.covariance])[: 2 if method == "tds" else 1]
+        covariances = jnp.stack([old.told_covariance, old.covariance])[: 1 if exact else 2]
         spread = (1 - a) * left + _LEAST_SPREAD * excess(noise, less)
         roots = jnp.linalg.cholesky((1 - a) ** 2 * covariances + spread * jnp.eye(u.shape[1], dtype=u.dtype))
         means = (1 - a) * jnp.stack([old.told_mean, old.mean])[: len(roots)] + a * u
         z = random.normal(jax.random.fold_in(move_key, i), u.shape, u.dtype)
         new_u = means[0] + jnp.einsum("nij,nj->ni", roots[0], z, precision="highest")
-        new = believe(twist, field, likelihood, new_u, less, rho[-1])
-        if method == "guided":
-            return state._replace(u=new_u, belief=new), None
+        new = _usable(believe(twist, field, likelihood, new_u, less, rho[-1]), i + 1 == num_steps)
         f = log_density(new_u, less)
         proposed = log_normal(new_u, means, roots)
         growth = new.log_twist - old.log_twist - proposed[0]
@@ -93,36 +99,79 @@ def run_particles(
         else:
             growth += proposed[1]
         log_weights = state.log_weights + growth
-        fails = (state.failed < 0) & jnp.isnan(log_weights).any()
-        state = state._replace(
-            u=new_u, belief=new, log_density=f, log_weights=log_weights, failed=jnp.where(fails, i + 1, state.failed)
-        )
-        return state._replace(least_ess=jnp.minimum(state.least_ess, _ess(log_weights))), None
+        state = state._replace(u=new_u, belief=new, log_density=f, log_weights=log_weights)
+        return _looked_at(state, i + 1, proposed[0])
 
     u = field.end.sample(start_key, num_particles, rho[0])
-    belief = believe(twist, field, likelihood, u, rho[0], rho[-1])
+    belief = _usable(believe(twist, field, likelihood, u, rho[0], rho[-1]), jnp.asarray(False))
     f = log_density(u, rho[0])
     log_weights = belief.log_twist + (f - field.end.log_prob(u, rho[0]) if exact else 0.0)
-    one, none = jnp.ones((), u.dtype), jnp.zeros((), u.dtype)
-    failed = jnp.where(jnp.isnan(log_weights).any(), 0, -1)
-    first = _State(u, belief, f, log_weights, none, one, jnp.arange(num_particles), failed)
-    state: Any = jax.lax.scan(step, first, jnp.arange(len(rho) - 1))[0]
-    total = jax.nn.logsumexp(state.log_weights)
+    one, none, never = jnp.ones((), u.dtype), jnp.zeros((), u.dtype), jnp.asarray(-1)
+    ancestors = jnp.arange(num_particles)
+    first = _State(u, belief, f, log_weights, none, one, ancestors, never, never, none)
+    first = _looked_at(first, jnp.asarray(0), jnp.zeros_like(log_weights))
+    state: Any = jax.lax.fori_loop(0, num_steps, step, first)
+    relative, total = _normalised(state.log_weights)
     log_z = state.log_z + total - jnp.log(num_particles)
-    return Run(state.u, state.log_weights - total, log_z, state.least_ess, state.ancestors, state.failed)
+    return Run(state.u, relative, log_z, state.least_ess, state.ancestors, state.failed, state.lost, state.size)
+
+
+def _usable(belief: Belief, last: Array) -> Belief:
+    """With a small twist for an impossible y, and no more told than before where y has nothing finite to tell."""
+    impossible = belief.log_twist == -jnp.inf
+    least = jnp.min(jnp.where(jnp.isfinite(belief.log_twist), belief.log_twist, jnp.inf))
+    least = jnp.where(jnp.isfinite(least), least, 0.0) - _BELOW
+    told = jnp.isfinite(belief.told_mean).all(-1) & jnp.isfinite(belief.told_covariance).all((-2, -1)) & ~impossible
+    return belief._replace(
+        log_twist=jnp.where(impossible & ~last, least, belief.log_twist),
+        told_mean=jnp.where(told[:, None], belief.told_mean, belief.mean),
+        told_covariance=jnp.where(told[:, None, None], belief.told_covariance, belief.covariance),
+    )
+
+
+def _looked_at(state: _State, i: Array, proposed: Float[Array, "n"]) -> _State:
+    """With the effective number of particles at level i, and whether the weights there mean anything."""
+    fails = ~jnp.isfinite(state.u).all() | ~(state.log_weights < jnp.inf).all()
+    best = jnp.argmax(state.log_weights)
+    terms = [
+        state.log_z,
+        state.log_weights[best],
+        state.belief.log_twist[best],
+        state.log_density[best],
+        proposed[best],
+    ]
+    size = jnp.max(jnp.abs(jnp.stack(terms)))
+    size = jnp.where(jnp.isfinite(size), size, 0.0)  # impossible at all particles, or a failure
+    loses = size * jnp.finfo(size.dtype).eps > _LOST
+    return state._replace(
+        least_ess=jnp.minimum(state.least_ess, _ess(state.log_weights)),
+        failed=jnp.where((state.failed < 0) & fails, i, state.failed),
+        lost=jnp.where((state.lost < 0) & loses, i, state.lost),
+        size=jnp.maximum(state.size, size),
+    )
+
+
+def _normalised(log_weights: Float[Array, "n"]) -> tuple[Float[Array, "n"], Float[Array, ""]]:
+    """Log weights less the log of their sum, and that; exact also where the log weights are large numbers."""
+    highest = jnp.max(log_weights)
+    relative = log_weights - jnp.where(jnp.isfinite(highest), highest, 0.0)
+    total = jax.nn.logsumexp(relative)
+    return jnp.where(jnp.isfinite(total), relative - total, relative), total + highest
 
 
 def _ess(log_weights: Float[Array, "n"]) -> Float[Array, ""]:
-    """The effective share of the particles."""
-    log_weights = log_weights - jax.nn.logsumexp(log_weights)
-    return jnp.exp(-jax.nn.logsumexp(2 * log_weights)) / len(log_weights)
+    """The effective share of the particles, 1/N to 1; 0 where no particle has a weight."""
+    weights = jnp.exp(_normalised(log_weights)[0])
+    some = jnp.any(weights > 0)
+    share = jnp.sum(weights) ** 2 / jnp.where(some, jnp.sum(weights**2), 1.0) / len(weights)
+    return jnp.where(some, jnp.clip(share, 1 / len(weights), 1.0), 0.0)
 
 
 def _resampled(state: _State, rng_key: Array) -> _State:
     """Systematic resampling, where weights are uneven."""
     n = len(state.log_weights)
-    total = jax.nn.logsumexp(state.log_weights)
-    below = jnp.cumsum(jnp.exp(state.log_weights - total))
+    relative, total = _normalised(state.log_weights)
+    below = jnp.cumsum(jnp.exp(relative))
     points = (jnp.arange(n) + jax.random.uniform(rng_key, (), below.dtype)) / n
     chosen = jnp.minimum(jnp.searchsorted(below, points * below[-1]), n - 1)
     uneven = _ess(state.log_weights) < _RESAMPLE
