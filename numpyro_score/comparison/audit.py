@@ -210,7 +210,7 @@ class _Bench:
 
         Below, rounding shows, and above the terms of higher order.
         """
-        steps = float(loss.step(self.energy.data)) * 2.0 ** np.arange(-5, 7)
+        steps = float(loss.step(self.energy)) * 2.0 ** np.arange(-5, 7)
         slopes = np.asarray(_trials(loss, "epsilon", steps, self.energy, self.keys[:8]))
         changes = np.sum((slopes[1:] - slopes[:-1]) ** 2, axis=(1, 2))
         return float(steps[np.nanargmin(changes)])

@@ -7,7 +7,13 @@ shows; none of its modules is imported from outside.
 from numpyro_score.energy.arguments import check_arguments, join_arrays, split_arrays, takes_keyword
 from numpyro_score.energy.base import AnyArray, layouts_kept
 from numpyro_score.energy.check import evaluate_for_check
-from numpyro_score.energy.dependence import depends_on_inputs, is_constant, is_quadratic, varying_outputs
+from numpyro_score.energy.dependence import (
+    coarsest_rounding,
+    depends_on_inputs,
+    is_constant,
+    is_quadratic,
+    varying_outputs,
+)
 from numpyro_score.energy.energy import Energy
 from numpyro_score.energy.kinks import Kink, find_kink
 from numpyro_score.energy.layout import rows_first
@@ -28,6 +34,7 @@ __all__ = [
     "base_law",
     "check_arguments",
     "check_rows",
+    "coarsest_rounding",
     "curl",
     "depends_on_inputs",
     "evaluate_for_check",

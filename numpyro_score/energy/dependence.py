@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 __all__ = [
+    "coarsest_rounding",
     "depends_on_inputs",
     "is_constant",
     "is_quadratic",
@@ -59,6 +61,47 @@ def is_constant(f: Callable[[Any], Any], x: Any) -> bool:
 def varying_outputs(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
     """Which outputs vary with the marked inputs, followed into calls and loops."""
     return [mark != _NO for mark in _marks(jaxpr, [_SMOOTH if i else _NO for i in inputs])]
+
+
+def coarsest_rounding(f: Callable[[Array], Array], x: Array) -> float:
+    """The machine precision of the coarsest number on the way from `x` to what `f` returns.
+
+    Operations on floating numbers of a dtype round to it, and `reduce_precision` to its bits. What is coarser than its
+    dtype tells is not seen: products of matrices whose own `precision` is low, functions of the host, quantised tables.
+    """
+    jaxpr = jax.make_jaxpr(f)(x).jaxpr
+    return _coarsest(jaxpr, [True] * len(jaxpr.invars))
+
+
+def _coarsest(jaxpr: Jaxpr, inputs: Sequence[bool]) -> float:
+    """The same for what the marked inputs reach and the outputs need."""
+    reached = {v for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
+    before = []
+    for eqn in jaxpr.eqns:
+        before.append([not isinstance(v, Literal) and v in reached for v in eqn.invars])
+        if any(before[-1]):
+            reached.update(eqn.outvars)
+    needed, coarsest = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, 0.0
+    for eqn, into in zip(reversed(jaxpr.eqns), reversed(before), strict=True):
+        if needed.isdisjoint(eqn.outvars):
+            continue
+        needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+        if any(into):
+            coarsest = max(coarsest, _rounding(eqn, into))
+    return coarsest
+
+
+def _rounding(eqn: JaxprEqn, into: list[bool]) -> float:
+    if eqn.primitive.name == "reduce_precision":
+        return 2.0 ** -eqn.params["mantissa_bits"]
+    dtypes = [v.aval.dtype for v in eqn.outvars]  # type: ignore[attr-defined]
+    found = [float(jnp.finfo(dtype).eps) for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+    for part in _parts(eqn):
+        inner = part.jaxpr if isinstance(part, ClosedJaxpr) else part
+        # Of loops and branches all inputs count, as they may be passed on.
+        known = eqn.primitive.name in _CALLS and len(inner.invars) == len(into)
+        found.append(_coarsest(inner, into if known else [True] * len(inner.invars)))
+    return max(found, default=0.0)
 
 
 def _marks(jaxpr: Jaxpr, inputs: Sequence[int]) -> list[int]:
