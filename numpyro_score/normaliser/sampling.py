@@ -19,6 +19,7 @@ from numpyro_score.arviz import as_arviz, dataset, sample_stats
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import free_log_density, from_free, row_to_data, to_free
+from numpyro_score.normaliser.mixing import mixed
 from numpyro_score.normaliser.source import Source, density_of
 from numpyro_score.random import Key, as_key
 
@@ -70,7 +71,7 @@ def sample(
             density is not finite; draws that are not finite.
 
     Warns:
-        UserWarning: if an R-hat is above 1.01, or after divergences.
+        UserWarning: if an R-hat is above 1.01, or what chance makes of 400 or more effective draws; after divergences.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -151,7 +152,7 @@ def _to_arviz(energy: Energy, x: Float[Array, "chain draw d"], stats: dict[str, 
     if x.shape[1] > 3:
         groups |= {"r_hat": az.rhat(draws), "ess": az.ess(draws)}
         highest = max(float(v.max(skipna=False)) for v in groups["r_hat"].values())
-        if not highest <= _MAX_R_HAT:  # also if NaN
+        if not mixed(groups["r_hat"], groups["ess"], _MAX_R_HAT):
             warnings.warn(f"The largest R-hat is {highest:.3g}: run longer chains, or more warmup.", stacklevel=3)
     if count := int(np.sum(stats.get("diverging", 0))):
         warnings.warn(

@@ -14,6 +14,7 @@ from numpyro_score.divergences.moments import moment_test
 from numpyro_score.divergences.stein import kernel_stein_discrepancy
 from numpyro_score.energy import numbered
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
+from numpyro_score.normaliser.mixing import mixed
 from numpyro_score.plots.fits import shares, solved_at_once
 from numpyro_score.uncertainty import ARRIVED
 
@@ -21,6 +22,7 @@ __all__ = ["Check", "check_all", "converged", "short"]
 
 Fit = ScoreMatchingResult | AdversarialResult
 
+_R_HAT = 1.015  # 1.01 to two digits
 _KSD_ROWS = 1000  # the test forms a matrix of pairs of rows
 
 
@@ -242,4 +244,5 @@ def _mixing(samples: Any) -> tuple[str, str]:
     diverged = int(stats["diverging"].sum()) if "diverging" in stats else 0
     found = f"largest R-hat {r_hat:.4f}, least effective sample size {ess:.0f}"
     found += f", {diverged} divergences." if diverged else "."
-    return found, "good" if r_hat < 1.015 and not diverged else "look"  # 1.01 to two digits
+    good = mixed(samples["r_hat"], samples["ess"], _R_HAT) and not diverged
+    return found, "good" if good else "look"

@@ -1,0 +1,39 @@
+"""R-hat beside the noise that it has for so many effective draws."""
+
+import arviz as az
+import numpy as np
+import pytest
+from scipy.signal import lfilter
+
+from numpyro_score.arviz import dataset
+from numpyro_score.normaliser.mixing import mixed
+
+
+def diagnosed(rho, shift, seed):
+    """R-hat and effective draws of four chains of 1,000 draws with this autocorrelation, the first moved."""
+    z = np.random.default_rng(seed).normal(size=(4, 1100, 3))
+    x = lfilter([(1 - rho**2) ** 0.5], [1, -rho], z, axis=1)[:, 100:]
+    x[0] += shift
+    draws = dataset({"x": x}, ("chain", "draw"))
+    return az.rhat(draws), az.ess(draws)
+
+
+def test_slow_chains_that_have_mixed_are_good():
+    """Of 100 runs with 700 effective draws five at most are objected to, at a level of 0.01; R-hat alone does more."""
+    found = [diagnosed(0.7, 0.0, seed) for seed in range(100)]
+    assert sum(not mixed(r, e, 1.01) for r, e in found) <= 5  # P(more) = 5e-4
+    assert sum(float(r["x"].max()) > 1.01 for r, _ in found) > 10
+
+
+def test_chains_of_their_own_are_not():
+    assert not any(mixed(*diagnosed(0.5, 0.5, seed), 1.01) for seed in range(20))
+
+
+@pytest.mark.parametrize(
+    ("r_hat", "ess", "good"),
+    [(1.009, 100, True), (1.02, 399, False), (1.02, 400, True), (1.04, 400, False), (1.011, 4000, False)],
+)
+def test_limits(r_hat, ess, good):
+    """Below 400 draws the usual limit holds; above, what chance makes of them, where that is larger."""
+    assert mixed(dataset({"x": [r_hat]}, ("one",)), dataset({"x": [float(ess)]}, ("one",)), 1.01) == good
+    assert not mixed(dataset({"x": [np.nan]}, ("one",)), dataset({"x": [float(ess)]}, ("one",)), 1.01)
