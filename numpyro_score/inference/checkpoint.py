@@ -48,6 +48,7 @@ class Checkpoint:
             raise TypeError(f"checkpoint must be the path of a directory, got {type(directory).__name__}.")
         positive("run", "checkpoint_every, seconds between two saves", every)
         self.directory, self.every, self.settings, self.like = Path(directory).absolute(), float(every), settings, like
+        self.position: str | None = None  # among batches, of the save that was read
         self._manager: Any = None
         self._last = time.perf_counter()
         self._cost = 0.0  # seconds that a save stopped the run for
@@ -125,7 +126,9 @@ class Checkpoint:
         return 0, state, []
 
     def _read(self, ocp: Any, step: int, state: Any) -> tuple[Any, list[Any]]:
-        self._check(self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings)
+        saved = self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings
+        self.position = saved.pop("position", None)
+        self._check(saved)
         leaves, structure = jax.tree.flatten(self.like)
         target = {_name(i): np.zeros(step) for i in range(len(leaves))}
         args = dict(state=ocp.args.StandardRestore(_numbered(state)), values=ocp.args.StandardRestore(target))
@@ -154,17 +157,25 @@ class Checkpoint:
         """Whether it is time to save."""
         return time.perf_counter() - self._last > max(self.every, self._cost / _SHARE)
 
-    def save(self, step: int, state: Any, values: Any) -> None:
-        """Saves the state after `step` steps with the values of all of them, unless it is on disk already."""
+    def save(self, step: int, state: Any, values: Any, position: str | None = None) -> None:
+        """Saves the state after `step` steps with the values of all of them, unless it is on disk already.
+
+        Args:
+            step: steps taken.
+            state: after them.
+            values: of all of them.
+            position: where the batches stand that they were taken on.
+        """
         if step == self._saved:
             return
         begin, ocp = time.perf_counter(), _orbax()
+        settings = self.settings if position is None else {**self.settings, "position": position}
         leaves = {_name(i): np.asarray(v) for i, v in enumerate(jax.tree.leaves(values))}
         with self._explained("written"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    settings=ocp.args.JsonSave(self.settings),
+                    settings=ocp.args.JsonSave(settings),
                     state=ocp.args.StandardSave(_numbered(state)),
                     values=ocp.args.StandardSave(leaves),
                 ),

@@ -34,6 +34,7 @@ from numpyro_score.inference.arguments import (
     refuse_unknown,
 )
 from numpyro_score.inference.arrival import warn_if_average_lags, warn_if_still_falling
+from numpyro_score.inference.batches import FromBatches
 from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
 from numpyro_score.inference.checkpoint import Checkpoint
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
@@ -64,7 +65,7 @@ from numpyro_score.random import RUN, Key, as_key
 __all__ = ["ScoreMatching"]
 
 
-class ScoreMatching(Compiling, SVI):
+class ScoreMatching(Compiling, FromBatches, SVI):
     """Fits an unnormalised model by score matching.
 
     This is :class:`numpyro.infer.SVI` over `generalized_bayes(model, loss)`: `init`, `update`, `evaluate` and
@@ -105,7 +106,8 @@ class ScoreMatching(Compiling, SVI):
     """
 
     optim: Any
-    _compiled = ("_evaluate", "_advance", "_start", "trace_prior")
+    run_batches = FromBatches.run_batches  # so that it is documented here
+    _compiled = ("_evaluate", "_advance", "_step_batch", "_start", "trace_prior")
     _optimizers = ("optim",)
 
     def __init__(
@@ -155,6 +157,7 @@ class ScoreMatching(Compiling, SVI):
         # Of this object: it traces its model once for arguments of the same shapes.
         self._evaluate = jax.jit(partial(evaluate_for_check))
         self._advance = jax.jit(self._advance_impl, static_argnames=("static", "stable_update"))
+        self._step_batch = jax.jit(self._step_impl, static_argnames="static")
         self.trace_prior = CompiledTrace(self.prior)
         self._start = None
         if self._default_guide:
