@@ -49,3 +49,10 @@ def test_sharded_fit(rows):
     """A fit of sharded data finds the estimates of the same data on one device."""
     fits = [ScoreMatching(quartic_model, num_steps=50).run(jax.random.key(2), x, progress_bar=False) for x in rows]
     np.testing.assert_allclose(fits[1].estimates["a"], fits[0].estimates["a"], rtol=1e-4)
+
+
+def test_bad_rows_are_named_on_any_device(rows):
+    """The check counts rows where they are, and names them by their number among all."""
+    x = jax.device_put(rows[0].at[390, 3].set(jnp.nan), rows[1].sharding)
+    with pytest.raises(ValueError, match=r"have NaN or infinity in row 390 \(1 of 400\)"):
+        ScoreMatching(quartic_model).run(jax.random.key(0), x)
