@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-__all__ = ["fetch"]
+__all__ = ["fetch", "label_auto"]
 
 
 def fetch(tree: Any) -> Any:
@@ -18,5 +19,23 @@ def fetch(tree: Any) -> Any:
         if not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated:
             return np.asarray(value)
         return multihost_utils.process_allgather(value, tiled=True)
+
+    return jax.tree.map(one, tree)
+
+
+def label_auto(tree: Any) -> Any:
+    """The same arrays, where they are, with the axes of their mesh left to the compiler.
+
+    The axes of `jax.make_mesh` are explicit, so that every operation must say how its result is laid out; models and
+    losses do not.
+    """
+
+    def one(value: Any) -> Any:
+        if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
+            return value
+        place = value.sharding
+        if not isinstance(place, NamedSharding) or AxisType.Explicit not in place.mesh.axis_types:
+            return value
+        return jax.device_put(value, NamedSharding(Mesh(place.mesh.devices, place.mesh.axis_names), place.spec))
 
     return jax.tree.map(one, tree)

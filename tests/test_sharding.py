@@ -6,7 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpyro.distributions import constraints
 
 from numpyro_score import DSM, ISM, SSM, Energy, ScoreMatching
@@ -49,6 +49,21 @@ def test_sharded_fit(rows):
     """A fit of sharded data finds the estimates of the same data on one device."""
     fits = [ScoreMatching(quartic_model, num_steps=50).run(jax.random.key(2), x, progress_bar=False) for x in rows]
     np.testing.assert_allclose(fits[1].estimates["a"], fits[0].estimates["a"], rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def explicit():
+    """The same rows over two devices of a mesh as `jax.make_mesh` makes it, with explicit axes."""
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Explicit,))
+    return jax.device_put(jax.random.normal(jax.random.key(0), (400, 8)), NamedSharding(mesh, PartitionSpec("rows")))
+
+
+@pytest.mark.parametrize("loss", [ISM(), SSM(), DSM(0.3)], ids=repr)
+def test_explicit_axes_are_taken(loss, rows, explicit):
+    """An energy of rows on a mesh with explicit axes has the losses of the same rows on a mesh without."""
+    value = jax.jit(lambda energy: total_loss(loss, energy, jax.random.key(1)))
+    auto, same = (value(Energy(quartic_model, {"a": 0.3 * jnp.ones(8)}, x)) for x in (rows[1], explicit))
+    assert auto == same
 
 
 def test_bad_rows_are_named_on_any_device(rows):

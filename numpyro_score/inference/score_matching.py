@@ -58,6 +58,7 @@ from numpyro_score.inference.start import CompiledStart, being_traced
 from numpyro_score.inference.traces import CompiledTrace
 from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
+from numpyro_score.placement import label_auto
 from numpyro_score.printed import name_of, settings
 from numpyro_score.random import RUN, Key, as_key
 
@@ -194,6 +195,7 @@ class ScoreMatching(Compiling, SVI):
         check_keywords(self.init, self.score_model, kwargs)
         check_arguments(self.score_model, args, kwargs)
         rng_key, found, init_params = as_key(rng_key), None, as_floats(init_params)
+        args, kwargs = label_auto((args, kwargs))
         refuse_not_pickled(self.optim)
         if self._start is not None and not being_traced((rng_key, args, kwargs, init_params)):
             found = self._start(rng_key, init_params, args, kwargs)
@@ -284,6 +286,7 @@ class ScoreMatching(Compiling, SVI):
         rng_key = as_key(0 if rng_key is None else rng_key, RUN)
         check_keywords(self.run, self.score_model, kwargs)
         check_arguments(self.score_model, args, kwargs)
+        args, kwargs = label_auto((args, kwargs))
         if init_state is None or self.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state
