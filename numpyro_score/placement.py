@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["fetch", "label_auto"]
+__all__ = ["fetch", "label_auto", "replicate"]
 
 
 def fetch(tree: Any) -> Any:
@@ -39,3 +39,27 @@ def label_auto(tree: Any) -> Any:
         return jax.device_put(value, NamedSharding(Mesh(place.mesh.devices, place.mesh.axis_names), place.spec))
 
     return jax.tree.map(one, tree)
+
+
+def replicate(state: Any, data: Any) -> Any:
+    """A state with a copy on each of the devices that the data are spread over, where they are spread over several.
+
+    What is on all of these devices already, such as weights that the user has spread, stays as it is.
+    """
+    places = [v.sharding for v in jax.tree.leaves(data) if isinstance(v, jax.Array)]
+    place = next((p for p in places if isinstance(p, NamedSharding) and p.num_devices > 1), None)
+    if place is None:
+        return state
+    everywhere = NamedSharding(place.mesh, PartitionSpec())
+
+    def one(value: Any) -> Any:
+        there = isinstance(value, jax.Array) and value.sharding.device_set == place.device_set
+        if there and not value.is_fully_replicated:
+            return value
+        if everywhere.is_fully_addressable:
+            return jax.device_put(value, everywhere)
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(value)), impl=jax.random.key_impl(value))
+        return jax.device_put(np.asarray(value), everywhere)  # JAX compares it between the processes
+
+    return jax.tree.map(one, state)

@@ -1,10 +1,13 @@
 """Rows spread over devices give the numbers of rows on one device."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpyro.distributions import constraints
@@ -64,6 +67,22 @@ def test_explicit_axes_are_taken(loss, rows, explicit):
     value = jax.jit(lambda energy: total_loss(loss, energy, jax.random.key(1)))
     auto, same = (value(Energy(quartic_model, {"a": 0.3 * jnp.ones(8)}, x)) for x in (rows[1], explicit))
     assert auto == same
+
+
+@pytest.mark.filterwarnings("ignore:The loss was still falling")
+@pytest.mark.parametrize("axes", ["auto", "explicit"])
+def test_steps_over_devices_compile_once(axes, rows, explicit, caplog):
+    """The first state is laid out as all others, so that there is one program of the steps, on either mesh."""
+    x = rows[1] if axes == "auto" else explicit
+    sm = ScoreMatching(quartic_model, optim=optax.adam(0.01), num_steps=50)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        fit = sm.run(jax.random.key(2), x, progress_bar=False)
+        sm.run(jax.random.key(3), x, progress_bar=False)
+    programs = [r for r in caplog.records if "Finished XLA compilation of jit(_advance_impl)" in r.getMessage()]
+    assert len(programs) == 1
+    one = ScoreMatching(quartic_model, optim=optax.adam(0.01), num_steps=50)
+    expected = one.run(jax.random.key(2), rows[0], progress_bar=False)
+    np.testing.assert_allclose(fit.estimates["a"], expected.estimates["a"], rtol=1e-4)
 
 
 def test_bad_rows_are_named_on_any_device(rows):

@@ -42,7 +42,7 @@ from numpyro_score.inference.loop import (
 from numpyro_score.inference.optim import decaying_adam, default_optimizer, optax_optimizer
 from numpyro_score.inference.pickling import Compiling
 from numpyro_score.losses.terms import require_flat
-from numpyro_score.placement import label_auto
+from numpyro_score.placement import label_auto, replicate
 from numpyro_score.printed import name_of, settings
 from numpyro_score.random import RUN, Key, as_key
 
@@ -230,7 +230,7 @@ class AdversarialDynamicsEmbedding(Compiling):
         state = init_state
         if state is None or self._svi.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
-        state = strongly_typed(state if init_state is None else init_state)
+        state = replicate(strongly_typed(state if init_state is None else init_state), (args, kwargs))
         arrays, static = split_arrays((args, kwargs))
         transforms = self._svi.constrain_fn.args[0]
         start = int(state.optim_state[0])

@@ -58,7 +58,7 @@ from numpyro_score.inference.start import CompiledStart, being_traced
 from numpyro_score.inference.traces import CompiledTrace
 from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
-from numpyro_score.placement import label_auto
+from numpyro_score.placement import label_auto, replicate
 from numpyro_score.printed import name_of, settings
 from numpyro_score.random import RUN, Key, as_key
 
@@ -293,7 +293,7 @@ class ScoreMatching(Compiling, SVI):
         check_memory(state, self.score_loss, self._mutable)
         check_state(state.optim_state, self.average)
         start = int(state.optim_state[0])
-        state = strongly_typed(state)
+        state = replicate(strongly_typed(state), (args, kwargs))
         if self._default_optim and self._default_guide:
             initial = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
             try:
