@@ -53,6 +53,7 @@ from numpyro_score.inference.optim import (
     default_optimizer,
 )
 from numpyro_score.inference.pickling import Compiling, refuse_not_pickled
+from numpyro_score.inference.processes import is_first
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart, being_traced
 from numpyro_score.inference.traces import CompiledTrace
@@ -323,7 +324,7 @@ class ScoreMatching(Compiling, SVI):
         options = dict(num_steps=num_steps, start=start, stable_update=stable_update, rng_key=rng_key)
         kept = Checkpoint.of(checkpoint, checkpoint_every, "ScoreMatching", (args, kwargs), 0.0, **own, **options)
         state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite, kept)
-        if not interrupted and not hasattr(self.score_loss, "no_objective"):
+        if is_first() and not interrupted and not hasattr(self.score_loss, "no_objective"):
             warn_if_still_falling(losses, self._shape[1])
             if self.average is not None:
                 warn_if_average_lags(losses, self._shape[1], self.average, int(state.optim_state[0]))
