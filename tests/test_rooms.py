@@ -12,6 +12,7 @@ ROOMS = [
     "operators",
     "random",
     "programs",
+    "placement",
     "printed",
     "energy",
     "kernels",

@@ -13,6 +13,7 @@ import numpy as np
 from numpyro.primitives import Messenger
 
 from numpyro_score.energy.values import check_argument, check_list
+from numpyro_score.placement import label_auto
 
 Static = tuple[Any, tuple[Any, ...]]
 
@@ -44,7 +45,7 @@ def split_arrays(tree: Any) -> tuple[list[Any], Static]:
                 f"A model argument is a {type(v).__name__}: pass NumPy or JAX arrays, e.g. np.asarray(...)."
             )
     # As JAX arrays, so that a model can index them by traced plate indices.
-    return [jnp.asarray(v) for v, yes in zip(leaves, is_array, strict=True) if yes], (treedef, rest)
+    return [label_auto(jnp.asarray(v)) for v, yes in zip(leaves, is_array, strict=True) if yes], (treedef, rest)
 
 
 def join_arrays(arrays: list[Any], static: Static) -> Any:

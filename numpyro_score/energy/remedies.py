@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from numpyro.distributions import constraints
 
 from numpyro_score.energy.supports import base_constraint
@@ -60,17 +62,15 @@ def outside_remedy(name: str, kind: str, constraint: constraints.Constraint, val
 _ENDS = (("lower_bound", -np.inf), ("upper_bound", np.inf))
 
 
-def on_boundary(kind: str, constraint: constraints.Constraint, value: Any) -> np.ndarray:
+def on_boundary(kind: str, constraint: constraints.Constraint, value: Array) -> Array:
     """Which rows of finite data (M, ...) touch the boundary of a bounded support or of a simplex, (M,)."""
-    value = np.asarray(value, np.float64)
     if kind == "simplex":
         touch = value == 0
     elif kind == "box":
-        base = base_constraint(constraint)
-        lower, upper = (np.asarray(getattr(base, b, i), np.float64) for b, i in _ENDS)
+        lower, upper = (jnp.asarray(getattr(base_constraint(constraint), b, i), value.dtype) for b, i in _ENDS)
         touch = (value == lower) | (value == upper)
     else:
-        return np.zeros(len(value), bool)
+        return jnp.zeros(len(value), bool)
     return touch.reshape(len(value), -1).any(-1)
 
 

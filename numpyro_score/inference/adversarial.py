@@ -42,6 +42,7 @@ from numpyro_score.inference.loop import (
 from numpyro_score.inference.optim import decaying_adam, default_optimizer, optax_optimizer
 from numpyro_score.inference.pickling import Compiling
 from numpyro_score.losses.terms import require_flat
+from numpyro_score.placement import label_auto, replicate
 from numpyro_score.printed import name_of, settings
 from numpyro_score.random import RUN, Key, as_key
 
@@ -225,10 +226,11 @@ class AdversarialDynamicsEmbedding(Compiling):
         num_steps = check_num_steps(self.num_steps if num_steps is None else num_steps)
         rng_key = as_key(0 if rng_key is None else rng_key, RUN)
         check_keywords(self.run, self.model, kwargs)
+        args, kwargs = label_auto((args, kwargs))
         state = init_state
         if state is None or self._svi.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
-        state = strongly_typed(state if init_state is None else init_state)
+        state = replicate(strongly_typed(state if init_state is None else init_state), (args, kwargs))
         arrays, static = split_arrays((args, kwargs))
         transforms = self._svi.constrain_fn.args[0]
         start = int(state.optim_state[0])

@@ -109,7 +109,7 @@ def with_cost(run: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
         seconds = time.perf_counter() - begin
-        (device, *_) = result.state.rng_key.devices()
+        device = next(d for d in result.state.rng_key.devices() if d.process_index == jax.process_index())
         per_step = self._evaluations(result)
         evaluations = None if per_step is None else per_step * len(result.losses)
         peak = (device.memory_stats() or {}).get("peak_bytes_in_use")

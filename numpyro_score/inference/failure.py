@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_score.inference.result import ScoreMatchingResult
+from numpyro_score.placement import fetch
 
 __all__ = ["explain", "explain_terms"]
 
@@ -22,10 +23,10 @@ def explain(fit: ScoreMatchingResult) -> str:
     x, weights = energy.data_and_weights()
     parts = {"log density": energy.log_density} if energy.has_density else {}
     for what, of in {**parts, "score": energy.score}.items():
-        finite = np.isfinite(np.asarray(of(x))).reshape(len(x), -1).all(-1)
-        rows = np.flatnonzero(~finite & (np.asarray(weights) != 0))
-        if rows.size:
-            return f"the {what} is not finite in {rows.size} of {len(x)} rows, first row {rows[0]}"
+        bad = ~jnp.isfinite(of(x)).reshape(len(x), -1).all(-1) & (weights != 0)
+        count, first = fetch((jnp.sum(bad), jnp.argmax(bad)))
+        if count:
+            return f"the {what} is not finite in {count} of {len(x)} rows, first row {first}"
     other = "the loss's second derivatives or the prior are not"
     return f"the density and score are finite at the data, so {getattr(fit.svi.score_loss, 'not_finite', other)}"
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from numpyro_score.inference.checkpoint import Checkpoint
 from numpyro_score.inference.processes import agreed, interrupts, is_first
+from numpyro_score.placement import fetch
 
 __all__ = ["Advance", "NonFiniteLossError", "check_num_steps", "next_size", "run_steps", "strongly_typed", "take_steps"]
 
@@ -123,7 +124,7 @@ def _run_steps(
                 begin, n = time.perf_counter(), min(size, num_steps - done)
                 new, buffers, taken = advance(state, n)
                 taken = int(taken)
-                values = jax.tree.map(lambda b, n=n: b[:n], jax.device_get(buffers))
+                values = jax.tree.map(lambda b, n=n: b[:n], fetch(buffers))
                 chunks.append(values)
                 if taken < n:
                     # Steps are deterministic, so the states around the failing one are had by taking them again.

@@ -54,11 +54,13 @@ from numpyro_score.inference.optim import (
     default_optimizer,
 )
 from numpyro_score.inference.pickling import Compiling, refuse_not_pickled
+from numpyro_score.inference.processes import is_first
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart, being_traced
 from numpyro_score.inference.traces import CompiledTrace
 from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
+from numpyro_score.placement import label_auto, replicate
 from numpyro_score.printed import name_of, settings
 from numpyro_score.random import RUN, Key, as_key
 
@@ -197,6 +199,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         check_keywords(self.init, self.score_model, kwargs)
         check_arguments(self.score_model, args, kwargs)
         rng_key, found, init_params = as_key(rng_key), None, as_floats(init_params)
+        args, kwargs = label_auto((args, kwargs))
         refuse_not_pickled(self.optim)
         if self._start is not None and not being_traced((rng_key, args, kwargs, init_params)):
             found = self._start(rng_key, init_params, args, kwargs)
@@ -287,13 +290,14 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         rng_key = as_key(0 if rng_key is None else rng_key, RUN)
         check_keywords(self.run, self.score_model, kwargs)
         check_arguments(self.score_model, args, kwargs)
+        args, kwargs = label_auto((args, kwargs))
         if init_state is None or self.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state
         check_memory(state, self.score_loss, self._mutable)
         check_state(state.optim_state, self.average)
         start = int(state.optim_state[0])
-        state = strongly_typed(state)
+        state = replicate(strongly_typed(state), (args, kwargs))
         if self._default_optim and self._default_guide:
             initial = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
             try:
@@ -323,7 +327,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         options = dict(num_steps=num_steps, start=start, stable_update=stable_update, rng_key=rng_key)
         kept = Checkpoint.of(checkpoint, checkpoint_every, "ScoreMatching", (args, kwargs), 0.0, **own, **options)
         state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite, kept)
-        if not interrupted and not hasattr(self.score_loss, "no_objective"):
+        if is_first() and not interrupted and not hasattr(self.score_loss, "no_objective"):
             warn_if_still_falling(losses, self._shape[1])
             if self.average is not None:
                 warn_if_average_lags(losses, self._shape[1], self.average, int(state.optim_state[0]))

@@ -1,0 +1,113 @@
+"""What test_processes.py runs, as one of several processes: python process_job.py PROCESSES RANK PORT FOLDER."""
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+COUNT, RANK, PORT, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // COUNT} --xla_backend_optimization_level=1"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_disable_most_optimizations", True)
+if COUNT > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, RANK)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import numpyro  # noqa: E402
+import numpyro.distributions as dist  # noqa: E402
+import optax  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+from numpyro.distributions import constraints  # noqa: E402
+
+from numpyro_score import SSM, ScoreMatching  # noqa: E402
+
+N = 200
+ROWS = NamedSharding(jax.make_mesh((2,), ("rows",)), PartitionSpec("rows"))
+X = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
+
+
+def quartic(x):
+    """A sum of quartic terms."""
+    a = numpyro.param("a", 0.3 * jnp.ones(4), constraint=constraints.positive)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (4,)), obs=x)
+        numpyro.factor("energy", -jnp.sum(a * x**4, axis=-1) - 0.1 * jnp.sum(x, axis=-1) ** 2)
+
+
+def root(x):
+    """The score is not finite where x is the parameter."""
+    mu = numpyro.param("mu", 0.0)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (4,)), obs=x)
+        numpyro.factor("energy", -jnp.sum(jnp.abs(x - mu) ** 0.5, axis=-1))
+
+
+def exponential(x):
+    """Positive data."""
+    rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.independent(constraints.positive, 1), (), (4,)), obs=x)
+        numpyro.factor("energy", -rate * jnp.sum(x**2, axis=-1))
+
+
+def placed(x):
+    """The rows over all devices, each process giving its own."""
+    size = N // COUNT
+    return jax.make_array_from_process_local_data(ROWS, x[RANK * size : (RANK + 1) * size])
+
+
+def with_value(row, value, x=X):
+    """The data with another value in one row."""
+    x = x.copy()
+    x[row] = value
+    return placed(x)
+
+
+def message(model, x, loss):
+    """What a fit says that fails."""
+    try:
+        ScoreMatching(model, optim=optax.adam(1e-2), loss=loss, num_steps=5).run(jax.random.key(2), x)
+    except (ValueError, FloatingPointError) as error:
+        return str(error)
+    return "no error"
+
+
+def run(sm, x, **kwargs):
+    return sm.run(jax.random.key(2), x, progress_bar=False, **kwargs)
+
+
+def main():
+    sm, x = ScoreMatching(quartic, optim=optax.adam(1e-3), loss=SSM(), num_steps=60), placed(X)
+    first = run(sm, x, checkpoint=FOLDER / "saved", checkpoint_every=1e-9)
+    again = run(sm, x, checkpoint=FOLDER / "saved")
+    true_clock, factor = time.perf_counter, 100.0 if RANK else 1.0
+    time.perf_counter = lambda: factor * true_clock()
+    long = run(sm, x, num_steps=3000)
+    time.perf_counter = true_clock
+    found = {
+        "losses": first.losses,
+        "a": first.params["a"],
+        "saved_losses": again.losses,
+        "saved_a": again.params["a"],
+        "long_losses": long.losses,
+        "long_a": long.params["a"],
+        "missing": message(quartic, with_value(150, np.nan), SSM()),
+        "outside": message(exponential, with_value(150, -2.0, np.abs(X)), SSM()),
+        "kink": message(root, with_value(150, 0.0), SSM(allow_kinks=True)),
+    }
+    np.savez(FOLDER / f"found-{COUNT}-{RANK}.npz", **found)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:  # the others wait for this one, and its exit would wait for them
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

@@ -1,0 +1,91 @@
+"""Two processes with a device each give the numbers of one process with two devices."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+JOB = Path(__file__).parent / "process_job.py"
+
+
+def start(count, rank, port, folder):
+    """One of the processes, with what it prints in a file."""
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with open(folder / f"printed-{rank}.txt", "w") as printed:
+        return subprocess.Popen(
+            [sys.executable, JOB, str(count), str(rank), str(port), folder],
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What one process and two have found: process_job.py says what."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    jobs = [start(1, 0, 0, folder / "one"), *(start(2, rank, port, folder / "two") for rank in range(2))]
+    try:
+        ended = [job.wait(timeout=300) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    printed = [path.read_text() for path in sorted(folder.glob("*/printed-*.txt"))]
+    assert ended == [0, 0, 0], "\n\n".join(printed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """By process: the only one, the first of two, the second of two."""
+    names = ["one/found-1-0.npz", "two/found-2-0.npz", "two/found-2-1.npz"]
+    return [dict(np.load(folder / name)) for name in names]
+
+
+@pytest.mark.parametrize("what", ["losses", "a"])
+def test_same_numbers(found, what):
+    """To the bit: losses and parameters of a fit, and of what is read back from its checkpoint."""
+    for other in found:
+        np.testing.assert_array_equal(other[what], found[0][what])
+        np.testing.assert_array_equal(other[f"saved_{what}"], found[0][what])
+
+
+@pytest.mark.parametrize("what", ["long_losses", "long_a"])
+def test_clocks_may_differ(found, what):
+    """3,000 steps, with the second process's clock a hundred times as fast: they agree on the steps of each call."""
+    assert len(found[0]["long_losses"]) == 3000
+    for other in found[1:]:
+        np.testing.assert_array_equal(other[what], found[0][what])
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("missing", "Data 'x' have NaN or infinity in row 150 (1 of 200): "),
+        ("outside", "Data 'x' lie outside of the support of the site in row 150 (1 of 200): values from -2 to "),
+        ("kink", "at step 0: the score is not finite in 1 of 200 rows, first row 150."),
+    ],
+)
+def test_same_errors(found, what, message):
+    """All processes say the same of a row that only the second holds, by its number among all."""
+    assert message in str(found[0][what])
+    assert len({str(f[what]) for f in found}) == 1
+
+
+def test_one_bar_and_one_warning(folder):
+    """The first process alone shows the steps and warns."""
+    first, second = ((folder / "two" / f"printed-{rank}.txt").read_text() for rank in range(2))
+    assert "it/s" in first
+    assert "still falling" in first
+    assert "it/s" not in second
+    assert "Warning" not in second
