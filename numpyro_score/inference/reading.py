@@ -215,8 +215,9 @@ class Prefetched:
         is_array = [isinstance(v, jax.Array | np.ndarray) for v in jax.tree.leaves(args)]
         leaves = [v for v, yes in zip(jax.tree.leaves(args), is_array, strict=True) if yes]
         forms = [f"{v.dtype}{list(v.shape)}" for v in leaves]
-        # A copy, as readers may fill one buffer again and again, and a page of a memory map is read here.
-        args = jax.tree.map(lambda v: jax.device_put(v, may_alias=False) if isinstance(v, np.ndarray) else v, args)
+        # A copy, made at once, where `device_put` may read later, as readers may fill one buffer again and again. Pages
+        # of a memory map are read here, too.
+        args = jax.tree.map(lambda v: jax.device_put(np.array(v)) if isinstance(v, np.ndarray) else v, args)
         arrays, static = split_arrays((args, {}))
         if self._first is None:
             self._first = forms, static

@@ -56,8 +56,8 @@ from numpyro_score.inference.optim import (
 from numpyro_score.inference.pickling import Compiling, refuse_not_pickled
 from numpyro_score.inference.processes import is_first
 from numpyro_score.inference.result import ScoreMatchingResult
-from numpyro_score.inference.start import CompiledStart, being_traced
-from numpyro_score.inference.traces import CompiledTrace
+from numpyro_score.inference.start import CompiledStart
+from numpyro_score.inference.traces import CompiledTrace, being_traced
 from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
 from numpyro_score.placement import label_auto, replicate

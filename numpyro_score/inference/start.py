@@ -22,13 +22,7 @@ from numpyro_score.inference.arguments import InitParams
 from numpyro_score.inference.traces import Sites, jit_once
 from numpyro_score.losses import Loss
 
-__all__ = ["CompiledStart", "being_traced"]
-
-
-def being_traced(tree: Any) -> bool:
-    """Whether a JAX transformation is at work, on these values or around."""
-    leaves = [*jax.tree.leaves(tree), jnp.zeros(())]  # inside of `jit` a new array is traced, too
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+__all__ = ["CompiledStart"]
 
 
 class CompiledStart:
@@ -104,5 +98,6 @@ def _is_finite(guide: AutoDelta) -> Array:
     # Of a subsampled plate NumPyro repeats those of the subsample.
     locs = {k: v[tuple(map(slice, jnp.shape(sites[k]["value"])))] for k, v in guide._init_locs.items()}
     free = transform_fn({k: biject_to(s["fn"].support) for k, s in sites.items()}, locs, invert=True)
-    found = jax.value_and_grad(guide._potential_fn)(free)
+    with handlers.seed(rng_seed=jax.random.key(0)):  # for subsampled plates
+        found = jax.value_and_grad(guide._potential_fn)(free)
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found)]))

@@ -7,14 +7,21 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from numpyro import handlers
 
 from numpyro_score.energy import join_arrays, split_arrays
 
-__all__ = ["CompiledTrace", "jit_once"]
+__all__ = ["CompiledTrace", "being_traced", "jit_once"]
 
 # What runs once, on little, is not worth optimising: that would take three times as long as all else.
 jit_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def being_traced(tree: Any) -> bool:
+    """Whether a JAX transformation is at work, on these values or around."""
+    leaves = [*jax.tree.leaves(tree), jnp.zeros(())]  # inside of `jit` a new array is traced, too
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
 class CompiledTrace:
@@ -31,6 +38,8 @@ class CompiledTrace:
     def __call__(self, values: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The sites by name; arrays in them are those of the program."""
         arrays, static = split_arrays((args, kwargs))
+        if being_traced(()):  # a program in another may not have options of its own
+            return self._trace(values, arrays, static=static).trace()
         return self._run(values, arrays, static=static).trace()
 
     def _trace(self, values: dict[str, Any], arrays: list[Any], *, static: Any) -> Sites:

@@ -170,7 +170,7 @@ def warn_if_few_groups(objective: Objective, names: tuple[str, ...]) -> None:
             continue
         found = row_groups(objective, name)
         count = len(blocks[name]) if found is None else len(np.unique(found[found >= 0]))
-        if count < ENOUGH_GROUPS:
+        if 1 < count < ENOUGH_GROUPS:  # a single one is shared by all rows
             warnings.warn(
                 f"Site '{name}' has effects of {count} groups, and their spread depends on site '{scale}', which is "
                 f"estimated: with fewer than {ENOUGH_GROUPS} groups the errors of a point fit are too small. For the "
