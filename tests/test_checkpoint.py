@@ -147,7 +147,7 @@ def test_damaged_saves(whole, saved, tmp_path):
         (dict(checkpoint="unused", checkpoint_every=0), ValueError, "checkpoint_every"),
     ],
 )
-def test_bad_checkpoints(options, error, message):
+def test_bad_checkpoints(options, error, message, unchecked):
     with pytest.raises(error, match=message):
         run(**options)
 
@@ -155,6 +155,7 @@ def test_bad_checkpoints(options, error, message):
 KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
+import conftest  # compiles as these tests do, so that rows and steps are the same to the bit
 import test_checkpoint
 test_checkpoint.run({directory!r}, num_steps={num_steps}, checkpoint_every=1e-9)
 """
