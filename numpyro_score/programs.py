@@ -10,13 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-__all__ = ["compiled", "run_compiled"]
+__all__ = ["being_traced", "compiled", "run_compiled"]
 
 _KEPT = 64  # programs
 _programs: list[tuple[Jaxpr, bool, Callable[..., Any]]] = []  # the last used first; whether with double precision
 
 # Rules for derivatives, which are functions and never equal. Nothing is differentiated here.
 _RULES = {"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd"}
+
+
+def being_traced(tree: Any) -> bool:
+    """Whether a JAX transformation is at work, on these values or around."""
+    leaves = [*jax.tree.leaves(tree), jnp.zeros(())]  # inside of `jit` a new array is traced, too
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
 def run_compiled(f: Callable[..., Any], *args: Any) -> Any:

@@ -20,6 +20,7 @@ from numpyro_score.diffusion.steps import Field
 from numpyro_score.energy import plural, rows_text
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.source import Source
+from numpyro_score.programs import being_traced
 from numpyro_score.random import Key, as_key
 
 __all__ = ["NoiseBits", "bits_by_noise"]
@@ -107,7 +108,7 @@ def bits_by_noise(
         raise ValueError(f"bits_by_noise integrates over noise levels: num_levels must be 3 or more, got {num_levels}.")
     key = as_key(rng_key, "write bits_by_noise(fit, held_out, jax.random.key(0))")
     model = noisy_model("bits_by_noise", source)
-    if any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves((key, x, model.energy))):
+    if being_traced((key, x, model.energy)):
         raise TypeError("bits_by_noise got traced values, and integrates by NumPy: call it outside of jit and vmap.")
     low, high = shared_noise_range("bits_by_noise", source, None, noise_range)
     rows = model.energy.flatten(x)

@@ -21,6 +21,7 @@ from numpyro.primitives import Messenger
 from numpyro_score.diffusion.source import as_data
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.energy import join_arrays, split_arrays, varying_outputs
+from numpyro_score.programs import being_traced
 
 __all__ = ["check_call", "check_observation", "log_likelihood", "refuse_traced", "split_observation"]
 
@@ -57,7 +58,7 @@ def check_call(
 
 def refuse_traced(owner: str, *inputs: Any) -> None:
     """Raises TypeError if an input is traced, or all is, as under `jax.jit`."""
-    if any(isinstance(v, jax.core.Tracer) for v in [*jax.tree.leaves(inputs), jnp.zeros(())]):
+    if being_traced(inputs):
         raise TypeError(
             f"{owner} looks at its weights while it runs, and got traced values: call it outside of jax.jit, jax.vmap "
             "and jax.grad, once for each observation; its programs are compiled once and used again."

@@ -32,6 +32,7 @@ __all__ = [
     "check_memory",
     "check_optimizer",
     "is_loss",
+    "named_leaves",
     "refuse_misplaced",
     "refuse_unknown",
 ]
@@ -152,8 +153,12 @@ def _check_shape(name: str, given: Any, site: Site) -> None:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of each leaf, by its path."""
-    return {jax.tree_util.keystr(k): tuple(np.shape(v)) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+    return {k: tuple(np.shape(v)) for k, v in named_leaves(tree).items()}
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their paths."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def as_floats(init_params: dict[str, Any] | None) -> dict[str, Any] | None:

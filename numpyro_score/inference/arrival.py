@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import scipy.stats
 
-__all__ = ["warn_if_average_lags", "warn_if_still_falling"]
+from numpyro_score.inference.processes import is_first
+
+__all__ = ["warn_at_end", "warn_if_average_lags", "warn_if_still_falling"]
+
+
+def warn_at_end(fitter: Any, state: Any, losses: np.ndarray, num_rows: int) -> None:
+    """Warns, in the first process, where a run that nothing stopped may not have arrived.
+
+    Args:
+        fitter: a :class:`~numpyro_score.ScoreMatching`.
+        state: the last `SVIState`.
+        losses: of all steps, (S,).
+        num_rows: that a loss is a sum over.
+    """
+    if not is_first() or hasattr(fitter.score_loss, "no_objective"):
+        return
+    warn_if_still_falling(losses, num_rows)
+    if fitter.average is not None:
+        warn_if_average_lags(losses, num_rows, fitter.average, int(state.optim_state[0]))
 
 
 def warn_if_still_falling(losses: np.ndarray, num_rows: int) -> None:
@@ -38,7 +57,7 @@ def warn_if_still_falling(losses: np.ndarray, num_rows: int) -> None:
             f"The loss was still falling when the run ended: its mean over the last quarter of the {len(losses)} steps "
             f"is {fall:.3g} below that of the quarter before. The estimates may be far from the minimum: take more "
             "steps with num_steps, or another optimiser such as optax.lbfgs(); fit.stderr() measures how far.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -73,7 +92,7 @@ def warn_if_average_lags(losses: np.ndarray, num_rows: int, average: float, num_
             f"The average of the parameters seems to hold too many early steps, of higher loss: average={average} "
             f"remembers {1 / (1 - average):.0f} steps or more of a run of {num_steps}. Take more steps with num_steps, "
             "or a smaller average.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 import time
@@ -16,18 +15,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from numpyro.infer.util import transform_fn
 from tqdm.auto import tqdm
 
 from numpyro_score.energy import join_arrays, layouts_kept
-from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.inference.arguments import GUIDES_WITH_DENSITY, check_memory
-from numpyro_score.inference.arrival import warn_if_average_lags, warn_if_still_falling
+from numpyro_score.inference.arrival import warn_at_end
 from numpyro_score.inference.checkpoint import Checkpoint
 from numpyro_score.inference.cost import with_cost
 from numpyro_score.inference.failure import explain
 from numpyro_score.inference.loop import NonFiniteLossError, check_num_steps, next_size, strongly_typed
-from numpyro_score.inference.optim import check_state, current_params, default_optimizer
+from numpyro_score.inference.optim import check_state, current_params
 from numpyro_score.inference.processes import agreed, interrupts, is_first
 from numpyro_score.inference.reading import END, Batch, Prefetched, Source
 from numpyro_score.inference.result import ScoreMatchingResult
@@ -136,11 +133,9 @@ class FromBatches:
         loop = _Loop(step, state, first, None if num_steps is None else total, partial(_failure, self))
         del first, state  # which take memory that the steps may need
         losses = loop.run(reader, kept, tqdm(total=total, disable=not progress_bar or not is_first()))
-        state, rows = loop.at.state, num_rows or self._shape[1]
-        if not loop.interrupted and not hasattr(self.score_loss, "no_objective"):
-            warn_if_still_falling(losses, rows)
-            if self.average is not None:
-                warn_if_average_lags(losses, rows, self.average, int(state.optim_state[0]))
+        state = loop.at.state
+        if not loop.interrupted:
+            warn_at_end(self, state, losses, num_rows or self._shape[1])
         params, args = self.get_params(state), loop.at.batch.args
         return ScoreMatchingResult(params, state, losses, self, args, {}, interrupted=loop.interrupted)
 
@@ -148,14 +143,8 @@ class FromBatches:
         self: Any, transforms: Any, start: Any, total: Any, learning_rate: Any, arrays: Any, state: Any, *, static: Any
     ) -> tuple[Any, Array]:
         """One step on one batch: the new state, and the loss before it."""
-        # What would otherwise be baked into the compiled step comes in as arguments.
-        svi = copy.copy(self)
-        svi.constrain_fn = partial(transform_fn, transforms)
-        svi.model = GeneralizedModel(self.score_model, self.score_loss, learning_rate, self.data)
-        if self._default_optim:
-            svi.optim = default_optimizer(total, start, self.average)
         args, kwargs = join_arrays(arrays, static)
-        return svi.update(state, *args, **kwargs)
+        return self._stepping(transforms, start, total, learning_rate).update(state, *args, **kwargs)
 
 
 def _weight(num_rows: Any, n: int, sites: dict[str, Any]) -> float:

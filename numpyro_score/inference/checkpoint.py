@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from numpyro_score.inference.arguments import named_leaves
 from numpyro_score.losses.base import positive
 from numpyro_score.printed import without_addresses
 
@@ -95,7 +96,7 @@ class Checkpoint:
             ValueError: if the directory has another run.
             OSError: if it cannot be read or written.
         """
-        self.settings["state"] = {name: [str(v.dtype), list(v.shape)] for name, v in _named(state)}
+        self.settings["state"] = {name: [str(v.dtype), list(v.shape)] for name, v in named_leaves(state).items()}
         ocp = _orbax()
         with self._explained("opened"):
             options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
@@ -218,10 +219,6 @@ def _numbered(state: Any) -> dict[str, Any]:
     return {_name(i): v for i, v in enumerate(jax.tree.leaves(state))}
 
 
-def _named(state: Any) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path), v) for path, v in jax.tree_util.tree_leaves_with_path(state)]
-
-
 def _differences(was: Any, new: Any) -> str:
     was = was or {}
     names = sorted(k for k in was.keys() | new.keys() if was.get(k) != new.get(k))
@@ -234,10 +231,13 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, jax.Array | np.ndarray):
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-            value = jax.random.key_data(value)
-        return np.asarray(value).tolist()
+        return np.asarray(_numbers(value)).tolist()
     return without_addresses(value)
+
+
+def _numbers(value: Any) -> Any:
+    """An array of numbers, which keys are made of."""
+    return jax.random.key_data(value) if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) else value
 
 
 def _fingerprint(value: Any) -> list[Any]:
@@ -245,8 +245,7 @@ def _fingerprint(value: Any) -> list[Any]:
     known = [str(value.dtype), list(value.shape)]
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return known
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        value = jax.random.key_data(value)
+    value = _numbers(value)
     rows = np.unique(np.linspace(0, len(value) - 1, _SAMPLED).astype(int)) if value.ndim and len(value) else ()
     some = np.asarray(value[rows])
     return [*known, hashlib.sha256(some.tobytes()).hexdigest()[:16]]

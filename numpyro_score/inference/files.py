@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from numpyro_score.inference.arguments import named_leaves
 from numpyro_score.printed import settings as printed
 from numpyro_score.version import __version__
 
@@ -96,7 +97,7 @@ class Arrays:
 
     def leaves(self, tree: Any) -> list[list[Any]]:
         """The leaves of any pytree, each as its path and what stands for it."""
-        return [[jax.tree_util.keystr(p), self.put(v)] for p, v in jax.tree_util.tree_leaves_with_path(tree)]
+        return [[name, self.put(v)] for name, v in named_leaves(tree).items()]
 
 
 def _write(path: str | os.PathLike[str], head: dict[str, Any], arrays: Arrays) -> None:

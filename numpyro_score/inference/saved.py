@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_score.inference.arguments import named_leaves
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.files import Arrays, read
 from numpyro_score.inference.pickling import NotPickled
@@ -102,10 +103,10 @@ def _on_device(value: Any) -> Any:
 
 def _filled(tree: Any, saved: dict[str, Any]) -> Any:
     """A tree of the same form with the saved leaves; None if they are others, or of other shapes."""
-    named = [(jax.tree_util.keystr(p), v) for p, v in jax.tree_util.tree_leaves_with_path(tree)]
-    if {k: jnp.shape(v) for k, v in named} != {k: jnp.shape(v) for k, v in saved.items()}:
+    named = named_leaves(tree)
+    if {k: jnp.shape(v) for k, v in named.items()} != {k: jnp.shape(v) for k, v in saved.items()}:
         return None
-    return jax.tree.unflatten(jax.tree.structure(tree), [saved[k] for k, _ in named])
+    return jax.tree.unflatten(jax.tree.structure(tree), [saved[k] for k in named])
 
 
 def _loss(entry: dict[str, Any], arrays: Arrays) -> Loss:

@@ -33,7 +33,7 @@ from numpyro_score.inference.arguments import (
     refuse_misplaced,
     refuse_unknown,
 )
-from numpyro_score.inference.arrival import warn_if_average_lags, warn_if_still_falling
+from numpyro_score.inference.arrival import warn_at_end
 from numpyro_score.inference.batches import FromBatches
 from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
 from numpyro_score.inference.checkpoint import Checkpoint
@@ -54,14 +54,14 @@ from numpyro_score.inference.optim import (
     default_optimizer,
 )
 from numpyro_score.inference.pickling import Compiling, refuse_not_pickled
-from numpyro_score.inference.processes import is_first
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart
-from numpyro_score.inference.traces import CompiledTrace, being_traced
+from numpyro_score.inference.traces import CompiledTrace
 from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
 from numpyro_score.placement import label_auto, replicate
 from numpyro_score.printed import name_of, settings
+from numpyro_score.programs import being_traced
 from numpyro_score.random import RUN, Key, as_key
 
 __all__ = ["ScoreMatching"]
@@ -327,10 +327,8 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         options = dict(num_steps=num_steps, start=start, stable_update=stable_update, rng_key=rng_key)
         kept = Checkpoint.of(checkpoint, checkpoint_every, "ScoreMatching", (args, kwargs), 0.0, **own, **options)
         state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite, kept)
-        if is_first() and not interrupted and not hasattr(self.score_loss, "no_objective"):
-            warn_if_still_falling(losses, self._shape[1])
-            if self.average is not None:
-                warn_if_average_lags(losses, self._shape[1], self.average, int(state.optim_state[0]))
+        if not interrupted:
+            warn_at_end(self, state, losses, self._shape[1])
         return ScoreMatchingResult(self.get_params(state), state, losses, self, args, kwargs, interrupted=interrupted)
 
     def _solve(self, start: ScoreMatchingResult) -> tuple[Any, float]:
@@ -379,15 +377,19 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         stable_update: bool,
     ) -> tuple[Any, Array, Array]:
         """Takes n steps, fewer if a loss is not finite: the state, the losses (in a buffer) and the steps taken."""
-        # What would otherwise be baked into the compiled loop comes in as arguments.
+        svi = self._stepping(transforms, start, total, learning_rate)
+        args, kwargs = join_arrays(arrays, static)
+        step = svi.stable_update if stable_update else svi.update
+        return take_steps(lambda s: step(s, *args, **kwargs), state, n, keep_going=stable_update)
+
+    def _stepping(self, transforms: Any, start: Any, total: Any, learning_rate: Any) -> ScoreMatching:
+        """The same with what would otherwise be baked into compiled steps, and so is an argument of them."""
         svi = copy.copy(self)
         svi.constrain_fn = partial(transform_fn, transforms)
         svi.model = GeneralizedModel(self.score_model, self.score_loss, learning_rate, self.data)
         if self._default_optim:
             svi.optim = default_optimizer(total, start, self.average)
-        args, kwargs = join_arrays(arrays, static)
-        step = svi.stable_update if stable_update else svi.update
-        return take_steps(lambda s: step(s, *args, **kwargs), state, n, keep_going=stable_update)
+        return svi
 
 
 def calibrated_rate(

@@ -7,21 +7,15 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from numpyro import handlers
 
 from numpyro_score.energy import join_arrays, split_arrays
+from numpyro_score.programs import being_traced
 
-__all__ = ["CompiledTrace", "being_traced", "jit_once"]
+__all__ = ["CompiledTrace", "jit_once"]
 
 # What runs once, on little, is not worth optimising: that would take three times as long as all else.
 jit_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def being_traced(tree: Any) -> bool:
-    """Whether a JAX transformation is at work, on these values or around."""
-    leaves = [*jax.tree.leaves(tree), jnp.zeros(())]  # inside of `jit` a new array is traced, too
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
 class CompiledTrace:
