@@ -19,6 +19,7 @@ from numpyro.primitives import Messenger
 from numpyro_score.energy import Energy, Parameters, Site, base_law, check_arguments
 from numpyro_score.losses import Loss
 from numpyro_score.losses.base import check_settings, declare_sites, positive, total_loss_and_memory
+from numpyro_score.placement import Places
 from numpyro_score.printed import name_of, settings
 from numpyro_score.programs import run_compiled
 
@@ -38,6 +39,7 @@ class GeneralizedModel:
         model, loss, learning_rate, data, rng_key: as there.
         find_rate: finds the learning rate where it is "calibrated", from the model's arguments and a function that
             gives its data.
+        places: where the arrays among the model's arguments lie, for a program in which they are traced.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class GeneralizedModel:
         data: str | None = None,
         rng_key: Array | None = None,
         find_rate: FindRate | None = None,
+        places: Places | None = None,
     ) -> None:
         if inspect.isclass(loss):
             raise TypeError(f"loss is the class {loss.__name__}: write {loss.__name__}(...).")
@@ -63,7 +66,7 @@ class GeneralizedModel:
             positive("generalized_bayes", "learning_rate", learning_rate)
         self.model, self.loss, self.learning_rate = model, loss, learning_rate
         self.data, self.rng_key = data, rng_key
-        self._find_rate = find_rate
+        self._find_rate, self._places = find_rate, places
         functools.update_wrapper(self, model, updated=())  # its name and docstring, not its attributes
 
     def __repr__(self) -> str:
@@ -73,7 +76,7 @@ class GeneralizedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; the loss is a factor of its own."""
         learning_rate = self.rate(*args, **kwargs)
-        value, energy = _run_parameters(self.model, self.data, args, kwargs)
+        value, energy = _run_parameters(self.model, self.data, args, kwargs, self._places)
         if energy.is_concrete:
             energy.check()
             check_settings(self.loss, energy)
@@ -175,7 +178,7 @@ _SCALAR_PRIORS = {
 
 
 def _run_parameters(
-    model: Model, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Model, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], places: Places | None = None
 ) -> tuple[Any, Energy]:
     """Runs the model with all its sites but the observed ones seen outside, and binds an energy to their values."""
     check_arguments(model, args, kwargs)
@@ -183,7 +186,7 @@ def _run_parameters(
     with parameters:
         value = model(*args, **kwargs)
     energy = Energy.bound_to(
-        model, parameters.values(), parameters.subsamples(), numpyro.prng_key(), data, args, kwargs
+        model, parameters.values(), parameters.subsamples(), numpyro.prng_key(), data, args, kwargs, places
     )
     for name in energy.penalties:
         site = parameters.sites[name]

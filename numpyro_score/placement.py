@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["fetch", "label_auto", "replicate"]
+__all__ = ["Places", "Spread", "fetch", "label_auto", "place_of", "places_of", "replicate"]
+
+Places = tuple[NamedSharding | None, ...]
+"""Where each of some arrays lies, as :func:`place_of` tells."""
+
+
+class Spread(NamedTuple):
+    """How rows lie over several devices: in equal shares along some axes of a mesh."""
+
+    mesh: Mesh | AbstractMesh
+    axes: tuple[str, ...]
+
+    @property
+    def num_devices(self) -> int:
+        """Shares."""
+        return math.prod(self.mesh.shape[a] for a in self.axes)
+
+    @classmethod
+    def along(cls, place: NamedSharding | None, axis: int) -> Spread | None:
+        """That of an axis of an array at `place`; None where all of it is on each device, or other axes are spread."""
+        if place is None or axis >= len(place.spec) or any(s for i, s in enumerate(place.spec) if i != axis):
+            return None
+        names = place.spec[axis]
+        found = cls(place.mesh, () if names is None else (names,) if isinstance(names, str) else tuple(names))
+        return found if found.num_devices > 1 else None
+
+
+def place_of(value: Any) -> NamedSharding | None:
+    """Where an array over several devices of a mesh lies; None for others, and for traced ones, where it is unknown."""
+    if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
+        return None
+    place = value.sharding
+    return place if isinstance(place, NamedSharding) and place.num_devices > 1 else None
 
 
 def fetch(tree: Any) -> Any:
@@ -23,6 +56,11 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def places_of(arrays: list[Any]) -> Places:
+    """Where each of the arrays lies."""
+    return tuple(map(place_of, arrays))
+
+
 def label_auto(tree: Any) -> Any:
     """The same arrays, where they are, with the axes of their mesh left to the compiler.
 
@@ -31,10 +69,8 @@ def label_auto(tree: Any) -> Any:
     """
 
     def one(value: Any) -> Any:
-        if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
-            return value
-        place = value.sharding
-        if not isinstance(place, NamedSharding) or AxisType.Explicit not in place.mesh.axis_types:
+        place = place_of(value)
+        if place is None or AxisType.Explicit not in place.mesh.axis_types:
             return value
         return jax.device_put(value, NamedSharding(Mesh(place.mesh.devices, place.mesh.axis_names), place.spec))
 
@@ -46,8 +82,7 @@ def replicate(state: Any, data: Any) -> Any:
 
     What is on all of these devices already, such as weights that the user has spread, stays as it is.
     """
-    places = [v.sharding for v in jax.tree.leaves(data) if isinstance(v, jax.Array)]
-    place = next((p for p in places if isinstance(p, NamedSharding) and p.num_devices > 1), None)
+    place = next((p for p in map(place_of, jax.tree.leaves(data)) if p is not None), None)
     if place is None:
         return state
     everywhere = NamedSharding(place.mesh, PartitionSpec())

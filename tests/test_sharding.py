@@ -1,6 +1,7 @@
 """Rows spread over devices give the numbers of rows on one device."""
 
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,22 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpyro.distributions import constraints
 
-from numpyro_score import DSM, ISM, SSM, Energy, ScoreMatching
-from numpyro_score.losses import total_loss
+from numpyro_score import (
+    CD,
+    DSM,
+    FSM,
+    ISM,
+    MALA,
+    NCE,
+    PCD,
+    SSM,
+    Energy,
+    GradientSpread,
+    KLContraction,
+    ScoreMatching,
+    generalized_bayes,
+)
+from numpyro_score.losses import CHAINS_SITE, LOG_PARTITION_SITE, total_loss
 
 
 def quartic_model(x):
@@ -33,18 +48,134 @@ def rows():
     return x, jax.device_put(x, NamedSharding(Mesh(np.array(devices), ("rows",)), PartitionSpec("rows")))
 
 
-@pytest.mark.parametrize("loss", [ISM(), SSM(), DSM(0.3)], ids=repr)
-def test_sharded_loss_and_gradient(loss, rows):
-    """Loss and gradient of sharded data equal those of the same data on one device, ISM in chunks of rows too."""
+def value_and_gradient(loss, x, rng_key, sites=None):
+    """The total of a loss, its gradient in the parameter, and the compiled program, as a fit takes them."""
 
     @jax.jit
-    def value_and_grad(a, x):
-        energy = Energy(quartic_model, {"a": a}, x)
-        return jax.value_and_grad(lambda a: total_loss(loss, energy.with_params({"a": a}), jax.random.key(1)))(a)
+    def run(a, energy):
+        return jax.value_and_grad(lambda a: total_loss(loss, energy.with_params({"a": a}), rng_key))(a)
 
-    (one, one_grad), (two, two_grad) = (value_and_grad(0.3 * jnp.ones(8), x) for x in rows)
-    np.testing.assert_allclose(two, one, rtol=1e-5)
-    np.testing.assert_allclose(two_grad, one_grad, rtol=1e-4)
+    energy = Energy(quartic_model, {"a": 0.3 * jnp.ones(8), **(sites or {})}, x)
+    return *run(0.3 * jnp.ones(8), energy), run.lower(0.3 * jnp.ones(8), energy).compile()
+
+
+MALA_STEP = MALA(step_size=0.05)
+LOSSES = [
+    ISM(),
+    SSM(),
+    SSM(variance_reduced=False),
+    DSM(0.3),
+    FSM(epsilon=0.1),
+    CD(2, kernel=MALA_STEP),
+    KLContraction(0.05),
+    NCE(dist.Normal(0.0, 2.0).expand([8]).to_event(1)),
+]
+
+
+def normaliser(loss):
+    return {LOG_PARTITION_SITE: jnp.array(1.0)} if isinstance(loss, NCE) else None
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda v: f"{type(v).__name__}{getattr(v, 'variance_reduced', '')}")
+def test_each_device_takes_its_own_rows(loss, rows):
+    """Sharded, a loss is the sum of those of each device's rows, at keys folded from the one given; no row moves."""
+    key = jax.random.key(1)
+    value, gradient, program = value_and_gradient(loss, rows[1], key, normaliser(loss))
+    parts = [
+        value_and_gradient(loss, x, jax.random.fold_in(key, i), normaliser(loss))
+        for i, x in enumerate(jnp.split(rows[0], 2))
+    ]
+    np.testing.assert_allclose(value, parts[0][0] + parts[1][0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, parts[0][1] + parts[1][1], rtol=1e-4, atol=1e-3)
+    # Sums alone go between devices, of no more numbers than there are parameters.
+    moved = re.findall(r"(all-gather|all-to-all|collective-permute|reduce-scatter)\(", program.as_text())
+    sizes = [int(n) for n in re.findall(r"f32\[(\d+)\][^=]*? all-reduce", program.as_text())]
+    assert not moved and max(sizes, default=0) <= 8
+    one, each = (p.memory_analysis() for p in (parts[0][2], program))
+    assert each.temp_size_in_bytes <= 1.15 * one.temp_size_in_bytes + 2**14
+    assert each.argument_size_in_bytes <= 1.15 * one.argument_size_in_bytes + 2**10
+
+
+def test_an_exact_loss_does_not_know_its_devices(rows):
+    """Nothing is random in ISM: value and gradient are those of all rows on one device."""
+    one, two = (value_and_gradient(ISM(), x, jax.random.key(1)) for x in rows)
+    np.testing.assert_allclose(two[0], one[0], rtol=1e-5)
+    np.testing.assert_allclose(two[1], one[1], rtol=1e-4)
+
+
+def test_default_step_is_that_of_all_rows(rows):
+    """FSM's default step comes from the spread of all rows, on whatever device they are."""
+    x = rows[0].at[:200].multiply(2.0)  # each device would find another
+    step = float(FSM().step(Energy(quartic_model, {"a": 0.3 * jnp.ones(8)}, x)))
+    spread = jax.device_put(x, rows[1].sharding)
+    default, given = (value_and_gradient(loss, spread, jax.random.key(1)) for loss in (FSM(), FSM(epsilon=step)))
+    np.testing.assert_allclose(default[0], given[0], rtol=1e-6)
+    np.testing.assert_allclose(default[1], given[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_chains", [30, 31])
+def test_chains_over_devices(num_chains, rows):
+    """PCD's value, gradient and Hessian at given chains are those of one device, also of chains in unequal shares."""
+    chains = {CHAINS_SITE: {"x": jax.random.normal(jax.random.key(5), (num_chains, 8))}}
+    loss = PCD(num_chains, kernel=MALA_STEP)
+
+    @jax.jit
+    def second(a, energy):
+        def total(a):
+            return total_loss(loss, energy.with_params({"a": a}), jax.random.key(1))
+
+        return total(a), jax.grad(total)(a), jax.hessian(total)(a)
+
+    a = 0.3 * jnp.ones(8)
+    one, two = (second(a, Energy(quartic_model, {"a": a, **chains}, x)) for x in rows)
+    for expected, found in zip(one, two, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-3)
+
+
+def pcd_fit(x, num_chains, restart=0.0):
+    sm = ScoreMatching(
+        of_param,
+        optim=optax.adam(0.01),
+        loss=PCD(num_chains, kernel=MALA_STEP, restart=restart),
+        num_steps=50,
+    )
+    return sm.run(jax.random.key(2), x, progress_bar=False)
+
+
+@pytest.mark.filterwarnings("ignore:The loss was still falling")
+def test_fit_with_chains_over_devices(rows, caplog):
+    """Chains stay on the devices that move them, in one program; their paths are independent of each other."""
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        fit = pcd_fit(rows[1], 200, restart=0.1)
+    programs = [r for r in caplog.records if "Finished XLA compilation of jit(_advance_impl)" in r.getMessage()]
+    chains = fit.state.mutable_state[CHAINS_SITE]["x"]
+    assert len(programs) == 1
+    assert [s.data.shape for s in chains.addressable_shards] == [(100, 8), (100, 8)]
+    assert len(np.unique(np.asarray(chains)[:, 0])) == 200
+    expected = pcd_fit(rows[0], 200, restart=0.1).params["a"]
+    np.testing.assert_allclose(fit.params["a"], expected, rtol=0.2)  # of other chains
+    assert pcd_fit(rows[1], 31).state.mutable_state[CHAINS_SITE]["x"].shape == (31, 8)
+
+
+def masked_model(x):
+    """Rows of NaN are no rows: what fills up shares that would be unequal."""
+    a = numpyro.param("a", 0.3 * jnp.ones(8), constraint=constraints.positive)
+    with numpyro.plate("rows", len(x)), numpyro.handlers.mask(mask=jnp.isfinite(x).all(-1)):
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (8,)), obs=x)
+        numpyro.factor("energy", -jnp.sum(a * x**4, axis=-1))
+
+
+def test_unequal_shares_are_filled_up(rows):
+    """150 rows over two devices, filled up by 250 masked ones of NaN, which are all that the second has."""
+    x = jnp.pad(rows[0][:150], ((0, 250), (0, 0)), constant_values=jnp.nan)
+    sm = ScoreMatching(masked_model)
+    fit = sm.run(jax.random.key(0), jax.device_put(x, rows[1].sharding), progress_bar=False)
+    expected = ScoreMatching(of_param).run(jax.random.key(0), rows[0][:150], progress_bar=False)
+    np.testing.assert_allclose(fit.estimates["a"], expected.estimates["a"], rtol=1e-4)
+    np.testing.assert_allclose(fit.stderr()["a"], expected.stderr()["a"], rtol=1e-3)
+    influence = fit.influence()["a"]
+    np.testing.assert_allclose(influence[:150], expected.influence()["a"], rtol=1e-3, atol=1e-4)
+    assert not np.asarray(influence[150:]).any()
 
 
 @pytest.mark.filterwarnings("ignore:The loss was still falling")  # few steps tell as much
@@ -98,3 +229,24 @@ def test_bad_rows_are_named_on_any_device(rows):
     x = jax.device_put(rows[0].at[390, 3].set(jnp.nan), rows[1].sharding)
     with pytest.raises(ValueError, match=r"have NaN or infinity in row 390 \(1 of 400\)"):
         ScoreMatching(quartic_model).run(jax.random.key(0), x)
+
+
+def graph_model(x):
+    """A normal law with a precision of 36 numbers: enough that its Gram matrix comes from the sparse Jacobian."""
+    precision = numpyro.param("precision", jnp.eye(8))
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (8,)), obs=x)
+        numpyro.factor("energy", -0.5 * jnp.einsum("...i,ij,...j", x, 0.5 * (precision + precision.T), x))
+    numpyro.factor("ridge", -0.5 * jnp.sum((precision - precision.T) ** 2))
+
+
+def test_closed_forms_over_devices(rows):
+    """Sums of squares of the Jacobian and of gradients are those of all rows, summed on each device."""
+    one, two = (ScoreMatching(graph_model).run(jax.random.key(0), x, progress_bar=False) for x in rows)
+    assert len(one.losses) == len(two.losses) == 1  # solved at once
+    np.testing.assert_allclose(two.estimates["precision"], one.estimates["precision"], rtol=1e-3, atol=1e-5)
+    target = generalized_bayes(of_param, ISM())
+    estimates = {"a": 0.04 * jnp.ones(8)}
+    spreads = [GradientSpread.of(target, estimates, jax.random.key(0), x) for x in rows]
+    np.testing.assert_allclose(spreads[1].outer, spreads[0].outer, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(spreads[1].total, spreads[0].total, rtol=1e-4, atol=1e-2)

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
+from numpyro_score.losses.shards import by_device
 from numpyro_score.operators import full_precision
 
 __all__ = ["score_gram"]
@@ -96,7 +97,16 @@ def _blocks(
     energy: Energy, seeds: Float[Array, "c p"], colours: Any, used: Any, *, unravel: Any
 ) -> Float[Array, "d r r"]:
     """Σ_n w_n a_n a_nᵀ for each coordinate of the score, over the R parameters that may enter it."""
-    energy, weights = energy.usable()
+
+    def of_device(energy: Energy, weights: Array, _: Array, *rest: Array) -> Array:
+        return _blocks_of(energy, weights, *rest, unravel=unravel)[None]
+
+    if energy.spread is None:
+        return _blocks_of(*energy.usable(), seeds, colours, used, unravel=unravel)
+    return by_device(of_device, energy, jax.random.key(0), seeds, colours, used).sum(axis=0)
+
+
+def _blocks_of(energy: Energy, weights: Array, seeds: Array, colours: Any, used: Any, *, unravel: Any) -> Array:
     n, d = energy.num_rows, energy.dim
     rows = max(min(_NUMBERS // (len(seeds) * d), n), 1)
     k = -(-n // rows)

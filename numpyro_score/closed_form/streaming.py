@@ -19,6 +19,7 @@ from numpyro_score.energy import Energy, evaluate_for_check, split_arrays
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import row_losses
 from numpyro_score.losses.base import check_settings
+from numpyro_score.losses.shards import by_device
 from numpyro_score.operators import full_precision
 from numpyro_score.printed import num_numbers, values_with_errors
 from numpyro_score.random import Key, as_key
@@ -290,9 +291,33 @@ _weights = jax.jit(Energy.data_and_weights)
 @full_precision
 def _spread(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, Array]:
     """Σ_n g_n g_nᵀ and Σ_n g_n of the rows' gradients."""
-    energy, weights = inputs.energy.usable()
-    weights = inputs.learning_rate * weights
-    keys = jax.random.split(inputs.rng_key, energy.num_rows)
+    if not inputs.energy.resizable:  # one row cannot be had alone: one direction at a time
+
+        def all_rows(vector: Array) -> Array:
+            at = inputs.energy.with_params(problem.unravel(vector))
+            losses, weights = row_losses(problem.loss, at, inputs.rng_key)
+            return inputs.learning_rate * weights * losses
+
+        _, push = jax.linearize(all_rows, theta)
+        g = jax.lax.map(push, jnp.eye(len(theta)), batch_size=8).T
+        return g.T @ g, g.sum(axis=0)
+    of_rows = partial(_spread_of_rows, problem=problem)
+    if inputs.energy.spread is None:
+        return of_rows(*inputs.energy.usable(), inputs.rng_key, theta, inputs.learning_rate)
+
+    def on_device(*rows: Any) -> tuple[Array, Array]:
+        outer, total = of_rows(*rows)
+        return outer[None], total[None]
+
+    outer, total = by_device(on_device, inputs.energy, inputs.rng_key, theta, inputs.learning_rate)
+    return outer.sum(axis=0), total.sum(axis=0)
+
+
+def _spread_of_rows(
+    energy: Energy, weights: Array, rng_key: Array, theta: Array, learning_rate: Any, *, problem: Problem
+) -> tuple[Array, Array]:
+    weights = learning_rate * weights
+    keys = jax.random.split(rng_key, energy.num_rows)
 
     def row(values: tuple[Array, Array, Array]) -> Array:
         x, weight, key = values
@@ -306,14 +331,6 @@ def _spread(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, A
         g = jax.vmap(row)(rows)
         return (total[0] + g.T @ g, total[1] + g.sum(axis=0)), None
 
-    def all_rows(vector: Array) -> Array:
-        at = inputs.energy.with_params(problem.unravel(vector))
-        return weights * row_losses(problem.loss, at, inputs.rng_key)[0]
-
-    if not energy.resizable:  # one row cannot be had alone: one direction at a time
-        _, push = jax.linearize(all_rows, theta)
-        g = jax.lax.map(push, jnp.eye(len(theta)), batch_size=8).T
-        return g.T @ g, g.sum(axis=0)
     size = min(_ROWS, energy.num_rows)
     k = -(-energy.num_rows // size)
     pad = k * size - energy.num_rows

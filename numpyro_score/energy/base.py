@@ -15,6 +15,7 @@ from jaxtyping import Array
 from numpyro_score.energy.arguments import check_arguments, is_given, join_arrays, split_arrays
 from numpyro_score.energy.layout import Layout
 from numpyro_score.energy.trace import Recorder, run_model
+from numpyro_score.placement import Places, places_of
 from numpyro_score.printed import name_of
 
 __all__ = ["AnyArray", "ModelAtValues", "layouts_kept"]
@@ -69,10 +70,15 @@ class ModelAtValues:
         data: str | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        places: Places | None = None,
     ) -> M:
-        """The energy inside a run of the model: on the rows its plates drew, with a key for its random numbers."""
+        """The energy inside a run of the model: on the rows its plates drew, with a key for its random numbers.
+
+        `places` are those of the arrays among the arguments, where they are traced and cannot tell.
+        """
         new = object.__new__(cls)
         new._set(model, params, plates, rng_key, data, args, kwargs)
+        new._places = new._places if places is None else places
         return new
 
     def _set(
@@ -88,6 +94,8 @@ class ModelAtValues:
         check_arguments(model, args, kwargs)
         self.model, self.params = model, params
         self._arrays, self._static = split_arrays((args, kwargs))
+        self._places = places_of(self._arrays)
+        self._axes: tuple[str, ...] = ()  # of a mesh, inside of a program for the rows of each device
         self._choice = choice
         self._plates = plates  # the rows that subsampled plates take; all of them if not given
         self._pinned: dict[str, Any] = {}  # observed sites given another value
@@ -104,24 +112,25 @@ class ModelAtValues:
 
     def __getstate__(self) -> dict[str, Any]:
         # The arguments themselves: JAX does not pickle the structure of a pytree of the user's own classes.
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_arrays", "_static")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_arrays", "_static", "_places")}
         return {**state, "arguments": join_arrays(self._arrays, self._static)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._arrays, self._static = split_arrays(state.pop("arguments"))
+        self._places = places_of(self._arrays)
         self.__dict__.update(state)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Parameters and arrays are leaves; the model, its other arguments and the layout are static."""
         children = (self.params, self._arrays, self._plates, self._pinned, self._rng_key)
-        return children, (self.model, self._static, self._choice, self._layout)
+        return children, (self.model, self._static, self._choice, self._layout, self._places, self._axes)
 
     @classmethod
     def tree_unflatten(cls: type[M], aux: tuple[Any, ...], children: tuple[Any, ...]) -> M:
         """The inverse of :meth:`tree_flatten`."""
         new = object.__new__(cls)
         new.params, new._arrays, new._plates, new._pinned, new._rng_key = children
-        new.model, new._static, new._choice, new._layout = aux
+        new.model, new._static, new._choice, new._layout, new._places, new._axes = aux
         return new
 
     @property

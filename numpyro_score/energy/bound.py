@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -35,6 +36,7 @@ from numpyro_score.energy.rows import assemble
 from numpyro_score.energy.supports import Block, can_be_outside, outside
 from numpyro_score.energy.trace import is_observed_sample, term_log_prob
 from numpyro_score.energy.values import check_argument, check_rows
+from numpyro_score.placement import Spread, places_of
 
 __all__ = ["BoundModel"]
 
@@ -145,16 +147,47 @@ class BoundModel(ModelAtValues):
             }
         )
 
-    def usable(self: M) -> tuple[M, Float[Array, "n"]]:
+    def usable(self: M, weights: Float[Array, "n"] | None = None) -> tuple[M, Float[Array, "n"]]:
         """The energy with the rows of weight zero moved to where a row of some weight is, and the weights.
 
-        Such rows may hold NaN, which no later multiplication by zero would remove.
+        Such rows may hold NaN, which no later multiplication by zero would remove. `weights` are the model's own if not
+        given.
         """
-        x, weights = self.data_and_weights()
+        x, own = self.data_and_weights()
+        weights = own if weights is None else weights
         if not self._layout.masked:
             return self, weights
-        somewhere = jnp.where(jnp.any(weights != 0), x[jnp.argmax(weights != 0)], 0.0)
-        return self.at(jnp.where(weights[:, None] != 0, x, somewhere)), weights
+        found, row = jnp.any(weights != 0), x[jnp.argmax(weights != 0)]
+        if self._axes:  # another device may have one where this has none
+            on_each, rows = (jax.lax.all_gather(v, self._axes) for v in (found, row))
+            found, row = jnp.any(on_each), rows[jnp.argmax(on_each)]
+        return self.at(jnp.where(weights[:, None] != 0, x, jnp.where(found, row, 0.0))), weights
+
+    # -- over several devices -------------------------------------------------------------------------------------
+
+    @property
+    def spread(self) -> Spread | None:
+        """How the rows lie over several devices, where a program may run on each for its rows alone; else None.
+
+        Where the density is not :attr:`resizable` or the values are traced it is None, and JAX lays programs out.
+        """
+        found = {
+            None if a.leaf is None or not self._places else Spread.along(self._places[a.leaf], a.row_axes[0])
+            for a in self._layout.arrays
+            if self.resizable
+        }
+        return found.pop() if len(found) == 1 else None
+
+    def on_device(self: M, x: Float[Array, "n d"], axes: tuple[str, ...]) -> M:
+        """The same density of the rows of one device, inside of a `jax.shard_map` over some axes of a mesh."""
+        return self.at(x)._replace(_axes=axes)
+
+    def over_devices(self, operation: Callable[[Any, tuple[str, ...]], Any], value: Any) -> Any:
+        """What holds for the rows of all devices from what holds for those of each, e.g. by `jax.lax.pmean`.
+
+        Where the energy has all rows it is the value itself.
+        """
+        return operation(value, self._axes) if self._axes else value
 
     def flatten(self, values: Any) -> Float[Array, "n d"]:
         """Data in the sites' own shapes, {name: array} or one array, to rows (N, D).
@@ -205,7 +238,7 @@ class BoundModel(ModelAtValues):
                 )
         args, old = join_arrays(self._arrays, self._static)
         arrays, static = split_arrays((args, {**old, **kwargs}))
-        new = self._replace(_arrays=arrays, _static=static)
+        new = self._replace(_arrays=arrays, _static=static, _places=places_of(arrays))
         try:
             new._layout = new._read_layout()
         except (TypeError, ValueError) as error:  # the model's own, which need not know what is new to it
@@ -240,7 +273,8 @@ class BoundModel(ModelAtValues):
                 plates = {k: v for k, v in plates.items() if k not in layout.row_plates}
             else:
                 pinned[a.name] = values[a.name]
-        return self._replace(_arrays=arrays, _pinned=pinned, _plates=plates, _layout=layout)
+        changed = dict(_arrays=arrays, _places=places_of(arrays))
+        return self._replace(**changed, _pinned=pinned, _plates=plates, _layout=layout)
 
     def bounds(self, n: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
         """Lower and upper bounds of the coordinates of n rows, (N, D) each; infinite where there are none."""

@@ -27,7 +27,17 @@ __all__ = [
 # takes to be zero, or leaves out, although the value changes.
 _NO, _SMOOTH, _STEP = 0, 1, 3
 _STEPS = {"sign", "floor", "ceil", "round", "rem", "nextafter", "stop_gradient"}
-_CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"}
+_CALLS = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "checkpoint",
+    "remat2",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "shard_map",
+}
 
 
 def is_quadratic(f: Callable[[Any], Any], x: Any) -> bool:

@@ -23,12 +23,13 @@ from numpyro_score.inference.arrival import warn_at_end
 from numpyro_score.inference.checkpoint import Checkpoint
 from numpyro_score.inference.cost import with_cost
 from numpyro_score.inference.failure import explain
-from numpyro_score.inference.loop import NonFiniteLossError, check_num_steps, next_size, strongly_typed
+from numpyro_score.inference.loop import Course, NonFiniteLossError, check_num_steps, next_size, strongly_typed
 from numpyro_score.inference.optim import check_state, current_params
 from numpyro_score.inference.processes import agreed, interrupts, is_first
 from numpyro_score.inference.reading import END, Batch, Prefetched, Source
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.losses.base import at_least_one
+from numpyro_score.placement import Places, places_of
 from numpyro_score.random import Key, as_key
 
 __all__ = ["FromBatches"]
@@ -119,7 +120,7 @@ class FromBatches:
             raise ValueError("batches has none: give at least one, an iterator anew as it can be used only once.")
         state = self.init(rng_key, *first.args, init_params=init_params)
         weight = _weight(num_rows, self._shape[1], getattr(self.guide, "prototype_trace", None) or {})
-        state = strongly_typed(state if init_state is None else init_state)
+        state = self._laid_out(strongly_typed(state if init_state is None else init_state), first.args)
         check_memory(state, self.score_loss, self._mutable)
         check_state(state.optim_state, self.average)
         start = int(state.optim_state[0])
@@ -128,8 +129,8 @@ class FromBatches:
         kept = Checkpoint.of(
             checkpoint, checkpoint_every, "ScoreMatching.run_batches", first.args, 0.0, **own, **options
         )
-        rate = self.learning_rate * weight
-        step = partial(self._step_batch, self.constrain_fn.args[0], start, total or 1, rate, static=first.static)
+        course = Course(self.constrain_fn.args[0], start, total or 1, self.learning_rate * weight)
+        step = partial(self._step_batch, course, static=first.static, places=places_of(first.arrays))
         loop = _Loop(step, state, first, None if num_steps is None else total, partial(_failure, self))
         del first, state  # which take memory that the steps may need
         losses = loop.run(reader, kept, tqdm(total=total, disable=not progress_bar or not is_first()))
@@ -140,11 +141,11 @@ class FromBatches:
         return ScoreMatchingResult(params, state, losses, self, args, {}, interrupted=loop.interrupted)
 
     def _step_impl(
-        self: Any, transforms: Any, start: Any, total: Any, learning_rate: Any, arrays: Any, state: Any, *, static: Any
+        self: Any, course: Course, arrays: Any, state: Any, *, static: Any, places: Places
     ) -> tuple[Any, Array]:
         """One step on one batch: the new state, and the loss before it."""
         args, kwargs = join_arrays(arrays, static)
-        return self._stepping(transforms, start, total, learning_rate).update(state, *args, **kwargs)
+        return self._stepping(course, places).update(state, *args, **kwargs)
 
 
 def _weight(num_rows: Any, n: int, sites: dict[str, Any]) -> float:

@@ -6,7 +6,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,31 @@ from numpyro_score.inference.checkpoint import Checkpoint
 from numpyro_score.inference.processes import agreed, interrupts, is_first
 from numpyro_score.placement import fetch
 
-__all__ = ["Advance", "NonFiniteLossError", "check_num_steps", "next_size", "run_steps", "strongly_typed", "take_steps"]
+__all__ = [
+    "Advance",
+    "Course",
+    "NonFiniteLossError",
+    "check_num_steps",
+    "next_size",
+    "run_steps",
+    "strongly_typed",
+    "take_steps",
+]
 
 _BUFFER = 1024  # values kept on the device between two looks at them
 _SECONDS = 0.1  # between two updates of the progress bar
 
 Advance = Callable[[Any, int], tuple[Any, Any, Any]]
 """A compiled :func:`take_steps`: a state and a number of steps to the state, the values and the steps taken."""
+
+
+class Course(NamedTuple):
+    """What stays the same over the steps of a run, and would otherwise be baked into compiled ones."""
+
+    transforms: Any  # to constrained space, by site
+    start: Any  # the number of the first step
+    total: Any  # steps
+    learning_rate: Any
 
 
 class NonFiniteLossError(FloatingPointError):

@@ -40,6 +40,7 @@ from numpyro_score.inference.checkpoint import Checkpoint
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
 from numpyro_score.inference.loop import (
+    Course,
     NonFiniteLossError,
     check_num_steps,
     run_steps,
@@ -59,7 +60,8 @@ from numpyro_score.inference.start import CompiledStart
 from numpyro_score.inference.traces import CompiledTrace
 from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
-from numpyro_score.placement import label_auto, replicate
+from numpyro_score.losses.shards import spread_memory
+from numpyro_score.placement import Places, label_auto, places_of, replicate
 from numpyro_score.printed import name_of, settings
 from numpyro_score.programs import being_traced
 from numpyro_score.random import RUN, Key, as_key
@@ -158,8 +160,8 @@ class ScoreMatching(Compiling, FromBatches, SVI):
     def _compile(self) -> None:
         # Of this object: it traces its model once for arguments of the same shapes.
         self._evaluate = jax.jit(partial(evaluate_for_check))
-        self._advance = jax.jit(self._advance_impl, static_argnames=("static", "stable_update"))
-        self._step_batch = jax.jit(self._step_impl, static_argnames="static")
+        self._advance = jax.jit(self._advance_impl, static_argnames=("static", "places", "stable_update"))
+        self._step_batch = jax.jit(self._step_impl, static_argnames=("static", "places"))
         self.trace_prior = CompiledTrace(self.prior)
         self._start = None
         if self._default_guide:
@@ -297,7 +299,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         check_memory(state, self.score_loss, self._mutable)
         check_state(state.optim_state, self.average)
         start = int(state.optim_state[0])
-        state = replicate(strongly_typed(state), (args, kwargs))
+        state = self._laid_out(strongly_typed(state), (args, kwargs))
         if self._default_optim and self._default_guide:
             initial = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
             try:
@@ -310,9 +312,9 @@ class ScoreMatching(Compiling, FromBatches, SVI):
             except ClosedFormError:
                 pass
         arrays, static = split_arrays((args, kwargs))
-        transforms = self.constrain_fn.args[0]
-        rest = dict(static=static, stable_update=stable_update)
-        advance = partial(self._advance, transforms, arrays, start, num_steps, self.learning_rate, **rest)
+        course = Course(self.constrain_fn.args[0], start, num_steps, self.learning_rate)
+        rest = dict(static=static, places=places_of(arrays), stable_update=stable_update)
+        advance = partial(self._advance, course, arrays, **rest)
 
         def non_finite(failing: Any, last: Any, step: int, losses: np.ndarray) -> NonFiniteLossError:
             params = self.constrain_fn(current_params(self.optim, failing.optim_state))
@@ -358,37 +360,32 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         return evaluations_per_row(self.score_loss, *self._shape)
 
     def _check(self, energy: Energy) -> None:
-        self._shape = energy.dim, energy.num_rows  # of a step's data
+        self._shape, self._spread = (energy.dim, energy.num_rows), energy.spread  # of a step's data
         if energy.is_concrete:
             energy.check(self._evaluate)
             check_settings(self.score_loss, energy)
 
+    def _laid_out(self, state: Any, arguments: Any) -> Any:
+        """The state on the devices of the data, as the steps return it."""
+        state = replicate(state, arguments)
+        return state._replace(mutable_state=spread_memory(self.score_loss, self._spread, state.mutable_state))
+
     def _advance_impl(
-        self,
-        transforms: Any,
-        arrays: Any,
-        start: Any,
-        total: Any,
-        learning_rate: Any,
-        state: Any,
-        n: Any,
-        *,
-        static: Any,
-        stable_update: bool,
+        self, course: Course, arrays: Any, state: Any, n: Any, *, static: Any, places: Places, stable_update: bool
     ) -> tuple[Any, Array, Array]:
         """Takes n steps, fewer if a loss is not finite: the state, the losses (in a buffer) and the steps taken."""
-        svi = self._stepping(transforms, start, total, learning_rate)
+        svi = self._stepping(course, places)
         args, kwargs = join_arrays(arrays, static)
         step = svi.stable_update if stable_update else svi.update
         return take_steps(lambda s: step(s, *args, **kwargs), state, n, keep_going=stable_update)
 
-    def _stepping(self, transforms: Any, start: Any, total: Any, learning_rate: Any) -> ScoreMatching:
-        """The same with what would otherwise be baked into compiled steps, and so is an argument of them."""
+    def _stepping(self, course: Course, places: Places) -> ScoreMatching:
+        """The same inside of compiled steps, whose arguments lie at `places`."""
         svi = copy.copy(self)
-        svi.constrain_fn = partial(transform_fn, transforms)
-        svi.model = GeneralizedModel(self.score_model, self.score_loss, learning_rate, self.data)
+        svi.constrain_fn = partial(transform_fn, course.transforms)
+        svi.model = GeneralizedModel(self.score_model, self.score_loss, course.learning_rate, self.data, places=places)
         if self._default_optim:
-            svi.optim = default_optimizer(total, start, self.average)
+            svi.optim = default_optimizer(course.total, course.start, self.average)
         return svi
 
 

@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy, Kink, find_kink
+from numpyro_score.losses.shards import by_device, spread_sites
 from numpyro_score.random import integer
 
 __all__ = [
@@ -52,7 +53,12 @@ class Loss(Protocol):
     declares them by `numpyro.param` and `numpyro.primitives.mutable` and returns {site: value}. They are in
     `energy.params` when the loss is called. If it has memory, `advance(energy, rng_key)` returns its new values,
     {site: value}, before each evaluation; no gradient passes through it. `settle(energy, rng_key)` may return the
-    energy with a memory good enough for standard errors, after a fit.
+    energy with a memory good enough for standard errors, after a fit. The names in the attribute `slots` are sites of
+    the memory whose arrays have one slot after another along their first axes, as chains have: where rows lie over
+    several devices each device holds, moves and sees some of them.
+
+    Over several devices a loss is called with the rows of one, and asks by `energy.over_devices(jax.lax.pmean, ...)`
+    for what needs all of them.
 
     A loss that a jump of the score in the data makes wrong says why in the attribute `no_kinks`, and one that only a
     jump whose place depends on the parameters makes wrong in `no_moving_kinks`; :func:`check_settings` then looks for
@@ -182,8 +188,16 @@ def narrowness(energy: Energy) -> int:
 
 
 def row_losses(loss: Loss, energy: Energy, rng_key: Array) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
-    """The loss and the weight of each row; rows of weight zero have loss zero, whatever their data."""
-    energy, weights = energy.usable()
+    """The loss and the weight of each row; rows of weight zero have loss zero, whatever their data.
+
+    Where the rows lie over several devices so do these, and each device takes its own; see :func:`total_loss`.
+    """
+    if energy.spread is not None:
+        return by_device(partial(_row_losses, loss), energy, rng_key, loss=loss)
+    return _row_losses(loss, *energy.usable(), rng_key)
+
+
+def _row_losses(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> tuple[Array, Array]:
     chunks = _chunks(loss, energy, rng_key, weights)
     values = _evaluate(loss, energy, rng_key) if chunks is None else _scan_rows(loss, energy, *chunks).reshape(-1)
     values = values[: energy.num_rows]
@@ -195,8 +209,20 @@ def total_loss(loss: Loss, energy: Energy, rng_key: Array) -> Float[Array, ""]:
 
     Where the loss asks for chunks of rows, the gradient in the parameters is taken chunk by chunk along with the
     value. This keeps the memory to one chunk and adds no arithmetic. Forward mode and higher derivatives work.
+
+    Rows that lie over several devices (`Energy.spread`) stay where they are: the loss is called on each device with the
+    rows there and a random key of its own, and one sum goes between them.
     """
-    energy, weights = energy.usable()
+    if energy.spread is not None:
+        return jnp.sum(by_device(partial(_total_of_device, loss), energy, rng_key, loss=loss))
+    return _total_loss(loss, *energy.usable(), rng_key)
+
+
+def _total_of_device(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> Array:
+    return _total_loss(loss, energy, weights, rng_key)[None]
+
+
+def _total_loss(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> Array:
     chunks = _chunks(loss, energy, rng_key, weights)
     if chunks is None:
         return _weighted_sum(loss, energy, weights, rng_key)
@@ -209,7 +235,10 @@ def total_loss_and_memory(loss: Loss, energy: Energy, rng_key: Array) -> tuple[F
     if not hasattr(loss, "advance"):
         return total_loss(loss, energy, rng_key), {}
     memory_key, rng_key = jax.random.split(rng_key)
-    memory = loss.advance(energy, memory_key)
+    if spread_sites(loss, energy.spread, energy.params):
+        memory = by_device(lambda energy, _, key: loss.advance(energy, key), energy, memory_key, loss=loss)
+    else:
+        memory = loss.advance(energy, memory_key)
     return total_loss(loss, energy.with_params(memory), rng_key), memory
 
 

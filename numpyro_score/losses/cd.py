@@ -114,7 +114,7 @@ class CD:
         moved = run_chains(self.kernel, energy, x, rng_key, self.num_steps)
         after, before = energy.log_density(jnp.stack([moved, x]))
         # Chains that run away need not overflow in so few steps, and their gradient would push the density further out.
-        lost = jnp.mean(before - after)
+        lost = energy.over_devices(jax.lax.pmean, jnp.mean(before - after))
         return jnp.where(lost < _RUNS_AWAY * energy.dim, after - before, jnp.nan)
 
 
@@ -134,7 +134,8 @@ def run_chains(
     # The last step is apart: its score is not used, so that unadjusted chains take no gradient there.
     state = chains.step(keys[-1], state)
     # Where every proposal is refused, whatever its chain, the gradient would be zero at any parameters.
-    return jax.lax.stop_gradient(jnp.where(jnp.any(state.accept_prob > 0), state.x, jnp.nan))
+    moved = energy.over_devices(jax.lax.pmax, jnp.max(state.accept_prob)) > 0
+    return jax.lax.stop_gradient(jnp.where(moved, state.x, jnp.nan))
 
 
 def check_kernel(owner: str, kernel: Any) -> None:

@@ -109,7 +109,7 @@ class FSM:
             warn_of_flat_data("FSM", energy, "the length of its step")
         usable = energy.usable()[0]
         x = usable.data
-        epsilon, spreads = float(self.step(usable)), _spreads(x)
+        epsilon, spreads = float(self.step(usable)), _spreads(usable)
         # What rounding of f itself, and of x where its offset is large, are proportional to.
         size = float(jnp.median(jnp.abs(log_density_at(energy, x))) + jnp.linalg.norm(x.mean(axis=0) / spreads))
         eta, order = float(jnp.finfo(x.dtype).eps), 2 if self.sigma is None else 1
@@ -146,22 +146,24 @@ class FSM:
         x = energy.data
         n, d = x.shape
         eta = max(float(jnp.finfo(x.dtype).eps), coarsest_rounding(energy.log_density, x))
+        n = energy.over_devices(jax.lax.psum, n)
         # A quarter of an ulp is the standard deviation of one rounding; log densities vary by about √D.
         noise = 0.25 * eta * (1 + math.sqrt(d)) / math.sqrt(n)
         if self.sigma is None:
             relative = (12 * math.sqrt(6) * noise / d) ** (1 / 4)
         else:
             relative = (3 * math.sqrt(2) * noise / math.sqrt(d)) ** (1 / 3)
-        step = relative * jnp.min(_spreads(x))
+        step = relative * jnp.min(_spreads(energy))
         # In few bits, so that x ± ε is not rounded: by signs v the same error of ε would stand in every row.
         return jax.lax.reduce_precision(step, jnp.finfo(x.dtype).nexp, _STEP_BITS)
 
 
-def _spreads(x: Float[Array, "n d"]) -> Float[Array, "d"]:
+def _spreads(energy: Energy) -> Float[Array, "d"]:
     """The standard deviation of each column; where rows agree to rounding, the size of all the numbers."""
-    x = jax.lax.stop_gradient(x)
-    deviation, size = x.std(axis=0), jnp.sqrt(jnp.mean(x**2))
-    varies = deviation > 10 * jnp.finfo(x.dtype).eps * jnp.abs(x).max(axis=0)
+    x, over_devices = jax.lax.stop_gradient(energy.data), energy.over_devices
+    mean, square = over_devices(jax.lax.pmean, (x.mean(axis=0), jnp.mean(x**2)))
+    deviation, size = jnp.sqrt(over_devices(jax.lax.pmean, jnp.mean((x - mean) ** 2, axis=0))), jnp.sqrt(square)
+    varies = deviation > 10 * jnp.finfo(x.dtype).eps * over_devices(jax.lax.pmax, jnp.abs(x).max(axis=0))
     # A column that does not vary says nothing, unless none does.
     largest = jnp.max(jnp.where(varies, deviation, 0.0))
     other = jnp.where(largest > 0, largest, jnp.where(size > 0, size, 1.0))

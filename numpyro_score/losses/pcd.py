@@ -85,6 +85,7 @@ class PCD:
     no_objective: ClassVar[str] = NO_OBJECTIVE
     no_posterior: ClassVar[str] = NO_OBJECTIVE
     not_finite: ClassVar[str] = RUN_AWAY
+    slots: ClassVar[tuple[str, ...]] = (CHAINS_SITE,)
 
     def __post_init__(self) -> None:
         required(
@@ -109,8 +110,8 @@ class PCD:
         # The log of importance weights from these parameters to themselves: zero, with the mean of ∇f as its gradient
         # and E ∇²f + cov(∇f) as its Hessian, those of the log normaliser.
         still = jax.lax.stop_gradient(f)
-        log_ratio = jax.nn.logsumexp(f - still) - jnp.log(len(f))
-        return jnp.mean(still) + log_ratio - energy.log_density(energy.data)
+        ratio, level = energy.over_devices(jax.lax.pmean, (jnp.mean(jnp.exp(f - still)), jnp.mean(still)))
+        return level + jnp.log(ratio) - energy.log_density(energy.data)
 
     def declare(self, energy: Energy) -> dict[str, Any]:
         """Declares the chains as a mutable site; they start at the data's rows."""
@@ -120,16 +121,19 @@ class PCD:
         """The chains after `num_steps` of the kernel, each in its slot; restarted ones first go to a random row."""
         self._require_suitable(energy)
         which_key, row_key, chain_key = jax.random.split(rng_key, 3)
-        x = energy.params.get(CHAINS_SITE, self._start(energy))["x"]
-        if len(x) != self.num_chains:
+        held = energy.params.get(CHAINS_SITE)
+        x = (self._start(energy) if held is None else held)["x"]
+        num_chains = energy.over_devices(jax.lax.psum, len(x))
+        if held is not None and num_chains != self.num_chains:
             raise ValueError(
-                f"The state has {len(x)} chains, and PCD num_chains={self.num_chains}: go on with as many, or start "
-                "from init_params=fit.params."
+                f"The state has {num_chains} chains, and PCD num_chains={self.num_chains}: go on with as many, or "
+                "start from init_params=fit.params."
             )
         if self.restart:
             data, weights = energy.data_and_weights()
-            rows = jax.random.choice(row_key, data, (len(x),), p=(weights != 0) / jnp.sum(weights != 0))
-            x = jnp.where(jax.random.bernoulli(which_key, self.restart, (len(x), 1)), rows, x)
+            used = jnp.sum(weights != 0)  # none, perhaps, of the rows of one device
+            rows = jax.random.choice(row_key, data, (len(x),), p=(weights != 0) / jnp.maximum(used, 1))
+            x = jnp.where(jax.random.bernoulli(which_key, self.restart, (len(x), 1)) & (used > 0), rows, x)
         return {CHAINS_SITE: {"x": run_chains(self.kernel, energy, x, chain_key, self.num_steps)}}
 
     def settle(self, energy: Energy, rng_key: Array) -> Energy:

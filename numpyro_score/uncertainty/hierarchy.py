@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from numpyro.distributions.transforms import IdentityTransform, IndependentTransform
 
 from numpyro_score.energy import varying_outputs
+from numpyro_score.placement import fetch
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
 
 __all__ = [
@@ -203,9 +204,8 @@ def row_groups(objective: Objective, name: str) -> Int[np.ndarray, "n"] | None:
         directions[1, block] = np.broadcast_to(
             np.expand_dims(steps, tuple(range(1, value.ndim - axis))), value.shape
         ).ravel()
-        ones, others = np.asarray(
-            rows_along(objective, jnp.asarray(directions, objective.position.dtype)), np.float64
-        ).T
+        along = fetch(rows_along(objective, jnp.asarray(directions, objective.position.dtype)))
+        ones, others = along.astype(np.float64).T
         touched = ones != 0
         if not touched.any():
             return None
@@ -226,7 +226,7 @@ def unshared_sites(objective: Objective) -> tuple[str, ...]:
     if not grouped:
         return ()
     directions = np.stack([np.isin(np.arange(len(objective.position)), block) for block in blocks.values()])
-    enters = np.asarray(rows_along(objective, jnp.asarray(directions, objective.position.dtype))).T != 0
+    enters = fetch(rows_along(objective, jnp.asarray(directions, objective.position.dtype))).T != 0
     return tuple(
         k
         for k, g in grouped.items()

@@ -14,6 +14,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array
 
+from numpyro_score.placement import fetch
 from numpyro_score.uncertainty.hierarchy import between, effects, refuse_products, ties, warn_if_few_groups
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
 
@@ -118,7 +119,7 @@ def curvature(objective: Objective) -> Curvature:
             f"diagonal of one, {lowest:.3g} for {p} parameters): take more steps, or drop or shrink parameters that "
             "the data do not determine." + _why_not_curved(objective)
         )
-    g = np.asarray(gradients, np.float64)[used]
+    g = fetch(gradients).astype(np.float64)[used]
     gradient = beta * g.sum(axis=0) + np.asarray(prior_gradient, np.float64)
     root = np.linalg.qr(g - g.mean(axis=0), mode="r") * (len(g) / (len(g) - 1)) ** 0.5
     refuse_products(objective, g)
@@ -156,7 +157,7 @@ def check_rows(objective: Objective) -> np.ndarray:
     Raises:
         SandwichError: for fewer than two of them.
     """
-    used = np.asarray(_used(objective))
+    used = fetch(_used(objective))
     if used.sum() < 2:
         what = "the data are one row" if len(used) == 1 else f"{used.sum()} of {len(used)} rows have a weight"
         raise SandwichError(f"The sandwich covariance needs the spread over rows, and {what}: use NUTS instead.")
