@@ -15,6 +15,7 @@ from numpyro.infer import MCMC
 
 from numpyro_score.energy import Energy
 from numpyro_score.generalized import GeneralizedModel
+from numpyro_score.placement import fetch
 from numpyro_score.version import __version__
 
 __all__ = ["ScoreData", "as_arviz", "dataset", "flat", "observed", "sample_stats", "to_arviz"]
@@ -274,7 +275,7 @@ def dataset(values: dict[str, Any], dims: tuple[str, ...]) -> xr.Dataset:
     variables: dict[str, Any] = {}
     coords: dict[str, Any] = {}
     for name, value in values.items():
-        value = np.asarray(value)
+        value = fetch(value)
         rest = [f"{name}_dim_{i}" for i in range(value.ndim - len(dims))]
         variables[name] = ((*dims, *rest), value)
         coords |= {d: np.arange(n) for d, n in zip((*dims, *rest), value.shape, strict=True)}

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from numpyro_score.inference.arguments import named_leaves
+from numpyro_score.inference.processes import by_first
+from numpyro_score.placement import fetch
 from numpyro_score.printed import settings as printed
 from numpyro_score.version import __version__
 
@@ -40,7 +43,7 @@ class Arrays:
         if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
             entry["key"] = str(jax.random.key_impl(value))
             value = jax.random.key_data(value)
-        found = np.asarray(value)
+        found = np.asarray(fetch(value))
         if found.dtype.kind == "V":  # bfloat16 and its like, which NumPy's files do not know
             entry["bits_of"] = found.dtype.name
             found = found.view(f"u{found.dtype.itemsize}")
@@ -160,4 +163,4 @@ def save_fit(fit: Any, path: str | os.PathLike[str], data: bool) -> None:
         "cost": None if fit.cost is None else fit.cost._asdict(),
         "data": arrays.encode((fit.args, fit.kwargs), "arguments") if data else None,
     }
-    _write(path, head, arrays)
+    by_first(partial(_write, path, head, arrays))

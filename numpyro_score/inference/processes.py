@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-__all__ = ["agreed", "interrupts", "is_first"]
+__all__ = ["agreed", "by_first", "interrupts", "is_first"]
 
 
 def is_first() -> bool:
@@ -29,6 +29,31 @@ def agreed(size: int, save: bool, stop: bool) -> tuple[int, bool, bool]:
         return size, save, stop
     votes = np.asarray(multihost_utils.process_allgather(np.array([size, save, stop])))
     return int(votes[0, 0]), bool(votes[0, 1]), bool(votes[:, 2].any())
+
+
+def by_first(write: Callable[[], None]) -> None:
+    """Runs a function that writes files on the first process, while the others wait.
+
+    Raises:
+        OSError: on all processes, if it does on the first.
+    """
+    failed: OSError | None = None
+    if is_first():
+        try:
+            write()
+        except OSError as error:
+            failed = error
+    if jax.process_count() > 1:
+        text = str(failed or "").encode()[:_TEXT]
+        seen = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(_TEXT), np.uint8))
+        message = np.asarray(seen).tobytes().decode(errors="replace").strip()
+        if message and failed is None:
+            raise OSError(f"{message} So says the first process, which writes for all.")
+    if failed is not None:
+        raise failed
+
+
+_TEXT = 1000  # bytes of a message between processes
 
 
 @contextlib.contextmanager
