@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-__all__ = ["Places", "Spread", "fetch", "label_auto", "place_of", "places_of", "replicate"]
+__all__ = ["Places", "Spread", "check_sharding", "fetch", "label_auto", "place_of", "places_of", "replicate"]
 
 Places = tuple[NamedSharding | None, ...]
 """Where each of some arrays lies, as :func:`place_of` tells."""
@@ -59,6 +59,33 @@ def fetch(tree: Any) -> Any:
 def places_of(arrays: list[Any]) -> Places:
     """Where each of the arrays lies."""
     return tuple(map(place_of, arrays))
+
+
+def check_sharding(owner: str, name: str, sharding: Any, shape: tuple[int, int]) -> None:
+    """Raises unless `sharding` is None or splits that many chains evenly, and not the numbers of each.
+
+    Args:
+        owner: the function that was given it.
+        name: its argument that is the number of chains.
+        sharding: what a user passed.
+        shape: chains, and numbers of each.
+    """
+    if sharding is None:
+        return
+    if not isinstance(sharding, Sharding):
+        raise TypeError(
+            f"{owner} needs a sharding such as NamedSharding(mesh, PartitionSpec('chains')), got {sharding!r}."
+        )
+    n, even = len(sharding.device_set), True
+    try:
+        even = sharding.shard_shape(shape)[1] == shape[1]
+    except ValueError:
+        even = False
+    if not even:
+        raise ValueError(
+            f"{owner} cannot split {name}={shape[0]} chains evenly over the {n} devices of the sharding: take a "
+            f"multiple of {n}, and split the chains alone, not the numbers of each."
+        )
 
 
 def label_auto(tree: Any) -> Any:

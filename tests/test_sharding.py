@@ -27,6 +27,7 @@ from numpyro_score import (
     KLContraction,
     ScoreMatching,
     generalized_bayes,
+    sample,
 )
 from numpyro_score.losses import CHAINS_SITE, LOG_PARTITION_SITE, total_loss
 
@@ -250,3 +251,49 @@ def test_closed_forms_over_devices(rows):
     spreads = [GradientSpread.of(target, estimates, jax.random.key(0), x) for x in rows]
     np.testing.assert_allclose(spreads[1].outer, spreads[0].outer, rtol=1e-4, atol=1e-2)
     np.testing.assert_allclose(spreads[1].total, spreads[0].total, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:The largest R-hat", "ignore:.*transitions diverged")
+def test_chains_of_sample_over_devices(rows, unchecked):
+    """Split over devices, with data on one or several, each chain draws what it draws beside the others."""
+    place = NamedSharding(rows[1].sharding.mesh, PartitionSpec("rows"))
+    one, *others = (
+        sample(Energy(of_param, {"a": 0.3 * jnp.ones(8)}, x), jax.random.key(1), 20, num_warmup=20, sharding=to)
+        for x, to in ((rows[0], None), (rows[0], place), (rows[1], place))
+    )
+    for other in others:
+        np.testing.assert_allclose(other["posterior"]["x"], one["posterior"]["x"], rtol=1e-4, atol=1e-5)
+    for place_of, message in (
+        (NamedSharding(place.mesh, PartitionSpec(None, "rows")), "split the chains alone"),
+        (2, "needs a sharding such as NamedSharding"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            sample(Energy(of_param, {"a": 0.3 * jnp.ones(8)}, rows[0]), 0, 20, sharding=place_of)
+    with pytest.raises(ValueError, match="num_chains=3 chains evenly over the 2 devices"):
+        sample(Energy(of_param, {"a": 0.3 * jnp.ones(8)}, rows[0]), 0, 20, num_chains=3, sharding=place)
+    with pytest.raises(ValueError, match="no progress bar"):
+        sample(Energy(of_param, {"a": 0.3 * jnp.ones(8)}, rows[0]), 0, 20, sharding=place, progress_bar=True)
+
+
+def regression(x, z):
+    """Rows with densities of their own."""
+    b = numpyro.param("b", jnp.ones(8))
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (8,)), obs=x)
+        numpyro.factor("energy", -jnp.sum((x - b * z) ** 4, axis=-1))
+
+
+def test_covariates_stay_with_their_rows(rows):
+    """With covariates the compiler lays out all: the random numbers are those of one device, and no row moves."""
+    z = [jax.device_put(rows[0] + 1.0, x.sharding) for x in rows]
+
+    @jax.jit
+    def run(b, energy):
+        return jax.value_and_grad(lambda b: total_loss(DSM(0.3), energy.with_params({"b": b}), jax.random.key(1)))(b)
+
+    b = 0.5 * jnp.ones(8)
+    energies = [Energy(regression, {"b": b}, *arguments) for arguments in zip(rows, z, strict=True)]
+    one, two = (run(b, energy) for energy in energies)
+    np.testing.assert_allclose(two[0], one[0], rtol=1e-5)
+    np.testing.assert_allclose(two[1], one[1], rtol=1e-4)
+    assert not re.search(r"(all-gather|all-to-all|collective-permute)\(", run.lower(b, energies[1]).compile().as_text())

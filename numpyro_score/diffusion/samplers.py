@@ -22,6 +22,7 @@ from numpyro_score.diffusion.steps import Field
 from numpyro_score.energy import plural
 from numpyro_score.losses.base import at_least_one, true_or_false
 from numpyro_score.normaliser.source import Source
+from numpyro_score.placement import check_sharding
 from numpyro_score.random import Key, as_key
 
 __all__ = ["Diffused", "diffuse", "field_of"]
@@ -131,7 +132,7 @@ def diffuse(
                 f"diffuse got num_steps={num_steps} and a grid of {levels.num_steps + 1} levels, which are "
                 f"{plural(levels.num_steps, 'step')}: leave num_steps out."
             )
-        _check_sharding(sharding, (num_samples, model.dim))
+        check_sharding("diffuse", "num_samples", sharding, (num_samples, model.dim))
         field = field_of(model)
         _warn_of_structure(field, levels.rho[0])
         plan = jax.tree.map(lambda v: jnp.asarray(v, model.dtype), method.plan(levels, field.end))
@@ -160,23 +161,6 @@ _advance = jax.jit(advance, static_argnums=0)
 @jax.jit
 def _denoised(field: Field, u: Float[Array, "n d"], rho: Float[Array, ""]) -> Float[Array, "n d"]:
     return field.denoised(u, rho)
-
-
-def _check_sharding(sharding: Any, shape: tuple[int, int]) -> None:
-    if sharding is None:
-        return
-    if not isinstance(sharding, jax.sharding.Sharding):
-        raise TypeError(
-            f"diffuse needs a sharding such as NamedSharding(mesh, PartitionSpec('chains')), got {sharding!r}."
-        )
-    try:
-        sharding.shard_shape(shape)
-    except ValueError as error:
-        n = len(sharding.device_set)
-        raise ValueError(
-            f"diffuse cannot split num_samples={shape[0]} chains evenly over the {n} devices of the sharding: take a "
-            f"multiple of {n}, and split the chains alone, not their {plural(shape[1], 'number')}."
-        ) from error
 
 
 def _warn_of_structure(field: Field, largest: float) -> None:

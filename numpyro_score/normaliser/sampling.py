@@ -21,6 +21,7 @@ from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import free_log_density, from_free, row_to_data, to_free
 from numpyro_score.normaliser.mixing import mixed
 from numpyro_score.normaliser.source import Source, density_of
+from numpyro_score.placement import check_sharding
 from numpyro_score.random import Key, as_key
 
 __all__ = ["Kernel", "run_chains", "sample"]
@@ -40,6 +41,7 @@ def sample(
     num_chains: int = 4,
     num_warmup: int = 1000,
     progress_bar: bool = False,
+    sharding: jax.sharding.NamedSharding | None = None,
 ) -> Any:
     """Draws data from an energy by MCMC, in the sites' own shapes.
 
@@ -53,10 +55,12 @@ def sample(
         num_samples: draws of each chain.
         kernel: a NumPyro kernel class such as NUTS, HMC or BarkerMH, or any function that makes a kernel from
             `potential_fn=`. A function must be the same object at the next call to be compiled only once.
-        num_chains: chains, run side by side on one device.
+        num_chains: chains, run side by side.
         num_warmup: steps of each chain that are thrown away.
         progress_bar: show NumPyro's progress bar. Every call then compiles anew; without, calls with the same shapes
             compile once.
+        sharding: over which devices to split the chains, e.g. `NamedSharding(mesh, PartitionSpec("chains"))`; of the
+            data if the fit's are spread over several, one of the same devices.
 
     Returns:
         ArviZ data, an `InferenceData` (ArviZ 0.23) or a `DataTree` (1.x), with the groups
@@ -68,7 +72,8 @@ def sample(
 
     Raises:
         TypeError, ValueError: an energy without a density; rows with densities of their own; data at which the
-            density is not finite; draws that are not finite.
+            density is not finite; draws that are not finite; chains that `sharding` cannot split evenly, and a
+            progress bar of such.
 
     Warns:
         UserWarning: if an R-hat is above 1.01, or what chance makes of 400 or more effective draws; after divergences.
@@ -97,8 +102,11 @@ def sample(
         )
     key = as_key(rng_key, "write sample(fit, jax.random.key(0), 1000)")
     energy = density_of(energy)
+    check_sharding("sample", "num_chains", sharding, (num_chains, energy.dim))
+    if sharding is not None and progress_bar:
+        raise ValueError("sample has no progress bar for chains on several devices: write progress_bar=False.")
     run = run_chains if progress_bar else _compiled_chains
-    x, stats = run(energy, key, kernel, num_samples, num_chains, num_warmup, progress_bar)
+    x, stats = run(energy, key, kernel, num_samples, num_chains, num_warmup, progress_bar, sharding)
     if not jnp.isfinite(x).all():
         raise ValueError(
             "Draws are not finite: the density is not normalisable, or the kernel's step size is too large."
@@ -114,34 +122,46 @@ def run_chains(
     num_chains: int,
     num_warmup: int,
     progress_bar: bool = False,
+    sharding: jax.sharding.NamedSharding | None = None,
 ) -> tuple[Float[Array, "chain draw d"], dict[str, Array]]:
     """Rows that chains draw, and the kernel's statistics, (chain, draw) each; pure unless there is a bar."""
     start_key, free_key, run_key = jax.random.split(rng_key, 3)
     usable, weights = energy.usable()
     rows = jax.random.choice(start_key, usable.data, (num_chains,), p=(weights != 0).astype(weights.dtype))
     u = to_free(energy, rows, rng_key=free_key)
+    keys = run_key[None] if num_chains == 1 else jax.random.split(run_key, num_chains)  # as MCMC would
 
-    def new_kernel() -> Any:
-        return kernel(potential_fn=lambda u: -free_log_density(energy, u))
+    def chains(energy: Energy, u: Array, keys: Array) -> tuple[Array, dict[str, Array]]:
+        def new_kernel() -> Any:
+            return kernel(potential_fn=lambda u: -free_log_density(energy, u))
 
-    state = jax.eval_shape(lambda: new_kernel().init(run_key, num_warmup, u[0], (), {}))
-    # Of the type: a kernel's property may need values, and there are none yet.
-    fields = [name for name in _FIELDS if hasattr(type(state), name.partition(".")[0])]
-    mcmc = MCMC(
-        new_kernel(),
-        num_warmup=num_warmup,
-        num_samples=num_samples,
-        num_chains=num_chains,
-        chain_method="vectorized",
-        progress_bar=progress_bar,
-    )
-    mcmc.run(run_key, init_params=u if num_chains > 1 else u[0], extra_fields=fields)
-    x, _ = from_free(energy, mcmc.get_samples(group_by_chain=True))
-    return x, mcmc.get_extra_fields(group_by_chain=True)
+        state = jax.eval_shape(lambda: new_kernel().init(keys[0], num_warmup, u[0], (), {}))
+        # Of the type: a kernel's property may need values, and there are none yet.
+        fields = [name for name in _FIELDS if hasattr(type(state), name.partition(".")[0])]
+        mcmc = MCMC(
+            new_kernel(),
+            num_warmup=num_warmup,
+            num_samples=num_samples,
+            num_chains=len(u),
+            chain_method="vectorized",
+            progress_bar=progress_bar,
+        )
+        run = (keys, u) if len(u) > 1 else (keys[0], u[0])
+        mcmc.run(run[0], init_params=run[1], extra_fields=fields)
+        x, _ = from_free(energy, mcmc.get_samples(group_by_chain=True))
+        return x, mcmc.get_extra_fields(group_by_chain=True)
+
+    energy = energy.at(rows[:1])  # whose data are not needed any more, and may lie elsewhere
+    if sharding is None:
+        return chains(energy, u, keys)
+    # Each device steps through its own chains: side by side all would wait for the longest path of any.
+    split, same = jax.sharding.PartitionSpec(*sharding.spec[:1]), jax.sharding.PartitionSpec()
+    run = jax.shard_map(chains, mesh=sharding.mesh, in_specs=(same, split, split), out_specs=split, check_vma=False)
+    return run(energy, u, keys)
 
 
 _compiled_chains = jax.jit(
-    run_chains, static_argnames=("kernel", "num_samples", "num_chains", "num_warmup", "progress_bar")
+    run_chains, static_argnames=("kernel", "num_samples", "num_chains", "num_warmup", "progress_bar", "sharding")
 )
 
 
