@@ -107,21 +107,39 @@ def label_auto(tree: Any) -> Any:
 def replicate(state: Any, data: Any) -> Any:
     """A state with a copy on each of the devices that the data are spread over, where they are spread over several.
 
-    What is on all of these devices already, such as weights that the user has spread, stays as it is.
+    What is on all of these devices already, such as weights that the user has spread, stays as it is, and what goes by
+    the same name and shape, such as an optimiser's moments of them, is spread alike.
     """
     place = next((p for p in map(place_of, jax.tree.leaves(data)) if p is not None), None)
     if place is None:
         return state
     everywhere = NamedSharding(place.mesh, PartitionSpec())
 
-    def one(value: Any) -> Any:
+    def is_spread(value: Any) -> bool:
         there = isinstance(value, jax.Array) and value.sharding.device_set == place.device_set
-        if there and not value.is_fully_replicated:
+        return there and not value.is_fully_replicated
+
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    spread = [(path, value) for path, value in leaves if is_spread(value)]
+
+    def goes_to(path: Any, value: Any) -> Any:
+        alike = [(_same_end(path, p), i) for i, (p, v) in enumerate(spread) if v.shape == value.shape]
+        same, i = max(alike, default=(0, 0))
+        return spread[i][1].sharding if same else everywhere
+
+    def one(path: Any, value: Any) -> Any:
+        if is_spread(value):
             return value
         if everywhere.is_fully_addressable:
-            return jax.device_put(value, everywhere)
+            return jax.device_put(value, goes_to(path, value))
         if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(one(jax.random.key_data(value)), impl=jax.random.key_impl(value))
-        return jax.device_put(np.asarray(value), everywhere)  # JAX compares it between the processes
+            return jax.random.wrap_key_data(one(path, jax.random.key_data(value)), impl=jax.random.key_impl(value))
+        return jax.device_put(np.asarray(value), goes_to(path, value))  # JAX compares it between the processes
 
-    return jax.tree.map(one, state)
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def _same_end(a: Any, b: Any) -> int:
+    """How many keys two paths have in common, from their ends."""
+    pairs = zip(reversed(a), reversed(b), strict=False)
+    return next((i for i, (p, q) in enumerate(pairs) if p != q), min(len(a), len(b)))

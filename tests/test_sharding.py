@@ -297,3 +297,38 @@ def test_covariates_stay_with_their_rows(rows):
     np.testing.assert_allclose(two[0], one[0], rtol=1e-5)
     np.testing.assert_allclose(two[1], one[1], rtol=1e-4)
     assert not re.search(r"(all-gather|all-to-all|collective-permute)\(", run.lower(b, energies[1]).compile().as_text())
+
+
+def network_model(x):
+    """A network with a hidden layer."""
+
+    def start(rng_key):
+        return {"in": jax.random.normal(rng_key, (8, 16)) / 3.0, "out": jnp.ones(16) / 4.0}
+
+    weights = numpyro.param("network", start)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (8,)), obs=x)
+        numpyro.factor("energy", jax.nn.swish(x @ weights["in"]) @ weights["out"])
+
+
+@pytest.mark.filterwarnings("ignore:The loss was still falling")
+def test_weights_stay_spread(rows, caplog):
+    """Weights that are spread over the devices stay so, with the optimiser's numbers, in one program of the steps."""
+    mesh = rows[1].sharding.mesh
+    start = {"in": jax.random.normal(jax.random.key(3), (8, 16)) / 3.0, "out": jnp.ones(16) / 4.0}
+    places = {"in": PartitionSpec(None, "rows"), "out": PartitionSpec("rows")}
+    spread = {k: jax.device_put(v, NamedSharding(mesh, places[k])) for k, v in start.items()}
+
+    def fit(x, network):
+        sm = ScoreMatching(network_model, optim=optax.adam(1e-3), num_steps=20)
+        return sm.run(jax.random.key(0), x, init_params={"network": network}, progress_bar=False)
+
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        found = fit(rows[1], spread)
+    programs = [r for r in caplog.records if "Finished XLA compilation of jit(_advance_impl)" in r.getMessage()]
+    assert len(programs) == 1
+    for tree in (found.params["network"], found.state.optim_state[1][1][0].mu["network"]):
+        assert [tree[k].addressable_shards[0].data.shape for k in ("in", "out")] == [(8, 8), (8,)]
+    expected = fit(rows[0], start).params["network"]
+    for k in start:
+        np.testing.assert_allclose(found.params["network"][k], expected[k], atol=1e-6)
