@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy
-from numpyro_score.losses.shards import by_device
+from numpyro_score.energy import Energy, by_device
 from numpyro_score.operators import full_precision
 
 __all__ = ["score_gram"]
@@ -99,7 +98,7 @@ def _blocks(
     """Σ_n w_n a_n a_nᵀ for each coordinate of the score, over the R parameters that may enter it."""
 
     def of_device(energy: Energy, weights: Array, _: Array, *rest: Array) -> Array:
-        return _blocks_of(energy, weights, *rest, unravel=unravel)[None]
+        return _blocks_of(*energy.usable(weights), *rest, unravel=unravel)[None]
 
     if energy.spread is None:
         return _blocks_of(*energy.usable(), seeds, colours, used, unravel=unravel)

@@ -15,11 +15,10 @@ from numpyro import handlers
 from numpyro.infer import init_to_feasible
 
 from numpyro_score.closed_form.quadratic import ClosedFormError, Coordinates, Inputs, Problem, Quadratic, expand
-from numpyro_score.energy import Energy, evaluate_for_check, split_arrays
+from numpyro_score.energy import Energy, by_device, evaluate_for_check, split_arrays
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import row_losses
 from numpyro_score.losses.base import check_settings
-from numpyro_score.losses.shards import by_device
 from numpyro_score.operators import full_precision
 from numpyro_score.printed import num_numbers, values_with_errors
 from numpyro_score.random import Key, as_key
@@ -305,8 +304,8 @@ def _spread(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, A
     if inputs.energy.spread is None:
         return of_rows(*inputs.energy.usable(), inputs.rng_key, theta, inputs.learning_rate)
 
-    def on_device(*rows: Any) -> tuple[Array, Array]:
-        outer, total = of_rows(*rows)
+    def on_device(energy: Energy, weights: Array, *rest: Any) -> tuple[Array, Array]:
+        outer, total = of_rows(*energy.usable(weights), *rest)
         return outer[None], total[None]
 
     outer, total = by_device(on_device, inputs.energy, inputs.rng_key, theta, inputs.learning_rate)

@@ -14,6 +14,7 @@ from numpyro_score.energy.dependence import (
     is_quadratic,
     varying_outputs,
 )
+from numpyro_score.energy.devices import by_device
 from numpyro_score.energy.energy import Energy
 from numpyro_score.energy.kinks import Kink, find_kink
 from numpyro_score.energy.layout import rows_first
@@ -32,6 +33,7 @@ __all__ = [
     "Site",
     "base_constraint",
     "base_law",
+    "by_device",
     "check_arguments",
     "check_rows",
     "coarsest_rounding",

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from numpyro.distributions import constraints
 
 from numpyro_score.energy.bound import BoundModel
+from numpyro_score.energy.devices import by_device
 from numpyro_score.energy.layout import DataArray, Layout, row_weights
 from numpyro_score.energy.remedies import on_boundary, outside_remedy
 from numpyro_score.energy.text import first_marked, rows_text
@@ -23,6 +24,7 @@ __all__ = ["check", "evaluate_for_check"]
 
 _SAMPLED = 1024  # rows whose log densities tell how large these are
 _FEW = 100_000  # rows
+_NUMBERS = 2**22  # that an operation of the density may give at once: 16 MB in float32
 
 
 # What may be wrong with a row, with a site where it is one's: its weight is not finite, differs within the row, or from
@@ -148,29 +150,25 @@ def _seen(energy: BoundModel, name: str, marked: Any = None) -> tuple[DataArray,
 
 @full_precision
 def evaluate_for_check(energy: BoundModel) -> tuple[Array, Array, Array, Array]:
-    """What :func:`check` looks at, in one compiled call.
+    """What :func:`check` looks at, in one compiled call, each device for its own rows if they are spread.
 
     By row, (N,) each: its first fault, an index of :func:`_faults`, or their number for none; how much its log density
     changes where the data of half the others do, if it counts; its log density, in absolute value, or -1 if it does
     not count; and the log density where half the data are others. Where only the score is known, the sum of its
     components stands for the log density.
     """
+    if energy.spread is not None:
+        return by_device(lambda energy, *_: _by_row(energy), energy, jax.random.key(0))
+    return _by_row(energy)
+
+
+def _by_row(energy: BoundModel) -> tuple[Array, Array, Array, Array]:
     layout, sites = energy._layout, energy._run().sites
     weights = {k: row_weights(sites[k], layout) for k in layout.terms}
     first = weights[layout.terms[0]][:, 0]
     used = first != 0
     x = energy.data
-    usable = energy.usable()[0].data
-
-    def f(x: Array) -> Array:
-        log_density = energy.row_log_density
-        return log_density(x) if energy.has_density else value_score(log_density, x)[1].sum(-1)
-
-    i = jnp.arange(len(x), dtype=jnp.uint32)
-    changed = jnp.where(i < 2, i == 1, (i * np.uint32(2654435761)) >> 31 == 1)  # no period that a model may have, too
-    # Rows may all be equal; but where there is a boundary or curvature, a step off a row would leave the support.
-    others = jnp.roll(usable, 1, axis=0) + (1.0 if layout.flat else 0.0)
-    here, there = jax.lax.map(f, jnp.stack([usable, jnp.where(changed[:, None], others, usable)]))
+    here, there, changed = _beside_others(energy, energy.usable()[0].data)
     change = jnp.where(used & ~changed, jnp.abs(there - here), 0.0)
     change = jnp.where(jnp.isnan(change), 0.0, change)  # infinity less infinity
     wrong = {
@@ -186,3 +184,34 @@ def evaluate_for_check(energy: BoundModel) -> tuple[Array, Array, Array, Array]:
     for k in reversed(range(len(order))):
         faults = faults if order[k] not in wrong else jnp.where(wrong[order[k]], k, faults)
     return faults, change, jnp.where(used, jnp.abs(here), -1.0), there
+
+
+def _beside_others(energy: BoundModel, x: Array) -> tuple[Array, Array, Array]:
+    """Log densities of rows, those where about half of them are others, and which these are, (N,) each."""
+
+    def f(x: Array) -> Array:
+        log_density = energy.row_log_density
+        return log_density(x) if energy.has_density else value_score(log_density, x)[1].sum(-1)
+
+    def of(start: Array | int, size: int) -> tuple[Array, Array, Array]:
+        rows = x if size == len(x) else jax.lax.dynamic_slice_in_dim(x, start, size)
+        i = jnp.arange(size, dtype=jnp.uint32)
+        changed = jnp.where(i < 2, i == 1, (i * np.uint32(2654435761)) >> 31 == 1)  # no period that a model may have
+        # Rows may all be equal; but where there is a boundary or curvature, a step off a row would leave the support.
+        others = jnp.roll(rows, 1, axis=0) + (1.0 if energy.flat else 0.0)
+        here, there = jax.lax.map(f, jnp.stack([rows, jnp.where(changed[:, None], others, rows)]))
+        return here, there, changed
+
+    n, most = len(x), max(_NUMBERS // max(energy.width, energy.dim), _SAMPLED)
+    if not energy.resizable or n <= most:
+        return of(0, n)
+    # What rows make of each other shows among those of a part; the last part shares rows with the one before.
+    last = n - most
+    parts = jax.lax.map(lambda start: of(start, most), jnp.append(jnp.arange(0, last, most), last))
+
+    def joined(values: Array) -> Array:
+        first = values[:-1].reshape(-1)[:last]
+        return jnp.concatenate([first, values[-1]])
+
+    here, there, changed = map(joined, parts)
+    return here, there, changed

@@ -20,6 +20,7 @@ from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.layout import sum_rows
 from numpyro_score.energy.trace import term_log_prob
 from numpyro_score.operators import full_precision, value_score
+from numpyro_score.placement import fetch
 from numpyro_score.programs import compiled, run_compiled
 
 __all__ = ["Kink", "find_kink"]
@@ -86,7 +87,7 @@ def find_kink(energy: BoundModel) -> Kink | None:
     found = _suspects(energy)
     if not found:
         return None
-    near, far = _lines(energy, np.asarray(jax.device_get(run_compiled(lambda e: e.usable()[0].data, energy))))
+    near, far = _lines(energy, *_some_rows(energy))
     for group, lines in ((found, near), ([k for k in found if k.moves], far)):
         if group and lines is not None:
             terms = tuple(dict.fromkeys(k.site for k in group))
@@ -218,20 +219,31 @@ _SMALL = 0.05
 _ROWS, _NEIGHBOURS, _HALVINGS = 128, 4, 24  # lines cross a place where rows lie on both sides of it
 
 
-def _lines(energy: BoundModel, x: np.ndarray) -> tuple[Any, Any]:
+def _some_rows(energy: BoundModel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Some rows, rows to start from, which are all where a row cannot be had alone, and the columns' deviations."""
+    n = energy.num_rows
+    rows = np.random.default_rng(0).permutation(n)[:_ROWS]
+
+    def read(energy: BoundModel, rows: Array) -> tuple[Array, Array]:
+        x = energy.usable()[0].data
+        return (x[rows] if energy.resizable else x), x.std(axis=0)
+
+    starts, spread = fetch(run_compiled(read, energy, rows))
+    return (starts if energy.resizable else starts[rows]), starts, spread
+
+
+def _lines(energy: BoundModel, some: np.ndarray, starts: np.ndarray, spread: np.ndarray) -> tuple[Any, Any]:
     """Pairs of ends (S, M, D) of lines between neighbours, and of lines further out, or None."""
-    rng = np.random.default_rng(0)
-    n, d = x.shape
-    spread = x.std(0) if n > 1 else np.full(d, x.std() or 1.0)
-    if n == 1:  # one point: about as far off as its numbers differ
+    rng, x = np.random.default_rng(0), starts
+    d = x.shape[1]
+    if energy.num_rows == 1:  # one point: about as far off as its numbers differ
+        spread = np.full(d, x.std() or 1.0)
         near = (x, x + 0.3 * spread * rng.normal(size=(16, 1, d)))
     else:
-        rows = rng.permutation(n)[:_ROWS]
-        starts = x[rows] if energy.resizable else x
-        distance = np.stack([((starts - x[r]) ** 2).sum(-1) for r in rows], axis=-1)
+        distance = np.stack([((starts - row) ** 2).sum(-1) for row in some], axis=-1)
         distance[distance == 0] = np.inf  # itself, and equal rows
-        order = np.argsort(distance, axis=-1)[:, : min(_NEIGHBOURS, len(rows) - 1)]
-        near = (starts, np.swapaxes(x[rows][order], 0, 1))
+        order = np.argsort(distance, axis=-1)[:, : min(_NEIGHBOURS, len(some) - 1)]
+        near = (starts, np.swapaxes(some[order], 0, 1))
     begin, end = np.broadcast_arrays(*(np.asarray(e, x.dtype) for e in near))
     near = begin, end
     if not energy.flat:  # further out may be outside of the support

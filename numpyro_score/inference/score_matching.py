@@ -60,7 +60,7 @@ from numpyro_score.inference.start import CompiledStart
 from numpyro_score.inference.traces import CompiledTrace
 from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
-from numpyro_score.losses.shards import spread_memory
+from numpyro_score.losses.memory import spread_memory
 from numpyro_score.placement import Places, label_auto, places_of, replicate
 from numpyro_score.printed import name_of, settings
 from numpyro_score.programs import being_traced

@@ -13,8 +13,8 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy, Kink, find_kink
-from numpyro_score.losses.shards import by_device, spread_sites
+from numpyro_score.energy import Energy, Kink, by_device, find_kink
+from numpyro_score.losses.memory import spread_sites
 from numpyro_score.random import integer
 
 __all__ = [
@@ -193,8 +193,13 @@ def row_losses(loss: Loss, energy: Energy, rng_key: Array) -> tuple[Float[Array,
     Where the rows lie over several devices so do these, and each device takes its own; see :func:`total_loss`.
     """
     if energy.spread is not None:
-        return by_device(partial(_row_losses, loss), energy, rng_key, loss=loss)
+        sites = spread_sites(loss, energy.spread, energy.params)
+        return by_device(partial(_row_losses_of_device, loss), energy, rng_key, sites=sites)
     return _row_losses(loss, *energy.usable(), rng_key)
+
+
+def _row_losses_of_device(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> tuple[Array, Array]:
+    return _row_losses(loss, *energy.usable(weights), rng_key)
 
 
 def _row_losses(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> tuple[Array, Array]:
@@ -214,12 +219,13 @@ def total_loss(loss: Loss, energy: Energy, rng_key: Array) -> Float[Array, ""]:
     rows there and a random key of its own, and one sum goes between them.
     """
     if energy.spread is not None:
-        return jnp.sum(by_device(partial(_total_of_device, loss), energy, rng_key, loss=loss))
+        sites = spread_sites(loss, energy.spread, energy.params)
+        return jnp.sum(by_device(partial(_total_of_device, loss), energy, rng_key, sites=sites))
     return _total_loss(loss, *energy.usable(), rng_key)
 
 
 def _total_of_device(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> Array:
-    return _total_loss(loss, energy, weights, rng_key)[None]
+    return _total_loss(loss, *energy.usable(weights), rng_key)[None]
 
 
 def _total_loss(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> Array:
@@ -235,8 +241,8 @@ def total_loss_and_memory(loss: Loss, energy: Energy, rng_key: Array) -> tuple[F
     if not hasattr(loss, "advance"):
         return total_loss(loss, energy, rng_key), {}
     memory_key, rng_key = jax.random.split(rng_key)
-    if spread_sites(loss, energy.spread, energy.params):
-        memory = by_device(lambda energy, _, key: loss.advance(energy, key), energy, memory_key, loss=loss)
+    if sites := spread_sites(loss, energy.spread, energy.params):
+        memory = by_device(lambda energy, _, key: loss.advance(energy, key), energy, memory_key, sites=sites)
     else:
         memory = loss.advance(energy, memory_key)
     return total_loss(loss, energy.with_params(memory), rng_key), memory
