@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-__all__ = ["being_traced", "compiled", "run_compiled"]
+__all__ = ["being_traced", "compiled", "run_compiled", "shared_jit"]
 
 _KEPT = 64  # programs
-_programs: list[tuple[Jaxpr, bool, Callable[..., Any]]] = []  # the last used first; whether with double precision
+# The last used first, each with its precision and options.
+_programs: list[tuple[Jaxpr, Any, Callable[..., Any]]] = []
 
 # Rules for derivatives, which are functions and never equal. Nothing is differentiated here.
 _RULES = {"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd"}
@@ -36,6 +38,37 @@ def run_compiled(f: Callable[..., Any], *args: Any) -> Any:
     return compiled(f, *args)(*args)
 
 
+def shared_jit(f: Callable[..., Any], static_argnames: tuple[str, ...] = (), **options: Any) -> Callable[..., Any]:
+    """`jax.jit(f, static_argnames)`, of a function that several objects have, each over its own model.
+
+    Each traces it once for arguments of the same types, and all that trace to the same operations share one program:
+    thousands of fits of a simulation compile no more than the first. See :func:`run_compiled`.
+
+    Args:
+        f: a function or method.
+        static_argnames: its arguments that are no arrays, given by name.
+        **options: the compiler's; ignored inside of another program.
+    """
+    plain = jax.jit(f, static_argnames=static_argnames)
+    alone = jax.jit(f, static_argnames=static_argnames, compiler_options=options or None)
+    last: list[Any] = [None, None]  # a trace and its program, as to compare traces takes time
+
+    @functools.wraps(f)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if being_traced((args, kwargs)):
+            return plain(*args, **kwargs)
+        traced = plain.trace(*args, **kwargs)
+        closed = traced.jaxpr
+        if not all(isinstance(c, jax.Array) and not isinstance(c, jax.core.Tracer) for c in closed.consts):
+            return alone(*args, **kwargs)
+        if last[0] is not closed:
+            last[:] = closed, _program(closed.jaxpr, getattr(f, "__name__", "run"), options)
+        leaves = jax.tree.leaves((args, {k: v for k, v in kwargs.items() if k not in static_argnames}))
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), last[1](closed.consts, _as_jax(leaves)))
+
+    return run
+
+
 def compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     """What :func:`run_compiled` runs, for several calls with arguments of the same types: f is traced once."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
@@ -47,31 +80,37 @@ def compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     program, treedef = _program(closed.jaxpr), jax.tree.structure(shapes)
 
     def run(*args: Any) -> Any:
-        # As JAX's arrays: JAX 0.10 to 0.12 may take a NumPy array in the precision of the program that last returned
-        # it, and fail on it in another precision.
-        leaves = [jnp.asarray(v) if isinstance(v, np.ndarray) else v for v in jax.tree.leaves(args)]
-        return jax.tree.unflatten(treedef, program(closed.consts, leaves))
+        return jax.tree.unflatten(treedef, program(closed.consts, _as_jax(jax.tree.leaves(args))))
 
     return run
 
 
-def _program(jaxpr: Jaxpr) -> Callable[..., Any]:
-    double = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
-    for i, (known, as_double, program) in enumerate(_programs):
-        if as_double == double and _same(known, jaxpr):
+def _as_jax(leaves: list[Any]) -> list[Any]:
+    # JAX 0.10 to 0.12 may take a NumPy array in the precision of the program that last returned it, and fail on it in
+    # another precision.
+    return [jnp.asarray(v) if isinstance(v, np.ndarray) else v for v in leaves]
+
+
+def _program(jaxpr: Jaxpr, name: str = "run", options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    wanted = (bool(jax.config.jax_enable_x64), dict(options or {}))  # type: ignore[attr-defined]
+    for i, (known, compiled_for, program) in enumerate(_programs):
+        if compiled_for == wanted and _same(known, jaxpr):
             _programs.insert(0, _programs.pop(i))
             return program
 
     def run(consts: list[Any], leaves: list[Any]) -> list[Any]:
         return jax.core.eval_jaxpr(jaxpr, consts, *leaves)
 
-    _programs.insert(0, (jaxpr, double, jax.jit(run)))
+    run.__name__ = name  # in profiles and logs
+    _programs.insert(0, (jaxpr, wanted, jax.jit(run, compiler_options=options or None)))
     del _programs[_KEPT:]
     return _programs[0][2]
 
 
 def _same(a: Jaxpr, b: Jaxpr) -> bool:
     """Whether two programs have the same operations on inputs of the same types."""
+    if a is b:
+        return True
     if len(a.eqns) != len(b.eqns):
         return False
     names: dict[Any, Any] = {}

@@ -53,5 +53,6 @@ def unchecked(monkeypatch):
 def optimised():
     """For a test that runs for longer than it compiles: what it compiles runs up to twenty times as fast."""
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # of programs that another test has compiled, and this one shares
     yield
     jax.config.update("jax_disable_most_optimizations", QUICKLY_COMPILED)

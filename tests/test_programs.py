@@ -5,9 +5,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
 import pytest
+from numpyro.distributions import constraints
 
-from numpyro_score.programs import run_compiled
+from numpyro_score import ScoreMatching
+from numpyro_score.programs import run_compiled, shared_jit
 
 X = jnp.arange(1.0, 4.0)
 
@@ -104,3 +109,63 @@ def test_transformations_and_precision():
         third = run_compiled(lambda x: x / 3.0, jnp.array(1.0))
         assert third.dtype == jnp.float64
         assert abs(float(third) - 1 / 3) < 1e-16
+
+
+class Holder:
+    """What has a compiled method, over a function of its own."""
+
+    def __init__(self, f):
+        self.f = f
+        self.run = shared_jit(self._run, static_argnames=("n",))
+
+    def _run(self, x, scale, *, n):
+        return {"value": self.f(x) * scale, "n": jnp.full(n, scale)}
+
+
+def test_objects_share_programs(compiled):
+    """A second object traces its own function, and compiles nothing if that does the same to other values."""
+    weights = [jnp.ones(3), 2.0 * jnp.ones(3)]
+    one, two = (Holder(lambda x, w=w: jnp.tanh(x) @ w) for w in weights)
+    expected = float(jax.block_until_ready(one.run(X, 2.0, n=2))["value"])
+    before = compiled()
+    found = two.run(X, scale=2.0, n=2)
+    assert float(found["value"]) == 2 * expected
+    assert compiled() == before
+    assert one.run(X, 2.0, n=3)["n"].shape == (3,)
+    assert float(Holder(lambda x: jnp.sinh(x) @ weights[0]).run(X, 2.0, n=2)["value"]) != expected
+    numbers = np.arange(3.0)
+    assert float(Holder(lambda x: x @ numbers).run(X, 1.0, n=2)["value"]) == 8.0
+
+
+def test_shared_programs_under_transformations():
+    """Inside of a transformation it is the function itself, options of the compiler included."""
+    f = shared_jit(lambda x: jnp.sum(jnp.sin(x)), xla_backend_optimization_level=0)
+    np.testing.assert_allclose(f(X), np.sin(np.asarray(X)).sum(), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(f)(X), np.cos(np.asarray(X)), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.vmap(f))(X[:, None]), np.sin(np.asarray(X)), rtol=1e-6)
+    with jax.enable_x64(True):
+        assert f(jnp.arange(3.0)).dtype == jnp.float64
+
+
+@pytest.mark.filterwarnings("ignore:The loss was still falling")
+@pytest.mark.parametrize("optim", [None, optax.adam(1e-2)], ids=["solved", "adam"])
+def test_a_second_fit_of_the_same_compiles_nothing(compiled, optim):
+    """As in a simulation, where each data set has an object of its own: fit, standard errors and draws of them."""
+
+    def fit(seed):
+        def model(x):  # a new function each time
+            mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+            with numpyro.plate("rows", len(x)):
+                x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+                numpyro.factor("energy", -0.5 * (x - mu) ** 2)
+
+        x = 1.0 + jax.random.normal(jax.random.key(seed), (50,))
+        sm = ScoreMatching(model, optim=optim, num_steps=2000)
+        found = sm.run(jax.random.key(0), x, progress_bar=False)
+        return float(x.mean()), found, jax.block_until_ready((found.stderr(), found.energy.data))
+
+    fit(0)
+    before = compiled()
+    mean, found, _ = fit(1)
+    assert compiled() == before
+    np.testing.assert_allclose(found.estimates["mu"], mean * 50 / 51, rtol=1e-3)

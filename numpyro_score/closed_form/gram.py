@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy, by_device
 from numpyro_score.operators import full_precision
+from numpyro_score.programs import shared_jit
 
 __all__ = ["score_gram"]
 
@@ -54,7 +55,7 @@ def score_gram(energy: Energy, unravel: Callable[[Array], Any], size: int) -> np
     return gram
 
 
-@partial(jax.jit, static_argnames=("unravel", "size"))
+@partial(shared_jit, static_argnames=("unravel", "size"))
 def _pattern(energy: Energy, *, unravel: Any, size: int) -> Array:
     """Which of the P parameters enter each of the D coordinates of the score, (D, P)."""
     x = energy.usable()[0].data
@@ -90,7 +91,7 @@ def _colour(enters: np.ndarray) -> np.ndarray:
     return colours
 
 
-@partial(jax.jit, static_argnames="unravel")
+@partial(shared_jit, static_argnames=("unravel",))
 @full_precision
 def _blocks(
     energy: Energy, seeds: Float[Array, "c p"], colours: Any, used: Any, *, unravel: Any

@@ -23,6 +23,7 @@ from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import Loss, total_loss
 from numpyro_score.operators import full_precision
 from numpyro_score.printed import num_numbers
+from numpyro_score.programs import shared_jit
 
 __all__ = ["MAX_PARAMETERS", "ClosedFormError", "Coordinates", "FlatObjectiveError", "Quadratic", "expand", "minimise"]
 
@@ -279,7 +280,7 @@ def _data_term(problem: Problem, inputs: Inputs, theta: Array) -> Array:
     return inputs.learning_rate * total_loss(problem.loss, energy, inputs.rng_key)
 
 
-@partial(jax.jit, static_argnames="problem")
+@partial(shared_jit, static_argnames=("problem",))
 def _value_and_gradient(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, Array]:
     return jax.value_and_grad(partial(_data_term, problem, inputs))(theta)
 
@@ -294,7 +295,7 @@ def _products_of(f: Callable[[Array], Array], directions: Array, at_once: int) -
     return jax.lax.map(product, directions, batch_size=at_once)
 
 
-@partial(jax.jit, static_argnames="problem")
+@partial(shared_jit, static_argnames=("problem",))
 def _products(directions: Any, inputs: Inputs, *, problem: Problem) -> Array | None:
     """The Hessian of the data's term times each direction, (K, P); None if the term is not quadratic."""
     f, directions = partial(_data_term, problem, inputs), jnp.asarray(directions, float)
@@ -332,7 +333,7 @@ def _laplace(site: dict[str, Any]) -> dist.Laplace | None:
     return law if isinstance(law, dist.Laplace) else None
 
 
-@partial(jax.jit, static_argnames="problem")
+@partial(shared_jit, static_argnames=("problem",))
 def _prior(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, ...] | None:
     """Value, gradient and Hessian of minus the log prior at θ, then weights and centres of Laplace priors.
 

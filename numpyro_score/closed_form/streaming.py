@@ -21,6 +21,7 @@ from numpyro_score.losses import row_losses
 from numpyro_score.losses.base import check_settings
 from numpyro_score.operators import full_precision
 from numpyro_score.printed import num_numbers, values_with_errors
+from numpyro_score.programs import shared_jit
 from numpyro_score.random import Key, as_key
 from numpyro_score.uncertainty import grouped_sites, nested_terms, prior_terms, site_blocks
 
@@ -246,7 +247,7 @@ class GradientSpread:
         return (self.outer - np.outer(self.total, self.total) / self.num_rows) / (self.num_rows - 1)
 
 
-_evaluate = jax.jit(partial(evaluate_for_check))
+_evaluate = shared_jit(evaluate_for_check)
 
 
 def _tied(
@@ -283,10 +284,10 @@ def _rows_used(energy: Energy) -> int:
     return int(np.count_nonzero(np.asarray(_weights(energy)[1])))
 
 
-_weights = jax.jit(Energy.data_and_weights)
+_weights = shared_jit(Energy.data_and_weights)
 
 
-@partial(jax.jit, static_argnames="problem")
+@partial(shared_jit, static_argnames=("problem",))
 @full_precision
 def _spread(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, Array]:
     """Σ_n g_n g_nᵀ and Σ_n g_n of the rows' gradients."""

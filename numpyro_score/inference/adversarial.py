@@ -44,6 +44,7 @@ from numpyro_score.inference.pickling import Compiling
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.placement import label_auto, replicate
 from numpyro_score.printed import name_of, settings
+from numpyro_score.programs import shared_jit
 from numpyro_score.random import RUN, Key, as_key
 
 __all__ = ["AdversarialDynamicsEmbedding"]
@@ -154,8 +155,8 @@ class AdversarialDynamicsEmbedding(Compiling):
         return f"AdversarialDynamicsEmbedding({name_of(self.model)}{flow}, num_steps={self.num_steps})"
 
     def _compile(self) -> None:
-        self._evaluate = jax.jit(partial(evaluate_for_check))
-        self._advance = jax.jit(self._advance_impl, static_argnames="static")
+        self._evaluate = shared_jit(evaluate_for_check)
+        self._advance = shared_jit(self._advance_impl, static_argnames=("static",))
 
     def init(
         self, rng_key: Key, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any

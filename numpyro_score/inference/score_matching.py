@@ -63,7 +63,7 @@ from numpyro_score.losses.base import check_settings
 from numpyro_score.losses.memory import spread_memory
 from numpyro_score.placement import Places, label_auto, places_of, replicate
 from numpyro_score.printed import name_of, settings
-from numpyro_score.programs import being_traced
+from numpyro_score.programs import being_traced, shared_jit
 from numpyro_score.random import RUN, Key, as_key
 
 __all__ = ["ScoreMatching"]
@@ -159,9 +159,9 @@ class ScoreMatching(Compiling, FromBatches, SVI):
 
     def _compile(self) -> None:
         # Of this object: it traces its model once for arguments of the same shapes.
-        self._evaluate = jax.jit(partial(evaluate_for_check))
-        self._advance = jax.jit(self._advance_impl, static_argnames=("static", "places", "stable_update"))
-        self._step_batch = jax.jit(self._step_impl, static_argnames=("static", "places"))
+        self._evaluate = shared_jit(evaluate_for_check)
+        self._advance = shared_jit(self._advance_impl, static_argnames=("static", "places", "stable_update"))
+        self._step_batch = shared_jit(self._step_impl, static_argnames=("static", "places"))
         self.trace_prior = CompiledTrace(self.prior)
         self._start = None
         if self._default_guide:

@@ -40,7 +40,7 @@ class CompiledStart:
 
     def __init__(self, model: Callable[..., Any], data: str | None, loss: Loss, guide: AutoDelta, optim: Any) -> None:
         self.model, self.data, self.loss, self.guide, self.optim = model, data, loss, guide, optim
-        self._init = jit_once(self._run_init, static_argnames="static")
+        self._init = jit_once(self._run_init, static_argnames=("static",))
 
     def __call__(
         self, rng_key: Array, init_params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

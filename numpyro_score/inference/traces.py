@@ -10,12 +10,12 @@ import jax
 from numpyro import handlers
 
 from numpyro_score.energy import join_arrays, split_arrays
-from numpyro_score.programs import being_traced
+from numpyro_score.programs import shared_jit
 
 __all__ = ["CompiledTrace", "jit_once"]
 
 # What runs once, on little, is not worth optimising: that would take three times as long as all else.
-jit_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+jit_once = partial(shared_jit, xla_backend_optimization_level=0)
 
 
 class CompiledTrace:
@@ -27,13 +27,11 @@ class CompiledTrace:
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
-        self._run = jit_once(self._trace, static_argnames="static")
+        self._run = jit_once(self._trace, static_argnames=("static",))
 
     def __call__(self, values: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The sites by name; arrays in them are those of the program."""
         arrays, static = split_arrays((args, kwargs))
-        if being_traced(()):  # a program in another may not have options of its own
-            return self._trace(values, arrays, static=static).trace()
         return self._run(values, arrays, static=static).trace()
 
     def _trace(self, values: dict[str, Any], arrays: list[Any], *, static: Any) -> Sites:

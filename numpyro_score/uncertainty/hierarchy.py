@@ -20,6 +20,7 @@ from numpyro.distributions.transforms import IdentityTransform, IndependentTrans
 
 from numpyro_score.energy import varying_outputs
 from numpyro_score.placement import fetch
+from numpyro_score.programs import shared_jit
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
 
 __all__ = [
@@ -243,7 +244,7 @@ def _finer(a: np.ndarray, b: np.ndarray) -> bool:
     return len(np.unique(np.stack([a, b]), axis=1).T) == len(np.unique(a))
 
 
-@jax.jit
+@shared_jit
 def rows_along(objective: Objective, directions: Float[Array, "k p"]) -> Float[Array, "n k"]:
     """Derivatives of the rows' weighted losses along directions."""
 
@@ -287,7 +288,7 @@ def refuse_products(objective: Objective, gradients: np.ndarray) -> None:
             )
 
 
-_rows = jax.jit(Objective.rows)
+_rows = shared_jit(Objective.rows)
 
 
 def _innermost(transform: Any) -> Any:
@@ -296,7 +297,7 @@ def _innermost(transform: Any) -> Any:
     return transform
 
 
-@partial(jax.jit, static_argnames="names")
+@partial(shared_jit, static_argnames=("names",))
 def between(objective: Objective, *, names: tuple[str, ...]) -> Array:
     """The Hessian of some terms of the prior, (P, P)."""
     gradient = jax.grad(partial(sum_of_terms, objective, names))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions.transforms import IndependentTransform
 
 from numpyro_score.operators import full_precision
+from numpyro_score.programs import shared_jit
 from numpyro_score.uncertainty.hierarchy import rows_along, sum_of_terms, ties, unshared_sites, warn_if_few_groups
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError, norm_of_columns
 from numpyro_score.uncertainty.sandwich import check_rows, distance_to_minimum, warn_if_not_converged
@@ -84,7 +85,7 @@ def stderr_of(
     return unravel(errors)
 
 
-@partial(jax.jit, static_argnames="names")
+@partial(shared_jit, static_argnames=("names",))
 @full_precision
 def _quadratic_forms(objective: Objective, directions: Float[Array, "k p"], *, names: tuple[str, ...]) -> Array:
     """dᵀBd of each direction, with B the Hessian of some terms of the prior."""
@@ -121,7 +122,7 @@ def _influence(
     return jax.vmap(unravel)(rows), directions
 
 
-@partial(jax.jit, static_argnames="of")
+@partial(shared_jit, static_argnames=("of",))
 def _jacobian(objective: Objective, *, of: Callable[[dict[str, Any]], Any]) -> Float[Array, "k p"]:
     return jax.jacrev(lambda v: ravel_pytree(of(objective.constrain(v)))[0])(objective.position)
 
@@ -151,7 +152,7 @@ def _tolerance(x: Array) -> float:
     return float(jnp.finfo(x.dtype).eps) ** (2 / 3)
 
 
-@jax.jit
+@shared_jit
 @full_precision
 def _solve(objective: Objective, jacobian: Array) -> tuple[Array, Array, Array, Array]:
     """Solutions (K, P), the gradient (P,), whether the objective curves upwards (K,), and relative residuals (K,)."""
@@ -226,7 +227,7 @@ def diagonal_stderr(objective: Objective) -> dict[str, Any]:
     return {k: _through(objective.transforms[k], at[k], errors[k]) for k in at}
 
 
-@partial(jax.jit, static_argnames="names")
+@partial(shared_jit, static_argnames=("names",))
 def _diagonals(objective: Objective, *, names: tuple[str, ...]) -> tuple[Float[Array, "p"], Float[Array, "p"]]:
     """The diagonals of H and S, with the Hessian of some terms of the prior in S."""
     position, used = objective.position, objective.used()

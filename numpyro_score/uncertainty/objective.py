@@ -19,6 +19,7 @@ from numpyro.infer.util import log_density, transform_fn
 from numpyro_score.energy import Energy, join_arrays, split_arrays
 from numpyro_score.losses import Loss, row_losses
 from numpyro_score.operators import full_precision
+from numpyro_score.programs import shared_jit
 
 __all__ = [
     "USE_NUTS",
@@ -69,12 +70,14 @@ class Parametrisation:
     def stderr(self, covariance: np.ndarray) -> dict[str, Any]:
         """Standard errors in constrained space by the delta method, in the sites' own shapes."""
         root = _root(covariance)
-        return _delta_method(self.position, self.transforms, jnp.asarray(root, self.position.dtype), self.unravel)
+        return _delta_method(
+            self.position, self.transforms, jnp.asarray(root, self.position.dtype), unravel=self.unravel
+        )
 
     def draw(self, rng_key: Array, covariance: np.ndarray, n: int) -> dict[str, Any]:
         """N draws from N(position, covariance), constrained: {site: (n, ...)}."""
         root = jnp.asarray(_root(covariance), self.position.dtype)
-        return _draws(rng_key, self.position, self.transforms, root, self.unravel, n)
+        return _draws(rng_key, self.position, self.transforms, root, unravel=self.unravel, n=n)
 
 
 @partial(
@@ -183,8 +186,8 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return scale[:, None] * axes * np.sqrt(np.maximum(variances, 0.0))
 
 
-@partial(jax.jit, static_argnames="unravel")
-def _delta_method(position: Array, transforms: Any, root: Array, unravel: Any) -> dict[str, Any]:
+@partial(shared_jit, static_argnames=("unravel",))
+def _delta_method(position: Array, transforms: Any, root: Array, *, unravel: Any) -> dict[str, Any]:
     constrain = Parametrisation(transforms, position, unravel).constrain
 
     def row(direction: Array) -> Array:
@@ -194,8 +197,8 @@ def _delta_method(position: Array, transforms: Any, root: Array, unravel: Any) -
     return ravel_pytree(constrain(position))[1](norm_of_columns(images))
 
 
-@partial(jax.jit, static_argnames=("unravel", "n"))
-def _draws(rng_key: Array, position: Array, transforms: Any, root: Array, unravel: Any, n: int) -> dict[str, Any]:
+@partial(shared_jit, static_argnames=("unravel", "n"))
+def _draws(rng_key: Array, position: Array, transforms: Any, root: Array, *, unravel: Any, n: int) -> dict[str, Any]:
     draws = position + jax.random.normal(rng_key, (n, len(position)), position.dtype) @ root.T
     return jax.vmap(Parametrisation(transforms, position, unravel).constrain)(draws)
 

@@ -15,6 +15,7 @@ import scipy.stats
 from jaxtyping import Array
 
 from numpyro_score.placement import fetch
+from numpyro_score.programs import shared_jit
 from numpyro_score.uncertainty.hierarchy import between, effects, refuse_products, ties, warn_if_few_groups
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
 
@@ -164,7 +165,7 @@ def check_rows(objective: Objective) -> np.ndarray:
     return used
 
 
-_used = jax.jit(Objective.used)
+_used = shared_jit(Objective.used)
 
 
 def distance_to_minimum(
@@ -206,7 +207,7 @@ ARRIVED = 0.1  # standard errors from the minimum up to which a fit is as good a
 _KEYS = 64
 
 
-@jax.jit
+@shared_jit
 def _gradient(objective: Objective, rng_key: Array) -> Array:
     return jax.grad(replace(objective, rng_key=rng_key))(objective.position)
 
@@ -231,7 +232,7 @@ def warn_if_not_converged(objective: Objective, distance: dict[str, Any]) -> Non
         )
 
 
-@jax.jit
+@shared_jit
 def _derivatives(objective: Objective) -> tuple[Array, Array, Array, Array]:
     """Hessians of the losses and of the penalty (P, P), gradients of the rows (N, P) and of the penalty (P,)."""
     position = objective.position
