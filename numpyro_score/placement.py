@@ -9,7 +9,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["fetch", "label_auto", "replicate"]
+__all__ = ["fetch", "label_auto", "on_cpu", "replicate"]
+
+
+def on_cpu() -> bool:
+    """Whether what is traced now is meant for a CPU: JAX's default device is one.
+
+    An array that lies on another device than the default one is not asked, as its place is not known inside of `jit`.
+    """
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend() == "cpu"
+    return (device if isinstance(device, str) else device.platform) == "cpu"
 
 
 def fetch(tree: Any) -> Any:
