@@ -24,6 +24,8 @@ def elsewhere(monkeypatch):
     """As if the default device were no CPU, with a bound that takes a CPU little time."""
     monkeypatch.setattr(chunks, "on_cpu", lambda: False)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", BOUND)
+    with jax.default_device("cpu"):  # whose compiler is asked, also where there is a GPU
+        yield
 
 
 def network(x):
