@@ -16,7 +16,8 @@ from folx import forward_laplacian
 from folx.api import FwdJacobian, FwdLaplArray
 from jax import Array
 
-from benchmarks.problem import OPTIMIZER, Params, init_params, mlp
+from benchmarks.problem import OPTIMIZER, WIDTH, Params, init_params, mlp
+from numpyro_score.losses.chunks import chunks_in_a_pass
 from numpyro_score.losses.ssm import draw_directions
 
 LossAndGrad = Callable[[Params, Array, Array], tuple[Array, Params]]
@@ -28,9 +29,9 @@ class State(NamedTuple):
     rng_key: Array
 
 
-def init(rng_key: Array, dim: int) -> State:
+def init(rng_key: Array, dim: int, width: int = WIDTH) -> State:
     init_key, rng_key = jax.random.split(rng_key)
-    return start(init_params(init_key, dim), rng_key)
+    return start(init_params(init_key, dim, width), rng_key)
 
 
 def start(params: Params, rng_key: Array) -> State:
@@ -157,7 +158,7 @@ def ism(rows_per_chunk: int) -> LossAndGrad:
 
 
 def in_chunks(loss: Callable[[Params, Array, Array], Array], rows: int) -> LossAndGrad:
-    """The gradient chunk by chunk, four chunks in one pass of the loop."""
+    """The gradient chunk by chunk; on a CPU four chunks in one pass of the loop."""
 
     def loss_and_grad(params: Params, x: Array, rng_key: Array) -> tuple[Array, Params]:
         n, d = x.shape
@@ -169,6 +170,6 @@ def in_chunks(loss: Callable[[Params, Array, Array], Array], rows: int) -> LossA
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         chunks = (x.reshape(-1, rows, d), jax.random.split(rng_key, n // rows))
-        return jax.lax.scan(add, zero, chunks, unroll=4)[0]
+        return jax.lax.scan(add, zero, chunks, unroll=chunks_in_a_pass())[0]
 
     return loss_and_grad

@@ -15,7 +15,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from benchmarks import by_hand
-from benchmarks.problem import OPTIMIZER, ROWS, SITE, Params, init_params, make_data, model
+from benchmarks.problem import OPTIMIZER, ROWS, SITE, WIDTH, Params, init_params, make_data, model
 from numpyro_score import DSM, FSM, ISM, SSM, Energy, KLContraction, ScoreMatching
 
 SIGMA, EPSILON, TIME, SAMPLES = 0.1, 0.05, 0.1, 4
@@ -116,19 +116,20 @@ def rows_per_chunk(case: Case, dim: int) -> int:
     return rows
 
 
-def package_fit(loss: Any) -> ScoreMatching:
-    return ScoreMatching(model, optim=OPTIMIZER, loss=loss)
+def package_fit(loss: Any, width: int = WIDTH) -> ScoreMatching:
+    return ScoreMatching(partial(model, width=width), optim=OPTIMIZER, loss=loss)
 
 
-def package_step(case: Case, x: Array) -> Step:
-    fit = package_fit(case.loss)
+def package_step(case: Case, x: Array, width: int = WIDTH) -> Step:
+    fit = package_fit(case.loss, width)
     return Step(fit.update, fit.init(jax.random.key(0), x))
 
 
-def hand_step(case: Case, x: Array) -> Step:
+def hand_step(case: Case, x: Array, width: int = WIDTH, rows: int | None = None) -> Step:
+    """Of as many rows at once as are given, or as the package takes of the problem's own size."""
     dim = x.shape[1]
-    step = by_hand.make_step(case.by_hand(rows_per_chunk(case, dim)))
-    return Step(step, by_hand.init(jax.random.key(0), dim))
+    step = by_hand.make_step(case.by_hand(rows_per_chunk(case, dim) if rows is None else rows))
+    return Step(step, by_hand.init(jax.random.key(0), dim, width))
 
 
 def disagreement(case: Case, x: Array) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +97,7 @@ class Contest(NamedTuple):
     call: np.ndarray  # seconds of diffuse(...)
     program: np.ndarray  # seconds of the compiled sampler that it runs
     hand: np.ndarray
+    apart: float  # the two, at most
 
 
 def network(weights: list[Array], x: Array, sigma: Array) -> Array:
@@ -130,9 +132,26 @@ def score_by_hand(kind: str, weights: list[Array], x: Array, sigma: Array) -> Ar
     return network(weights, x, sigma) / sigma[:, None] - x / (1 + sigma[:, None] ** 2)
 
 
-def by_hand(kind: str) -> Callable[..., Array]:
-    """DPM-Solver++(2M) as a loop over levels."""
+def by_hand(kind: str, method: str = "dpm++2m") -> Callable[..., Array]:
+    """DPM-Solver++(2M), or Euler–Maruyama for α = 1 and σ = t, as a loop over levels."""
+    return solver_by_hand(kind) if method == "dpm++2m" else euler_maruyama_by_hand(kind)
 
+
+def euler_maruyama_by_hand(kind: str) -> Callable[..., Array]:
+    def run(weights: list[Array], u: Array, rho: Array) -> Array:
+        def step(u: Array, level: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            r, lower, key = level
+            spread = 2 * r * (r - lower)  # σ = t
+            score = score_by_hand(kind, weights, u, jnp.full(len(u), r))
+            return u + spread * score + jnp.sqrt(spread) * jax.random.normal(key, u.shape), None
+
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(len(rho) - 1))
+        return jax.lax.scan(step, u, (rho[:-1], rho[1:], keys))[0]
+
+    return run
+
+
+def solver_by_hand(kind: str) -> Callable[..., Array]:
     def run(weights: list[Array], u: Array, rho: Array) -> Array:
         h = jnp.log(rho[:-1] / rho[1:])
         last = jnp.append(jnp.inf, h[:-1])
@@ -148,7 +167,9 @@ def by_hand(kind: str) -> Callable[..., Array]:
     return run
 
 
-def contest(kind: str, dim: int, chains: int, num_steps: int, rounds: int) -> Contest:
+def contest(
+    kind: str, dim: int, chains: int, num_steps: int, rounds: int, method: str = "dpm++2m", most_apart: float = 2e-3
+) -> Contest:
     sizes = [dim + 1, *[WIDTH] * HIDDEN, 1 if kind == "energy" else dim]
     # Small, so that chains stay where data would be.
     weights = [
@@ -156,24 +177,26 @@ def contest(kind: str, dim: int, chains: int, num_steps: int, rounds: int) -> Co
     ]
     x = jax.random.normal(jax.random.key(9), (1000, dim))
     source = Energy(energy_model if kind == "energy" else score_model, {"weights": weights}, x)
-    found = diffuse(source, 0, chains, num_steps=num_steps, noise_range=ENDS, trajectory=True)
+    settings: dict[str, Any] = dict(method=method, num_steps=num_steps, noise_range=ENDS)
+    found = diffuse(source, 0, chains, trajectory=True, **settings)
     rho, u = jnp.asarray(found.noise, jnp.float32), found.trajectory[0]
-    hand = jax.jit(by_hand(kind)).lower(weights, u, rho).compile()
-    np.testing.assert_allclose(hand(weights, u, rho), found.trajectory[-1], atol=2e-3)  # the same method
-    program, arguments = compiled_sampler(source, u, found.noise)
+    hand = jax.jit(by_hand(kind, method)).lower(weights, u, rho).compile()
+    program, arguments = compiled_sampler(source, u, found.noise, method)
+    apart = float(jnp.max(jnp.abs(hand(weights, u, rho) - program(*arguments).u)))
+    assert apart < most_apart, f"{method} by hand ends {apart:.2g} away"  # the same method
     times = interleaved(
         [
-            lambda: diffuse(source, 0, chains, num_steps=num_steps, noise_range=ENDS).draws,
+            lambda: diffuse(source, 0, chains, **settings).draws,
             lambda: program(*arguments),
             lambda: hand(weights, u, rho),
         ],
         rounds,
     )
-    return Contest(kind, dim, flops(program) / flops(hand), *times)
+    return Contest(kind, dim, flops(program) / flops(hand), *times, apart)
 
 
-def compiled_sampler(source: Energy, u: Array, noise: np.ndarray) -> tuple[Any, tuple[Any, ...]]:
-    method, field = METHODS["dpm++2m"], field_of(noisy_model("diffuse", source))
+def compiled_sampler(source: Energy, u: Array, noise: np.ndarray, name: str = "dpm++2m") -> tuple[Any, tuple[Any, ...]]:
+    method, field = METHODS[name], field_of(noisy_model("diffuse", source))
     plan = method.plan(levels_on(None, noise, 1, (noise[-1], noise[0])), field.end)
     plan = jax.tree.map(lambda v: jnp.asarray(v, u.dtype), plan)
     arguments = (field, plan, jax.random.key(0), start(u, method.memory), 0, len(noise) - 1)

@@ -19,9 +19,9 @@ OPTIMIZER = optax.adam(1e-3)
 Params = list[tuple[Array, Array]]
 
 
-def init_params(rng_key: Array, dim: int) -> Params:
+def init_params(rng_key: Array, dim: int, width: int = WIDTH) -> Params:
     """Weights of variance 1 / fan-in, biases of zero."""
-    sizes = [dim, *[WIDTH] * HIDDEN, 1]
+    sizes = [dim, *[width] * HIDDEN, 1]
     keys = jax.random.split(rng_key, len(sizes) - 1)
     return [
         (jax.random.normal(key, (m, n)) / m**0.5, jnp.zeros(n))
@@ -37,16 +37,16 @@ def mlp(params: Params, x: Array) -> Array:
     return (x @ last + offset)[:, 0]
 
 
-def model(x: Array) -> None:
+def model(x: Array, width: int = WIDTH) -> None:
     n, dim = x.shape
-    params = numpyro.param(SITE, lambda rng_key: init_params(rng_key, dim))
+    params = numpyro.param(SITE, lambda rng_key: init_params(rng_key, dim, width))
     with numpyro.plate("data", n):
         x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (dim,)), obs=x)
         numpyro.factor("energy", mlp(params, x))
 
 
-def make_data(dim: int) -> Array:
-    return jax.random.normal(jax.random.key(1), (ROWS, dim))
+def make_data(dim: int, rows: int = ROWS) -> Array:
+    return jax.random.normal(jax.random.key(1), (rows, dim))
 
 
 def mean_energy_grad(params: Params, x: Array) -> Params:

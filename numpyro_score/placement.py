@@ -10,7 +10,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-__all__ = ["Places", "Spread", "check_sharding", "fetch", "label_auto", "place_of", "places_of", "replicate"]
+__all__ = [
+    "Places",
+    "Spread",
+    "check_sharding",
+    "fetch",
+    "label_auto",
+    "on_cpu",
+    "place_of",
+    "places_of",
+    "replicate",
+]
 
 Places = tuple[NamedSharding | None, ...]
 """Where each of some arrays lies, as :func:`place_of` tells."""
@@ -43,6 +53,17 @@ def place_of(value: Any) -> NamedSharding | None:
         return None
     place = value.sharding
     return place if isinstance(place, NamedSharding) and place.num_devices > 1 else None
+
+
+def on_cpu() -> bool:
+    """Whether what is traced now is meant for a CPU: JAX's default device is one.
+
+    An array that lies on another device than the default one is not asked, as its place is not known inside of `jit`.
+    """
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend() == "cpu"
+    return (device if isinstance(device, str) else device.platform) == "cpu"
 
 
 def fetch(tree: Any) -> Any:

@@ -12,7 +12,12 @@ import jaxtyping
 import numpyro
 import pytest
 
-numpyro.set_host_device_count(2)  # for test_sharding.py; the rest runs on the first
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    numpyro.set_host_device_count(2)  # for test_sharding.py; the rest runs on the first
+
+# JAX takes three quarters of a GPU's memory at its start unless told otherwise. pytest-xdist's workers and the
+# processes that some tests start share the GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # Most of the suite's time is that of compiling what then runs once. JAX reads the flags when it first computes, and
 # pytest-xdist's workers find those that its own process set here. To test the code as it is compiled for users, set

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pytest
 from numpyro.distributions import constraints
 
 from numpyro_score import Energy
@@ -20,6 +21,11 @@ from numpyro_score.kernels import langevin_chains, mala_chains
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 K = np.array([[2.0, 0.7, -0.4], [0.7, 1.5, 0.3], [-0.4, 0.3, 1.0]])
 RUGGED = {"K": K, "a": np.array([0.1, 0.3, 0.2])}
+
+
+# Conditions in text are looked at when the test is to run, in the test's module, which imports jax.
+two_devices = pytest.mark.skipif("jax.device_count() < 2", reason="needs two devices, which conftest.py makes of a CPU")
+only_on_cpus = pytest.mark.skipif("jax.default_backend() != 'cpu'", reason="is about programs for CPUs")
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from models import FAST_COMPILE, RUGGED, assert_mean, density, energy_of, improp
 from numpyro import handlers
 
 from numpyro_score import ISM, SSM, Energy
-from numpyro_score.losses import row_losses, total_loss
+from numpyro_score.losses import chunks, row_losses, total_loss
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -72,8 +72,9 @@ def test_chunks_change_nothing(rows):
     np.testing.assert_allclose(whole["value"], exact.sum(), rtol=1e-12)
 
 
-def test_chunks_draw_apart():
+def test_chunks_draw_apart(monkeypatch):
     """Chunks of sliced score matching share no direction: every row of a kind has its own draw."""
+    monkeypatch.setattr(chunks, "on_cpu", lambda: True)
     loss = SSM(variance_reduced=False, projection="gaussian")
     x = np.ones((600, 3))
     wide = jnp.eye(3, 150)  # of as many numbers for each row as a network has

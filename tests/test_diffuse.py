@@ -9,7 +9,7 @@ import numpyro
 import pytest
 from diffusions import ROWS, energy, normal_energy, one_normal, predicted_variance
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from models import counted_compilations, improper
+from models import counted_compilations, improper, two_devices
 from numpyro.distributions import constraints
 
 from numpyro_score import (
@@ -276,9 +276,10 @@ def test_bad_input_of_reverse_sde(options, message, unchecked):
         reverse_sde(rng_key=0, **(good | options))
 
 
+@two_devices
 def test_chains_that_cannot_be_split(unchecked):
     """The number of chains is named."""
-    devices = NamedSharding(Mesh(np.array(jax.devices()), ("chains",)), PartitionSpec("chains"))
+    devices = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("chains",)), PartitionSpec("chains"))
     with pytest.raises(ValueError, match=r"num_samples=101 chains evenly over the 2 devices.* multiple of 2"):
         run(energy(normal_energy), num_samples=101, sharding=devices)
 

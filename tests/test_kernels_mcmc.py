@@ -8,7 +8,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from models import assert_mean, assert_variance
+from models import assert_mean, assert_variance, two_devices
 from numpyro.infer import MCMC
 
 from numpyro_score import MALA, SGHMC, SGLD, to_arviz
@@ -64,15 +64,21 @@ def assert_equal(found, expected, select):
 @pytest.mark.slow
 @every_kernel
 def test_chain_methods_agree(name):
-    """The same draws under `vmap`, and in parallel, thinned."""
+    """The same draws under `vmap`."""
     expected = draws(reference(name))
     np.testing.assert_allclose(expected["scaled"], 3 * expected["s"], rtol=1e-6)
     np.testing.assert_allclose(expected["w"], expected["z.w"])
     energy = 0.5 * np.log(expected["s"]) ** 2 + 0.5 * np.sum(expected["w"] ** 2, -1) + 1.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(expected["potential_energy"], energy, rtol=1e-4)
-    if name == "SGHMC":  # whose state has most in it
-        assert_equal(draws(run(name, chain_method="parallel", thinning=4)), expected, slice(3, None, 4))
     assert_equal(draws(run(name, chain_method=jax.vmap)), expected, slice(None))
+
+
+@pytest.mark.slow
+@two_devices
+def test_chains_in_parallel_agree():
+    """The same draws on two devices, thinned, of the kernel whose state has most in it."""
+    found = draws(run("SGHMC", chain_method="parallel", thinning=4))
+    assert_equal(found, draws(reference("SGHMC")), slice(3, None, 4))
 
 
 @every_kernel

@@ -7,6 +7,7 @@ import pytest
 from jax import export
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from models import only_on_cpus
 
 from numpyro_score import random
 
@@ -65,9 +66,9 @@ def test_many_keys():
 
 def test_a_key_on_each_device():
     """In `shard_map`, where the types of arrays say over which devices they vary."""
-    mesh = Mesh(np.array(jax.devices()[:2]), ("chains",))
+    mesh = Mesh(np.array(jax.devices()), ("chains",))
     of = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("chains"), out_specs=P("chains"))
-    keys = jax.random.split(jax.random.key(1))
+    keys = jax.random.split(jax.random.key(1), mesh.size)
     apart = jax.jit(of(lambda key: random.normal(key[0], (6,), jnp.float32)))(keys)
     np.testing.assert_array_equal(apart, jnp.concatenate([normal(key, (6,), jnp.float32) for key in keys]))
 
@@ -80,6 +81,7 @@ def test_extreme_words_are_finite(monkeypatch, word, uniform):
     assert float(random.normal(KEYS["typed"], (), jnp.float32)) == pytest.approx(quantile, abs=0.1)
 
 
+@only_on_cpus
 def test_rounds_stay_in_a_loop_of_their_own():
     """Merged into what uses them they would be done again for each use, which takes XLA minutes to compile."""
     drawn = jax.jit(lambda key: random.normal(key, (8,), jnp.float32)).lower(KEYS["typed"]).compile()

@@ -16,9 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
-from torchebm.core import BaseModel
-from torchebm.losses import DenoisingScoreMatching, SlicedScoreMatching
-from torchebm.losses import ScoreMatching as ExactScoreMatching
+
+try:
+    from torchebm.core import BaseModel
+    from torchebm.losses import DenoisingScoreMatching, SlicedScoreMatching
+    from torchebm.losses import ScoreMatching as ExactScoreMatching
+except ImportError:  # `benchmarks.gpu` compares with PyTorch alone, too
+    BaseModel = nn.Module
+    DenoisingScoreMatching = SlicedScoreMatching = ExactScoreMatching = None
 
 from benchmarks.peers.common import SIGMA, seconds_per_call
 
@@ -174,6 +179,15 @@ def ready(who: str, key: str, weights: Weights) -> Contestant:
 
 
 # -- called from the parent ------------------------------------------------------------------------
+
+
+def use_gpu() -> str:
+    """Puts everything on the GPU, multiplied in TF32; its name, or nothing where PyTorch has none."""
+    if not torch.cuda.is_available():
+        return ""
+    torch.set_default_device("cuda")
+    torch.set_float32_matmul_precision("high")
+    return f"torch {torch.__version__} on {torch.cuda.get_device_name()}"
 
 
 def describe() -> str:

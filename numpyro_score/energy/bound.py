@@ -73,6 +73,11 @@ class BoundModel(ModelAtValues):
         return self._layout.width
 
     @property
+    def numbers_per_row(self) -> int:
+        """The numbers for one row that all operations of the density give together; 1 if not known."""
+        return self._layout.numbers_per_row
+
+    @property
     def has_density(self) -> bool:
         """Whether :meth:`log_density` is known, not only its derivatives in the data."""
         return not self._layout.score_terms
@@ -379,7 +384,8 @@ class BoundModel(ModelAtValues):
             except (TypeError, ValueError, IndexError, AssertionError):
                 return layout
             n, closed = traced.popitem()
-            return resizable._replace(width=numbers_per_row(closed.jaxpr, n))
+            width, total = numbers_per_row(closed.jaxpr, n)
+            return resizable._replace(width=width, numbers_per_row=total)
 
         layout = for_any_rows(layout)
         held_apart = any(a.leaf is not None and self._arrays[a.leaf].shape != a.shape for a in layout.arrays)

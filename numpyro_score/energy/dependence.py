@@ -211,15 +211,19 @@ def treats_rows_alike(trace: Callable[[int], ClosedJaxpr]) -> bool:
     return one == two and same_consts
 
 
-def numbers_per_row(jaxpr: Jaxpr, n: int) -> int:
-    """The most numbers for each of n rows that any operation gives; n is a size that nothing but the rows has."""
-    most = 1
+def numbers_per_row(jaxpr: Jaxpr, n: int) -> tuple[int, int]:
+    """The numbers for each of n rows: the most that any operation gives, and what all give together, both at least 1.
+
+    n is a size that nothing but the rows has. A loop over a known number of steps counts as often for the second.
+    """
+    most, total = 1, 0
     for eqn in jaxpr.eqns:
-        shapes = [v.aval.shape for v in eqn.outvars]  # type: ignore[attr-defined]
-        inner = [p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in _parts(eqn)]
-        found = [math.prod(s) // n for s in shapes if n in s] + [numbers_per_row(p, n) for p in inner]
-        most = max([most, *found])
-    return most
+        sizes = [math.prod(v.aval.shape) // n for v in eqn.outvars if n in v.aval.shape]  # type: ignore[attr-defined]
+        inner = [numbers_per_row(p.jaxpr if isinstance(p, ClosedJaxpr) else p, n) for p in _parts(eqn)]
+        most = max([most, *sizes, *(m for m, _ in inner)])
+        # What a function inside gives is counted there.
+        total += eqn.params.get("length", 1) * sum(t for _, t in inner) if inner else sum(sizes)
+    return most, max(total, 1)
 
 
 def _depends_on_position(jaxpr: Jaxpr, n: int) -> bool:

@@ -48,6 +48,7 @@ class Layout(NamedTuple):
     masked: bool  # some rows may carry weight zero
     resizable: bool  # the model also runs on another number of rows
     width: int = 1  # the most numbers for one row that an operation of the density gives
+    numbers_per_row: int = 1  # that all its operations give together
     score_terms: tuple[str, ...] = ()  # terms whose derivative in the data is known, but not their value
 
     @property

@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy, Kink, by_device, find_kink
+from numpyro_score.losses.chunks import chunks_in_a_pass
 from numpyro_score.losses.memory import spread_sites
 from numpyro_score.random import integer
 
@@ -30,7 +31,6 @@ __all__ = [
     "require_equal_rows",
     "required",
     "row_losses",
-    "rows_in_cache",
     "set_counts",
     "total_loss",
     "total_loss_and_memory",
@@ -46,8 +46,8 @@ class Loss(Protocol):
     """A pointwise objective: a hashable callable from an energy and a random key to one value per row.
 
     A loss may also have a method `rows_per_chunk(energy)`, the number of rows that are best treated at once, or None
-    for all of them; and a method `check(energy)`, called before a fit where the data's values are known, that raises
-    ValueError if they do not suit its settings.
+    for all of them, e.g. by `numpyro_score.losses.chunks.rows_at_once`; and a method `check(energy)`, called before a
+    fit where the data's values are known, that raises ValueError if they do not suit its settings.
 
     A loss with parameters or memory of its own has a method `declare(energy)`, called inside the model's run, that
     declares them by `numpyro.param` and `numpyro.primitives.mutable` and returns {site: value}. They are in
@@ -172,21 +172,6 @@ def refuse_kink(kink: Kink, wrong: str, instead: str) -> NoReturn:
     )
 
 
-def rows_in_cache(energy: Energy, numbers_per_row: int = 1) -> int | None:
-    """Rows whose intermediates fit the cache of a CPU, for losses that keep few numbers for each activation.
-
-    None elsewhere: an accelerator wants large batches.
-    """
-    # At width 128, 512 rows and D = 2 to 64, chunks of 128 rows took 0.88 to 0.97 of the time of all rows at once for
-    # both forms of DSM and plain SSM; chunks of 64 took more.
-    return max(128 * narrowness(energy) // numbers_per_row, 4) if jax.default_backend() == "cpu" else None
-
-
-def narrowness(energy: Energy) -> int:
-    """How many times more rows of this density fit the cache than of a network of width 128; wider ones count as 1."""
-    return max(128 // energy.width, 1)
-
-
 def row_losses(loss: Loss, energy: Energy, rng_key: Array) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
     """The loss and the weight of each row; rows of weight zero have loss zero, whatever their data.
 
@@ -261,26 +246,22 @@ def _evaluate(loss: Loss, energy: Energy, rng_key: Array) -> Array:
 def _chunks(loss: Loss, energy: Energy, rng_key: Array, weights: Array) -> tuple[Array, Array, Array] | None:
     """Rows (K, C, D), weights (K, C) and keys (K,), padded by rows of weight zero; None to take all rows at once."""
     size = getattr(loss, "rows_per_chunk", lambda _: None)(energy)
-    n = energy.num_rows
-    if size is None or n < _UNROLL * size or not energy.resizable:
+    n, unroll = energy.num_rows, chunks_in_a_pass()
+    if size is None or n < unroll * size or n <= size or not energy.resizable:
         return None
     k = -(-n // size)
-    k = -(-k // _UNROLL) * _UNROLL  # no remainder to compile apart
+    k = -(-k // unroll) * unroll  # no remainder to compile apart
     size = -(-n // k)
     pad = k * size - n
     x = jnp.pad(energy.data, ((0, pad), (0, 0)), mode="edge").reshape(k, size, -1)
     return x, jnp.pad(weights, (0, pad)).reshape(k, size), jax.random.split(rng_key, k)
 
 
-# Several chunks in one pass of the loop keep several cores busy: at D = 16, four took 0.77 of the time of two.
-_UNROLL = 4
-
-
 def _scan_rows(loss: Loss, energy: Energy, x: Array, weights: Array, keys: Array) -> Array:
     def body(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
         return None, _evaluate(loss, energy.at(chunk[0]), chunk[1])
 
-    return jax.lax.scan(body, None, (x, keys), unroll=_UNROLL)[1]
+    return jax.lax.scan(body, None, (x, keys), unroll=chunks_in_a_pass())[1]
 
 
 def _weighted_sum(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> Array:
@@ -299,7 +280,7 @@ def _plain_total(static: Any, leaves: list[Any]) -> Array:
     def body(total: Array, chunk: Any) -> tuple[Array, None]:
         return total + _chunk_total(loss, energy, *chunk), None
 
-    return jax.lax.scan(body, jnp.zeros((), weights.dtype), (x, weights, keys), unroll=_UNROLL)[0]
+    return jax.lax.scan(body, jnp.zeros((), weights.dtype), (x, weights, keys), unroll=chunks_in_a_pass())[0]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -328,7 +309,7 @@ def _chunked_total_jvp(static: Any, primals: tuple[list[Any]], tangents: tuple[l
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(of)([leaves[i] for i in moving])), None
 
     start = (jnp.zeros((), weights.dtype), [jnp.zeros_like(leaves[i]) for i in moving])
-    (total, grads), _ = jax.lax.scan(body, start, (x, weights, keys), unroll=_UNROLL)
+    (total, grads), _ = jax.lax.scan(body, start, (x, weights, keys), unroll=chunks_in_a_pass())
     return total, sum(
         (jnp.vdot(g, dots[i]) for i, g in zip(moving, grads, strict=True)),
         start=jnp.zeros_like(total),

@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import positive, required, rows_in_cache, true_or_false
+from numpyro_score.losses.base import positive, required, true_or_false
+from numpyro_score.losses.chunks import rows_at_once, rows_in_cache
 from numpyro_score.losses.dsm import DSM, at_levels, check_weighting, denoising_values
 from numpyro_score.losses.terms import require_flat
 
@@ -185,8 +186,8 @@ class ContinuousDSM:
         return math.exp(2 * _EDM_MEAN + tilt**2 / 2) * share
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
-        """What fits the cache."""
-        return rows_in_cache(energy)
+        """What fits the cache, or bounds the memory."""
+        return rows_at_once(energy, 4 if self.antithetic else 2, rows_in_cache(energy))
 
 
 def _cdf(z: float) -> float:

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from numpyro_score import random
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import at_least_one, positive, required, rows_in_cache, true_or_false
+from numpyro_score.losses.base import at_least_one, positive, required, true_or_false
+from numpyro_score.losses.chunks import rows_at_once, rows_in_cache
 from numpyro_score.losses.terms import require_flat
 
 __all__ = ["DSM", "at_levels", "denoising_values", "geometric_levels"]
@@ -124,9 +125,10 @@ class DSM:
         )
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
-        """What fits the cache."""
+        """What fits the cache, or bounds the memory."""
         levels = len(self.sigma) if isinstance(self.sigma, tuple) and self.levels == "all" else 1
-        return rows_in_cache(energy, levels)
+        evaluations = 4 if self.antithetic else 3 if self.control_variate else 2
+        return rows_at_once(energy, evaluations * levels, rows_in_cache(energy, levels))
 
 
 def check_weighting(owner: str, weighting: Any, levels: Any) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from numpyro_score import random
 from numpyro_score.energy import Energy, coarsest_rounding
 from numpyro_score.losses.base import positive
+from numpyro_score.losses.chunks import rows_at_once
 from numpyro_score.losses.rounding import density_noise, log_density_at, warn_of_flat_data
 from numpyro_score.losses.ssm import Projection, check_projections, draw_directions
 from numpyro_score.losses.terms import require_flat
@@ -91,6 +92,12 @@ class FSM:
         f = energy.log_density(jnp.concatenate([x[None], x + epsilon * v, x - epsilon * v]))
         ahead, behind = jnp.split(f[1:] - f[0], 2)
         return jnp.mean((ahead + behind) / epsilon**2 + (ahead - behind) ** 2 / (8 * epsilon**2), axis=0)
+
+    def rows_per_chunk(self, energy: Energy) -> int | None:
+        """What bounds the memory of an accelerator; all rows at the default step, which depends on all of them."""
+        if self.epsilon is None:
+            return None
+        return rows_at_once(energy, 2 * self.num_projections + (self.sigma is None), None)
 
     def check(self, energy: Energy) -> None:
         """Refuses a step that rounding destroys; needs concrete values.

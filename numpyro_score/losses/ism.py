@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import narrowness, true_or_false
+from numpyro_score.losses.base import true_or_false
+from numpyro_score.losses.chunks import narrowness, rows_at_once
 from numpyro_score.losses.terms import check_boundary_weight, exact_terms
 
 __all__ = ["ISM"]
@@ -58,10 +58,8 @@ class ISM:
         score, laplacian = exact_terms(energy, self.boundary_weight)
         return 0.5 * jnp.sum(score**2, axis=-1) + laplacian
 
-    def rows_per_chunk(self, energy: Energy) -> int:
-        """Rows whose Jacobians, D numbers for every intermediate, still fit the cache."""
+    def rows_per_chunk(self, energy: Energy) -> int | None:
+        """Rows whose Jacobians, D numbers for every intermediate, still fit the cache, or bound the memory."""
         # On a CPU the pass is bound by memory. At width 128, 256 // D rows make intermediates of 128 kB; 1024 // D took
-        # 1.1 to 2 times as long at D = 2, 16 and 64. An accelerator wants large batches, and the chunk only bounds the
-        # memory; that figure is not measured.
-        budget = 256 if jax.default_backend() == "cpu" else 2**18
-        return max(budget * narrowness(energy) // energy.dim, 4)
+        # 1.1 to 2 times as long at D = 2, 16 and 64.
+        return rows_at_once(energy, energy.dim + 2, max(256 * narrowness(energy) // energy.dim, 4))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from numpyro_score import random
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import positive, required, set_counts
+from numpyro_score.losses.chunks import rows_at_once
 from numpyro_score.losses.rounding import warn_of_flat_data
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.operators import full_precision
@@ -76,6 +77,10 @@ class KLContraction:
         if self.stabiliser:
             contrasts = jnp.concatenate([contrasts, jnp.full_like(f[:1], math.log(self.stabiliser))])
         return (jax.nn.logsumexp(contrasts, axis=0) - math.log(m)) / self.time
+
+    def rows_per_chunk(self, energy: Energy) -> int | None:
+        """What bounds the memory of an accelerator."""
+        return rows_at_once(energy, self.num_samples + 1, None)
 
     def check(self, energy: Energy) -> None:
         """Warns if the data have a constant column, or one that follows from others: its noise is then the width."""

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from numpyro_score import random
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import rows_in_cache, set_counts, true_or_false
+from numpyro_score.losses.base import set_counts, true_or_false
+from numpyro_score.losses.chunks import rows_at_once, rows_in_cache
 from numpyro_score.losses.terms import check_boundary_weight, sliced_terms
 
 __all__ = ["SSM"]
@@ -67,8 +68,9 @@ class SSM:
         return jnp.mean(0.5 * first**2 + second, axis=0)
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
-        """What fits the cache; the variance-reduced form gains nothing by chunks."""
-        return None if self.variance_reduced else rows_in_cache(energy, self.num_projections)
+        """What fits the cache, where the variance-reduced form gains nothing by chunks, or bounds the memory."""
+        in_cache = None if self.variance_reduced else rows_in_cache(energy, self.num_projections)
+        return rows_at_once(energy, 1 + 2 * self.num_projections, in_cache)
 
 
 def check_projections(loss: Any) -> None:
