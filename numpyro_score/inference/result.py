@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,8 +34,10 @@ from numpyro_score.uncertainty import (
     SandwichError,
     calibrated_learning_rate,
     curvature,
+    curvature_of_batches,
     diagonal_stderr,
     influence,
+    stderr_from,
     stderr_of,
 )
 
@@ -75,6 +77,7 @@ class ScoreMatchingResult:
         args, kwargs: the model's arguments.
         interrupted: whether Ctrl-C ended the fit early.
         cost: seconds, memory and evaluations of the density that the run took.
+        of_batches: the curvature of more rows than `args` holds, see :meth:`over_batches`.
     """
 
     params: dict[str, Any]
@@ -85,6 +88,7 @@ class ScoreMatchingResult:
     kwargs: dict[str, Any]
     interrupted: bool = False
     cost: FitCost | None = None
+    of_batches: Curvature | None = None
 
     def __repr__(self) -> str:
         # Standard errors only where they are there: a printed form neither computes for long nor fails.
@@ -172,9 +176,12 @@ class ScoreMatchingResult:
         if diagonal and of is not None:
             raise ValueError("stderr takes of=... or diagonal=True, not both.")
         if diagonal:
+            self._refuse_batches("stderr(diagonal=True)")
             return diagonal_stderr(self._objective)
         if of is None:
             return self.coordinates.stderr(self.curvature.covariance)
+        if self.of_batches is not None:
+            return stderr_from(self._objective, of, self.curvature.covariance)
         dense = self.curvature if len(self.coordinates.position) <= MAX_PARAMETERS else None
         return stderr_of(self._objective, of, *(dense.hessian, dense.effects) if dense else (None, None))
 
@@ -196,6 +203,7 @@ class ScoreMatchingResult:
                 data of one row, or conjugate gradients that meet a direction in which the objective is not curved
                 upwards, or that do not converge.
         """
+        self._refuse_batches("influence")
         dense = of is None or len(self.coordinates.position) <= MAX_PARAMETERS
         return influence(self._objective, _all if of is None else of, self.curvature.hessian if dense else None)
 
@@ -303,7 +311,39 @@ class ScoreMatchingResult:
     @cached_property
     def curvature(self) -> Curvature:
         """Hessians, spread of the gradients and sandwich at the estimates; see :meth:`covariance`."""
-        return curvature(self._objective)
+        return curvature(self._objective) if self.of_batches is None else self.of_batches
+
+    def over_batches(self, batches: Iterable[Any], *, num_rows: int | None = None) -> ScoreMatchingResult:
+        """The same fit with the standard errors of all rows of `batches`, one batch in memory at a time.
+
+        What is computed from the sandwich is then of all these rows: :meth:`covariance`, :meth:`stderr`,
+        :meth:`sample_posterior`, :meth:`calibrated_learning_rate`. Each batch costs P gradients of its rows.
+
+        Args:
+            batches: as those of :meth:`~numpyro_score.ScoreMatching.run_batches`, in one pass; they may differ in size,
+                and each size compiles once.
+            num_rows: N, if these rows are drawn evenly from N: errors of N rows. Default: the rows that there are.
+
+        Raises:
+            SandwichError: as :meth:`covariance`; for hierarchies, whose groups batches do not show.
+            ValueError: for no batch, or more rows in batches than `num_rows`.
+        """
+        if num_rows is not None:
+            num_rows = at_least_one("over_batches", "num_rows", num_rows)
+        at = self._objective
+
+        def objectives() -> Iterator[Objective]:
+            for i, batch in enumerate(batches):
+                args = jax.tree.map(jnp.asarray, batch if isinstance(batch, tuple) else (batch,))
+                energy = Energy.bound_to(self.svi.score_model, at.energy.params, {}, None, self.svi.data, args, {})
+                key = jax.random.fold_in(at.rng_key, i)
+                yield Objective.of(energy, self.coordinates, at.loss, at.learning_rate, at.prior, args, {}, key)
+
+        return replace(self, of_batches=curvature_of_batches(objectives(), num_rows))
+
+    def _refuse_batches(self, what: str) -> None:
+        if self.of_batches is not None:
+            raise SandwichError(f"{what} is of rows in memory: take the fit that over_batches was called on.")
 
     @cached_property
     def _objective(self) -> Objective:

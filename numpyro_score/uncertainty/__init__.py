@@ -1,8 +1,9 @@
 """Standard errors of estimates, the influence of rows on them, and learning rates that match them."""
 
+from numpyro_score.uncertainty.batches import curvature_of_batches
 from numpyro_score.uncertainty.calibration import calibrated_learning_rate
 from numpyro_score.uncertainty.hierarchy import grouped_sites, nested_terms
-from numpyro_score.uncertainty.influence import diagonal_stderr, influence, stderr_of
+from numpyro_score.uncertainty.influence import diagonal_stderr, influence, stderr_from, stderr_of
 from numpyro_score.uncertainty.objective import (
     Objective,
     Parametrisation,
@@ -22,6 +23,7 @@ __all__ = [
     "SandwichError",
     "calibrated_learning_rate",
     "curvature",
+    "curvature_of_batches",
     "diagonal_stderr",
     "grouped_sites",
     "influence",
@@ -29,5 +31,6 @@ __all__ = [
     "norm_of_columns",
     "prior_terms",
     "site_blocks",
+    "stderr_from",
     "stderr_of",
 ]

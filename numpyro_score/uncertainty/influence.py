@@ -20,7 +20,7 @@ from numpyro_score.uncertainty.hierarchy import rows_along, sum_of_terms, ties, 
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError, norm_of_columns
 from numpyro_score.uncertainty.sandwich import check_rows, distance_to_minimum, warn_if_not_converged
 
-__all__ = ["diagonal_stderr", "influence", "stderr_of"]
+__all__ = ["diagonal_stderr", "influence", "stderr_from", "stderr_of"]
 
 _MAX_STEPS = 10_000  # of conjugate gradients
 
@@ -83,6 +83,15 @@ def stderr_of(
             )
         errors = jnp.sqrt(variances)
     return unravel(errors)
+
+
+def stderr_from(objective: Objective, of: Callable[[dict[str, Any]], Any], covariance: np.ndarray) -> Any:
+    """Standard errors of what `of` returns, in its structure, by the delta method from a covariance (P, P)."""
+    values = of(objective.constrain(objective.position))
+    jacobian = np.asarray(_jacobian(objective, of=of), np.float64)
+    errors = np.sqrt(np.einsum("kp,pq,kq->k", jacobian, covariance, jacobian))
+    flat, unravel = ravel_pytree(values)
+    return unravel(jnp.asarray(errors, flat.dtype))
 
 
 @partial(shared_jit, static_argnames=("names",))

@@ -24,8 +24,13 @@ __all__ = [
     "MAX_PARAMETERS",
     "Curvature",
     "check_rows",
+    "check_size",
     "curvature",
+    "derivatives",
     "distance_to_minimum",
+    "gradient_at",
+    "require_curved",
+    "used_rows",
     "warn_if_not_converged",
 ]
 
@@ -102,24 +107,13 @@ def curvature(objective: Objective) -> Curvature:
         UserWarning: if the minimum is further away than a tenth of a standard error, see :func:`distance_to_minimum`;
             if the spread of the effects of fewer than 30 groups is estimated.
     """
-    p = len(objective.position)
-    if p > MAX_PARAMETERS:
-        raise SandwichError(
-            f"The sandwich covariance is dense and the model has {p} parameters: it stops at {MAX_PARAMETERS}. Use "
-            "stderr(of=...) for functions of them, or stderr(diagonal=True), which ignores correlations."
-        )
+    check_size(objective)
     used = check_rows(objective)
-    loss_hessian, prior_hessian, gradients, prior_gradient = _derivatives(objective)
+    loss_hessian, prior_hessian, gradients, prior_gradient = derivatives(objective)
     # In double precision on the host: H is often badly scaled, and P is small.
     beta, loss_hessian = float(objective.learning_rate), np.asarray(loss_hessian, np.float64)
     hessian = beta * loss_hessian + np.asarray(prior_hessian, np.float64)
-    lowest = _lowest_eigenvalue(hessian)
-    if not lowest > p * np.finfo(np.float64).eps:  # else rounding decides its sign, and a Cholesky factor may not exist
-        raise SandwichError(
-            "The objective is not curved upwards at the estimates (lowest eigenvalue of its Hessian, scaled to a "
-            f"diagonal of one, {lowest:.3g} for {p} parameters): take more steps, or drop or shrink parameters that "
-            "the data do not determine." + _why_not_curved(objective)
-        )
+    require_curved(objective, hessian)
     g = fetch(gradients).astype(np.float64)[used]
     gradient = beta * g.sum(axis=0) + np.asarray(prior_gradient, np.float64)
     root = np.linalg.qr(g - g.mean(axis=0), mode="r") * (len(g) / (len(g) - 1)) ** 0.5
@@ -132,6 +126,27 @@ def curvature(objective: Objective) -> Curvature:
     warn_if_not_converged(objective, objective.unravel(jnp.asarray(distance, objective.position.dtype)))
     size = np.sqrt(np.sum(g**2, axis=0))
     return Curvature(hessian, loss_hessian, root, size, beta, spread, names, distance)
+
+
+def check_size(objective: Objective) -> None:
+    """Raises SandwichError for more than MAX_PARAMETERS parameters."""
+    p = len(objective.position)
+    if p > MAX_PARAMETERS:
+        raise SandwichError(
+            f"The sandwich covariance is dense and the model has {p} parameters: it stops at {MAX_PARAMETERS}. Use "
+            "stderr(of=...) for functions of them, or stderr(diagonal=True), which ignores correlations."
+        )
+
+
+def require_curved(objective: Objective, hessian: np.ndarray) -> None:
+    """Raises SandwichError unless the Hessian of the whole objective, (P, P), is positive definite to rounding."""
+    p, lowest = len(hessian), _lowest_eigenvalue(hessian)
+    if not lowest > p * np.finfo(np.float64).eps:  # else rounding decides its sign, and a Cholesky factor may not exist
+        raise SandwichError(
+            "The objective is not curved upwards at the estimates (lowest eigenvalue of its Hessian, scaled to a "
+            f"diagonal of one, {lowest:.3g} for {p} parameters): take more steps, or drop or shrink parameters that "
+            "the data do not determine." + _why_not_curved(objective)
+        )
 
 
 def _lowest_eigenvalue(hessian: np.ndarray) -> float:
@@ -158,11 +173,16 @@ def check_rows(objective: Objective) -> np.ndarray:
     Raises:
         SandwichError: for fewer than two of them.
     """
-    used = fetch(_used(objective))
+    used = used_rows(objective)
     if used.sum() < 2:
         what = "the data are one row" if len(used) == 1 else f"{used.sum()} of {len(used)} rows have a weight"
         raise SandwichError(f"The sandwich covariance needs the spread over rows, and {what}: use NUTS instead.")
     return used
+
+
+def used_rows(objective: Objective) -> np.ndarray:
+    """Which rows have a weight, (N,)."""
+    return fetch(_used(objective))
 
 
 _used = shared_jit(Objective.used)
@@ -192,9 +212,9 @@ def distance_to_minimum(
     if np.max(distance, initial=0.0) <= ARRIVED:
         return distance
     steps: list[np.ndarray] = []
-    first = np.asarray(_gradient(objective, objective.rng_key), np.float64)
+    first = np.asarray(gradient_at(objective, objective.rng_key), np.float64)
     for key in jax.random.split(objective.rng_key, _KEYS):
-        other = np.asarray(_gradient(objective, key), np.float64)
+        other = np.asarray(gradient_at(objective, key), np.float64)
         if not steps and np.array_equal(other, first):  # nothing is random
             return distance
         steps.append(newton_step(other))
@@ -208,7 +228,8 @@ _KEYS = 64
 
 
 @shared_jit
-def _gradient(objective: Objective, rng_key: Array) -> Array:
+def gradient_at(objective: Objective, rng_key: Array) -> Array:
+    """The gradient of the objective (P,) at its position, at the random numbers of another key."""
     return jax.grad(replace(objective, rng_key=rng_key))(objective.position)
 
 
@@ -233,7 +254,7 @@ def warn_if_not_converged(objective: Objective, distance: dict[str, Any]) -> Non
 
 
 @shared_jit
-def _derivatives(objective: Objective) -> tuple[Array, Array, Array, Array]:
+def derivatives(objective: Objective) -> tuple[Array, Array, Array, Array]:
     """Hessians of the losses and of the penalty (P, P), gradients of the rows (N, P) and of the penalty (P,)."""
     position = objective.position
 
