@@ -313,18 +313,21 @@ def comparison(seconds_left: float) -> tuple[list[str], list[str]]:
 
 def parts(effort: Effort, torch: Torch | None, left: Callable[[], float]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What is measured, the most important first."""
-    progress("compiling")
-    calls = {size: prepared(size) for size in effort.sizes}
-    if torch:
+    calls = {}
+    if torch:  # both compile at the same time, before anything is timed
+        calls = {size: prepared(size) for size in effort.sizes}
         torch.wait(left() / 2)
-    for size in effort.sizes[:2]:
-        yield f"steps, {size}", partial(steps, size, calls[size], effort, torch)
+
+    def steps_of(size: Size) -> tuple[str, Callable[[], Any]]:
+        return f"steps, {size}", lambda: steps(size, calls.get(size) or prepared(size), effort, torch)
+
+    yield from map(steps_of, effort.sizes[:2])
     yield "memory", partial(memory, effort)
     yield "precision", partial(precision, effort)
     yield "SGLD", partial(chains, effort, torch)
     yield "diffusion", partial(diffusions, effort)
     yield "the comparison", lambda: comparison(left())
-    yield f"steps, {effort.sizes[2]}", partial(steps, effort.sizes[2], calls[effort.sizes[2]], effort, torch)
+    yield steps_of(effort.sizes[2])
 
 
 def output_of(backend: str, given: Path | None) -> Path | None:
