@@ -1,6 +1,9 @@
 """Fits in a directory of arrays and JSON."""
 
+import dataclasses
 import json
+import pickle
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +92,49 @@ def test_without_data(saved, tmp_path):
     assert_equal(saved[0].stderr(), loaded.stderr())
     with np.load(tmp_path / "b" / "arrays.npz") as arrays:
         assert all(len(ROWS) not in v.shape for v in arrays.values())
+
+
+@pytest.mark.parametrize("guide", [None, AutoNormal], ids=["point", "AutoNormal"])
+def test_fits_without_data(tmp_path, guide):
+    """Estimates, state and files stay, data go, and what needs them says so; also after a pickle."""
+    x = jax.random.normal(jax.random.key(0), (5000, 2))
+    found = fit(ISM(), guide, x=x, scale=2.0, cubes=None)
+    bare = found.without_data()
+    assert bare.without_data() is bare and found.has_data and not bare.has_data
+    pickled = pickle.dumps(bare)
+    some = np.asarray(x[:100]).tobytes()
+    assert some not in pickled and some in pickle.dumps(found)
+    assert len(pickle.dumps(found)) - len(pickled) > 0.9 * x.nbytes  # guides keep the numbers of rows, int32
+    for one in (bare, pickle.loads(pickled)):
+        assert_equal((found.params, found.state, found.losses), (one.params, one.state, one.losses))
+        assert_equal(found.estimates, one.estimates)
+        assert str(one) == str(found)
+        needing = [lambda f: f.energy, lambda f: f.stderr(), lambda f: f.sites, lambda f: f.svi.init(0, *f.args)]
+        for needs in [*needing, lambda f: f.sample_posterior(0, 3), lambda f: f.influence()]:
+            with pytest.raises(ValueError, match=r"The fit has no k?w?args, as without_data"):
+                needs(one)
+        again = dataclasses.replace(one, args=(x,), kwargs=found.kwargs)
+        assert_equal(found.energy.score(x[:3]), again.energy.score(x[:3]))
+    bare.save(tmp_path / "bare")
+    found.save(tmp_path / "same", data=False)
+    assert (tmp_path / "bare/fit.json").read_text() == (tmp_path / "same/fit.json").read_text()
+    loaded = load(tmp_path / "bare", quartic, x, guide=guide, scale=2.0, cubes=None)
+    assert_equal(found.estimates, loaded.estimates)
+
+
+def test_a_save_that_fails_leaves_nothing(saved, tmp_path):
+    """On a disk that takes no more than 100 bytes of a file, and under a file in the place of a directory."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"The fit could not be saved in .*file/a .*: free space there, or give a path"):
+        saved[0].save(tmp_path / "file" / "a")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"The fit could not be saved in .*File too large"):
+            saved[0].save(tmp_path / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_other_optimisers_and_guides(tmp_path):

@@ -84,7 +84,7 @@ class FromBatches:
 
         Returns:
             The fit. Its `args` are the last batch, and so `fit.energy`, `fit.stderr()`, `fit.influence()` and draws
-            from the sandwich are of those rows alone: see the page "Long runs and files" for errors of all rows.
+            from the sandwich are of those rows alone; `fit.over_batches` gives errors of all rows.
 
         Raises:
             NonFiniteLossError: the loss became NaN or infinite; the exception holds the last finite state.

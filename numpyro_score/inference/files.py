@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,17 +109,27 @@ def _write(path: str | os.PathLike[str], head: dict[str, Any], arrays: Arrays) -
 
     Raises:
         FileExistsError: if there is something already.
+        OSError: if it cannot be written.
     """
     target = Path(path)
     if target.exists():
         raise FileExistsError(f"{target} is there already: remove it, or save under another name.")
     beside = target.with_name(f"{target.name}.{os.getpid()}.part")
-    beside.mkdir(parents=True)
-    with (beside / _ARRAYS).open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays.arrays)
     head = {"format": FORMAT, "numpyro_score": __version__, **head}
-    (beside / _HEAD).write_text(json.dumps(head, indent=1))
-    beside.rename(target)
+    try:
+        beside.mkdir(parents=True)
+        with (beside / _ARRAYS).open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays.arrays)
+        (beside / _HEAD).write_text(json.dumps(head, indent=1))
+        beside.rename(target)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"The fit could not be saved in {target} ({error.strerror or error}): free space there, or give a path in "
+            "a directory that can be written.",
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # a part of a fit, where that failed
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
@@ -141,7 +152,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
         return head, Arrays(dict(found))
 
 
-def save_fit(fit: Any, path: str | os.PathLike[str], data: bool) -> None:
+def save_fit(fit: Any, path: str | os.PathLike[str]) -> None:
     """Writes a :class:`~numpyro_score.ScoreMatchingResult`; see its `save`."""
     svi, arrays = fit.svi, Arrays()
     made = {
@@ -161,6 +172,6 @@ def save_fit(fit: Any, path: str | os.PathLike[str], data: bool) -> None:
         "losses": arrays.put(fit.losses),
         "interrupted": fit.interrupted,
         "cost": None if fit.cost is None else fit.cost._asdict(),
-        "data": arrays.encode((fit.args, fit.kwargs), "arguments") if data else None,
+        "data": arrays.encode((fit.args, fit.kwargs), "arguments") if fit.has_data else None,
     }
     by_first(partial(_write, path, head, arrays))

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from numpyro.infer.autoguide import AutoGuide
 
-__all__ = ["Compiling", "PickledOptimizer", "refuse_not_pickled"]
+from numpyro_score.inference.arguments import GUIDES_WITH_DENSITY
+
+__all__ = ["Compiling", "PickledOptimizer", "refuse_not_pickled", "without_observed"]
 
 
 class Compiling:
@@ -44,6 +46,20 @@ def _without_functions(guide: AutoGuide) -> AutoGuide:
     new.prototype_trace = {
         k: {**s, "fn": None} if s["type"] == "param" else s for k, s in guide.prototype_trace.items()
     }
+    return new
+
+
+def without_observed(guide: Any) -> Any:
+    """A guide that has forgotten the observed sites of its model's first run, whose values it never uses."""
+    if getattr(guide, "prototype_trace", None) is None:
+        return guide
+    new = copy.copy(guide)
+    new.prototype_trace = {
+        k: {**s, "fn": None, "value": None} if s["type"] == "sample" and s["is_observed"] else s
+        for k, s in guide.prototype_trace.items()
+    }
+    if not isinstance(guide, GUIDES_WITH_DENSITY) and hasattr(new, "_potential_fn"):
+        new._potential_fn = None  # of the model with its arguments, which other guides do not use
     return new
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,9 +19,11 @@ from numpyro.infer.autoguide import AutoDelta, AutoGuide
 
 from numpyro_score.arviz import as_arviz
 from numpyro_score.energy import Energy
+from numpyro_score.inference.absent import Absent
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.export import NormalisedDensity, fit_groups
 from numpyro_score.inference.files import save_fit
+from numpyro_score.inference.pickling import without_observed
 from numpyro_score.losses import Loss
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser import LogPartition
@@ -102,7 +105,30 @@ class ScoreMatchingResult:
 
     def __getstate__(self) -> dict[str, Any]:
         # Without what is computed from the fields, some of which holds functions that cannot be pickled.
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        return state if self.has_data else state | {"estimates": self.estimates}  # not to be computed again
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the model's arguments are here."""
+        return not isinstance(self.args, Absent) and not isinstance(self.kwargs, Absent)
+
+    def without_data(self) -> ScoreMatchingResult:
+        """The same fit without the model's arguments, e.g. to keep many fits, or to pass one on.
+
+        :attr:`estimates`, `params`, `state` and `losses` stay. What needs the data raises ValueError: :attr:`energy`,
+        standard errors, influence, draws. `dataclasses.replace(fit, args=(x,), kwargs={...})` gives them back. Guides
+        that hold the density itself, as `AutoLaplaceApproximation`, keep its data.
+        """
+        if not self.has_data:
+            return self
+        args: Any = Absent("args") if self.args else ()
+        kwargs: Any = Absent("kwargs") if self.kwargs else {}
+        svi = copy.copy(self.svi)
+        svi.guide = without_observed(svi.guide)
+        new = replace(self, svi=svi, args=args, kwargs=kwargs)
+        new.__dict__["estimates"] = self.estimates  # which the model's sites are needed for
+        return new
 
     @property
     def is_point(self) -> bool:
@@ -272,7 +298,7 @@ class ScoreMatchingResult:
             FileExistsError: if there is something already.
             TypeError: if an argument of the model is neither an array nor a number, string, list, tuple or dict.
         """
-        save_fit(self, path, data)
+        save_fit(self if data else self.without_data(), path)
 
     @cached_property
     def _latents(self) -> dict[str, Any]:
@@ -318,6 +344,7 @@ class ScoreMatchingResult:
 
         What is computed from the sandwich is then of all these rows: :meth:`covariance`, :meth:`stderr`,
         :meth:`sample_posterior`, :meth:`calibrated_learning_rate`. Each batch costs P gradients of its rows.
+        :meth:`save` does not keep them.
 
         Args:
             batches: as those of :meth:`~numpyro_score.ScoreMatching.run_batches`, in one pass; they may differ in size,
