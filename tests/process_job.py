@@ -1,9 +1,11 @@
 """What test_processes.py runs, as one of several processes: python process_job.py PROCESSES RANK PORT FOLDER."""
 
 import os
+import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 COUNT, RANK, PORT, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
@@ -22,10 +24,13 @@ import numpy as np  # noqa: E402
 import numpyro  # noqa: E402
 import numpyro.distributions as dist  # noqa: E402
 import optax  # noqa: E402
+import tqdm  # noqa: E402
+from jax.experimental import multihost_utils  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 from numpyro.distributions import constraints  # noqa: E402
 
-from numpyro_score import SSM, ScoreMatching  # noqa: E402
+from numpyro_score import CD, FSM, MALA, PCD, SSM, ScoreMatching, load  # noqa: E402
+from numpyro_score.inference import loop  # noqa: E402
 
 N = 200
 ROWS = NamedSharding(jax.make_mesh((2,), ("rows",)), PartitionSpec("rows"))
@@ -82,6 +87,82 @@ def run(sm, x, **kwargs):
     return sm.run(jax.random.key(2), x, progress_bar=False, **kwargs)
 
 
+class Stopping(tqdm.tqdm):
+    """A progress bar at which Ctrl-C is pressed, on the last process, after 500 steps."""
+
+    taken = 0  # which a bar that is not shown does not count
+
+    def update(self, n=1):
+        before, self.taken = self.taken, self.taken + n
+        if before < 500 <= self.taken and RANK == COUNT - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def stopped_and_resumed(sm, x):
+    """The steps of a run that Ctrl-C stops, and the parameters of the same call after it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
+    bar, loop.tqdm = loop.tqdm, Stopping
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stopped = run(sm, x, num_steps=3000, checkpoint=FOLDER / "stopped")
+    loop.tqdm = bar
+    resumed = run(sm, x, num_steps=3000, checkpoint=FOLDER / "stopped")
+    return len(stopped.losses), resumed.losses, resumed.params["a"]
+
+
+def errors_of(fit):
+    """What is computed from a fit: errors, influence, the fit saved and loaded."""
+    fit.save(FOLDER.parent / f"fit-{COUNT}")
+    loaded = load(FOLDER.parent / f"fit-{COUNT}", quartic)
+    influence = multihost_utils.process_allgather(fit.influence()["a"], tiled=True)
+    return {
+        "stderr": fit.stderr()["a"],
+        "of": fit.stderr(of=lambda estimates: estimates["a"].sum()),
+        "influence": influence,
+        "loaded": loaded.stderr()["a"],
+        "loaded_data": loaded.args[0],
+    }
+
+
+def batches(number, fault=None):
+    """Shares of the rows; the last process's end early, raise or hold NaN."""
+    for i in range(number):
+        if RANK == COUNT - 1 and i == 3 and fault == "end":
+            return
+        if RANK == COUNT - 1 and i == 3 and fault == "raise":
+            raise OSError("the disk is gone")
+        value = np.nan if i == 3 and fault == "missing" else X[150, 0]
+        yield with_value(150, value, np.roll(X, 7 * i, axis=0))
+
+
+def batch_message(items):
+    """What a fit to batches says that fails."""
+    try:
+        ScoreMatching(quartic, optim=optax.adam(1e-2), loss=SSM()).run_batches(
+            0, items, num_steps=6, progress_bar=False
+        )
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        return str(error)
+    return "no error"
+
+
+def further():
+    """Losses with chains, standard errors, batches, Ctrl-C and data that no other process sees."""
+    x, kernel = placed(X), MALA(step_size=0.05)
+    found = {"threads": RANK}
+    for name, loss in (("pcd", PCD(40, kernel=kernel, restart=0.1)), ("cd", CD(2, kernel=kernel)), ("fsm", FSM())):
+        found[name] = run(ScoreMatching(quartic, optim=optax.adam(1e-2), loss=loss, num_steps=50), x).params["a"]
+    sm = ScoreMatching(quartic, optim=optax.adam(1e-3), loss=SSM())
+    found["stopped"], found["resumed_losses"], found["resumed_a"] = stopped_and_resumed(sm, x)
+    found |= errors_of(ScoreMatching(quartic).run(0, x, progress_bar=False))
+    found["batches"] = sm.run_batches(0, batches(6), num_steps=6, num_rows=1000, progress_bar=False).params["a"]
+    for fault in ("end", "raise", "missing"):
+        found[f"batches_{fault}"] = batch_message(batches(6, fault))
+    found["apart"] = message(quartic, X + RANK, SSM())
+    found["batches_apart"] = batch_message([X + RANK] * 6)
+    return found
+
+
 def main():
     sm, x = ScoreMatching(quartic, optim=optax.adam(1e-3), loss=SSM(), num_steps=60), placed(X)
     first = run(sm, x, checkpoint=FOLDER / "saved", checkpoint_every=1e-9)
@@ -101,7 +182,7 @@ def main():
         "outside": message(exponential, with_value(150, -2.0, np.abs(X)), SSM()),
         "kink": message(root, with_value(150, 0.0), SSM(allow_kinks=True)),
     }
-    np.savez(FOLDER / f"found-{COUNT}-{RANK}.npz", **found)
+    np.savez(FOLDER / f"found-{COUNT}-{RANK}.npz", **found, **further())
 
 
 if __name__ == "__main__":

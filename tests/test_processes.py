@@ -82,6 +82,57 @@ def test_same_errors(found, what, message):
     assert len({str(f[what]) for f in found}) == 1
 
 
+@pytest.mark.parametrize(
+    "what",
+    [
+        "pcd",
+        "cd",
+        "fsm",
+        "batches",
+        "stderr",
+        "of",
+        "influence",
+        "loaded",
+        "loaded_data",
+        "resumed_losses",
+        "resumed_a",
+    ],
+)
+def test_all_else_has_the_same_numbers(found, what):
+    """To the bit: losses with chains and steps of all rows, standard errors, a saved fit, batches, a resumed run."""
+    for other in found[1:]:
+        np.testing.assert_array_equal(other[what], found[0][what])
+
+
+def test_interrupted_runs_go_on(found):
+    """Ctrl-C on one process stops all at the same step, and the same call then ends where no stop would have."""
+    assert found[1]["stopped"] == found[2]["stopped"]
+    for f in found:
+        assert 500 <= f["stopped"] < 3000
+        np.testing.assert_array_equal(f["resumed_losses"], f["long_losses"])
+        np.testing.assert_array_equal(f["resumed_a"], f["long_a"])
+
+
+@pytest.mark.parametrize(
+    ("what", "first", "second"),
+    [
+        ("batches_end", "batches of process 1 ended after 3 steps, and those of process 0 did not", None),
+        ("batches_raise", "batches of process 1 raised an error at step 3", "the disk is gone"),
+        (
+            "batches_missing",
+            "at step 3, on batch 3 of its pass: its data are NaN or infinite in 1 of 200 rows, first row 150",
+            None,
+        ),
+        ("apart", "run got other data in each process", None),
+        ("batches_apart", "run_batches got other data in each process", None),
+    ],
+)
+def test_all_processes_end(found, what, first, second):
+    """Where one process cannot go on none does, and each says why."""
+    assert first in str(found[1][what])
+    assert (second or first) in str(found[2][what])
+
+
 def test_one_bar_and_one_warning(folder):
     """The first process alone shows the steps and warns."""
     first, second = ((folder / "two" / f"printed-{rank}.txt").read_text() for rank in range(2))

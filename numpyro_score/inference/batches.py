@@ -25,11 +25,11 @@ from numpyro_score.inference.cost import with_cost
 from numpyro_score.inference.failure import explain
 from numpyro_score.inference.loop import Course, NonFiniteLossError, check_num_steps, next_size, strongly_typed
 from numpyro_score.inference.optim import check_state, current_params
-from numpyro_score.inference.processes import agreed, interrupts, is_first
+from numpyro_score.inference.processes import agreed, gathered, interrupts, is_first, require_common
 from numpyro_score.inference.reading import END, Batch, Prefetched, Source
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.losses.base import at_least_one
-from numpyro_score.placement import Places, places_of
+from numpyro_score.placement import Places, fetch, places_of
 from numpyro_score.random import Key, as_key
 
 __all__ = ["FromBatches"]
@@ -106,6 +106,10 @@ class FromBatches:
         total = None if num_steps is None else check_num_steps(num_steps)
         source = Source(batches, repeat=total is not None, positions=checkpoint is not None)
         total = source.length if total is None else total
+        if len(lengths := np.unique(gathered(-1 if total is None else total))) > 1:
+            raise ValueError(
+                f"The processes have {' and '.join(map(str, lengths))} batches: give all as many, or pass num_steps=..."
+            )
         if total is None and self._default_optim:
             raise ValueError(
                 "The default optimiser needs to know how many batches there are, and these have no length: pass "
@@ -115,12 +119,19 @@ class FromBatches:
             source, total if num_steps is not None else None, at_least_one("run_batches", "prefetch", prefetch)
         )
         rng_key = as_key(rng_key, "write run_batches(jax.random.key(0), batches)")
-        first = reader.first()
+        try:
+            first = reader.first()
+        except BaseException as error:  # which the other processes are to know of
+            first = error
+        first = _in_all(first, 0)
+        if isinstance(first, BaseException):
+            raise first
         if first is END:
             raise ValueError("batches has none: give at least one, an iterator anew as it can be used only once.")
+        require_common("run_batches", first.arrays)
         state = self.init(rng_key, *first.args, init_params=init_params)
         weight = _weight(num_rows, self._shape[1], getattr(self.guide, "prototype_trace", None) or {})
-        state = self._laid_out(strongly_typed(state if init_state is None else init_state), first.args)
+        state = self._laid_out(strongly_typed(state if init_state is None else init_state), first.arrays)
         check_memory(state, self.score_loss, self._mutable)
         check_state(state.optim_state, self.average)
         start = int(state.optim_state[0])
@@ -148,6 +159,25 @@ class FromBatches:
         return self._stepping(course, places).update(state, *args, **kwargs)
 
 
+def _in_all(item: Any, taken: int) -> Any:
+    """A batch, `END` or an error in reading: of one kind in all processes, as a step needs a batch of each."""
+    failed = isinstance(item, BaseException)
+    kinds = gathered(2 if failed else int(item is END))[:, 0]
+    if failed or not kinds.any():
+        return item
+    if (kinds == 2).any():
+        return RuntimeError(
+            f"The batches of process {np.argmax(kinds == 2)} raised an error at step {taken}, which it tells: "
+            "a step needs a batch of each process."
+        )
+    if kinds.all():
+        return END
+    return ValueError(
+        f"The batches of process {np.argmax(kinds)} ended after {taken} steps, and those of process {np.argmin(kinds)} "
+        "did not: give all processes as many."
+    )
+
+
 def _weight(num_rows: Any, n: int, sites: dict[str, Any]) -> float:
     """N/n, or 1 without N; raises ValueError for an N below n, and rows that the model weighs already."""
     if num_rows is not None and at_least_one("run_batches", "num_rows", num_rows) < n:
@@ -162,11 +192,11 @@ def _weight(num_rows: Any, n: int, sites: dict[str, Any]) -> float:
 
 
 def _failure(svi: Any, failing: Any, last: Any, step: int, batch: Batch, losses: np.ndarray) -> NonFiniteLossError:
-    given = [np.asarray(v) for v in batch.arrays if jnp.issubdtype(v.dtype, jnp.inexact) and v.is_fully_addressable]
-    finite = [np.isfinite(v.reshape(len(v), -1)).all(-1) for v in given if v.ndim]
-    bad = next((f for f in finite if not f.all()), None)
-    if bad is not None:
-        cause = f"its data are NaN or infinite in {np.sum(~bad)} of {len(bad)} rows, first row {np.argmin(bad)}"
+    given = [v for v in batch.arrays if jnp.issubdtype(v.dtype, jnp.inexact) and v.ndim]
+    wrong = [~jnp.isfinite(v.reshape(len(v), -1)).all(-1) for v in given]
+    found = [(*fetch((bad.sum(), bad.argmax())), len(bad)) for bad in wrong]
+    if bad := next((f for f in found if f[0]), None):
+        cause = f"its data are NaN or infinite in {bad[0]} of {bad[2]} rows, first row {bad[1]}"
     else:
         params = svi.constrain_fn(current_params(svi.optim, failing.optim_state))
         cause = explain(ScoreMatchingResult(params, failing, np.zeros(0), svi, batch.args, {}))
@@ -246,7 +276,7 @@ class _Loop:
         """Until the end, or an error in the batches."""
         shown, size, begin = self.at.done, 1, time.perf_counter()
         while self.num_steps is None or self.at.done < self.num_steps:
-            batch = reader.take()
+            batch = _in_all(reader.take(), self.at.done)
             if isinstance(batch, BaseException):
                 return batch
             if batch is END:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-__all__ = ["agreed", "by_first", "interrupts", "is_first"]
+__all__ = ["agreed", "by_first", "gathered", "interrupts", "is_first", "require_common"]
 
 
 def is_first() -> bool:
@@ -20,14 +21,34 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def gathered(*numbers: int) -> np.ndarray:
+    """What each process gives, (processes, numbers)."""
+    mine = np.array(numbers)
+    return mine[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
+
+
+def require_common(owner: str, arrays: list[Any]) -> None:
+    """Raises ValueError, in all processes, where each has data of its own that no other sees.
+
+    Of arrays that lie in one process alone some rows are compared.
+    """
+    if jax.process_count() == 1 or not all(getattr(v, "is_fully_addressable", True) for v in arrays):
+        return
+    some = [np.asarray(v[:: max(len(v) // 1024, 1)] if np.ndim(v) else v) for v in arrays]
+    digest = zlib.crc32(b"".join(np.ascontiguousarray(v).tobytes() for v in some))
+    if len(np.unique(gathered(digest))) > 1:
+        raise ValueError(
+            f"{owner} got other data in each process, of which the others know nothing: join them, e.g. by "
+            "jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec('rows')), rows)."
+        )
+
+
 def agreed(size: int, save: bool, stop: bool) -> tuple[int, bool, bool]:
     """The number of steps and whether to save, as process 0 says, and whether any process is to stop.
 
     All processes of a run must take as many steps in each call, or they wait for each other for ever; clocks differ.
     """
-    if jax.process_count() == 1:
-        return size, save, stop
-    votes = np.asarray(multihost_utils.process_allgather(np.array([size, save, stop])))
+    votes = gathered(size, save, stop)
     return int(votes[0, 0]), bool(votes[0, 1]), bool(votes[:, 2].any())
 
 

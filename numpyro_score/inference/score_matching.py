@@ -55,6 +55,7 @@ from numpyro_score.inference.optim import (
     default_optimizer,
 )
 from numpyro_score.inference.pickling import Compiling, refuse_not_pickled
+from numpyro_score.inference.processes import require_common
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.start import CompiledStart
 from numpyro_score.inference.traces import CompiledTrace
@@ -293,6 +294,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         check_keywords(self.run, self.score_model, kwargs)
         check_arguments(self.score_model, args, kwargs)
         args, kwargs = label_auto((args, kwargs))
+        require_common("run", split_arrays((args, kwargs))[0])
         if init_state is None or self.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state

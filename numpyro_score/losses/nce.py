@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from numpyro_score.energy import Energy, innermost
 from numpyro_score.losses.base import require_equal_rows, required, set_counts
+from numpyro_score.placement import fetch
 
 __all__ = ["LOG_PARTITION_SITE", "NCE"]
 
@@ -143,9 +144,9 @@ class NCE:
         """Raises ValueError if the noise does not cover the data."""
         self._require_suitable(energy)
         x = energy.usable()[0].data.reshape(-1, *self.noise.event_shape)
-        bare = ~np.asarray(self.noise.support(x))
+        bare = ~fetch(self.noise.support(x))
         if not bare.any():  # NumPyro warns outside of the support
-            bare = ~np.isfinite(np.asarray(self.noise.log_prob(x)))
+            bare = ~np.isfinite(fetch(self.noise.log_prob(x)))
         if bare.any():
             shown = ", ".join(map(str, np.flatnonzero(bare)[:8]))
             raise ValueError(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from numpyro_score.energy import Energy, numbered
 from numpyro_score.operators import full_precision
+from numpyro_score.placement import fetch
 from numpyro_score.programs import run_compiled
 
 __all__ = ["density_noise", "log_density_at", "warn_of_flat_data"]
@@ -39,7 +40,7 @@ def density_noise(energy: Energy, x: Float[Array, "n d"], spreads: Float[Array, 
     v = jax.random.normal(jax.random.key(0), rows.shape, x.dtype) * spreads / math.sqrt(x.shape[-1])
     steps = jnp.asarray(np.multiply.outer(lengths, np.arange(_POINTS) - _POINTS // 2), x.dtype)
     lines = rows + steps[..., None, None] * v  # (length, point, row, D)
-    f = np.asarray(run_compiled(log_density_at, energy, lines), np.float64)
+    f = fetch(run_compiled(log_density_at, energy, lines)).astype(np.float64)
     found = []
     for at in f[np.isfinite(f).all(axis=(1, 2))]:
         sigmas = [
@@ -67,8 +68,8 @@ def warn_of_flat_data(owner: str, energy: Energy, by: str) -> None:
         energy: at its data.
         by: what makes the estimate there, for the message.
     """
-    x, weights = jax.device_get(run_compiled(lambda e: e.data_and_weights(), energy))
-    used = (np.asarray(run_compiled(lambda e: e.score(e.data), energy.usable()[0])) != 0).any(axis=0)
+    x, weights = fetch(run_compiled(lambda e: e.data_and_weights(), energy))
+    used = (fetch(run_compiled(lambda e: e.score(e.data), energy.usable()[0])) != 0).any(axis=0)
     constant, dependent = _flat_columns(x[weights != 0][:, used])
     columns = np.flatnonzero(used)[constant if constant.any() else dependent]
     if not len(columns):
