@@ -42,6 +42,7 @@ def assert_identical(one, other):
         if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
 
 
 def stop_after(monkeypatch, calls):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from numpyro_score.inference.arguments import named_leaves
@@ -131,7 +132,7 @@ class Checkpoint:
         self.position = saved.pop("position", None)
         self._check(saved)
         leaves, structure = jax.tree.flatten(self.like)
-        target = {_name(i): np.zeros(step) for i in range(len(leaves))}
+        target = {_name(i): np.zeros(step, jnp.result_type(float)) for i in range(len(leaves))}
         args = dict(state=ocp.args.StandardRestore(_numbered(state)), values=ocp.args.StandardRestore(target))
         found = self._manager.restore(step, args=ocp.args.Composite(**args))
         taken = jax.tree.unflatten(structure, [np.asarray(found["values"][name]) for name in target])
