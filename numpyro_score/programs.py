@@ -50,8 +50,8 @@ def shared_jit(f: Callable[..., Any], static_argnames: tuple[str, ...] = (), **o
         **options: the compiler's; ignored inside of another program.
     """
     plain = jax.jit(f, static_argnames=static_argnames)
-    alone = jax.jit(f, static_argnames=static_argnames, compiler_options=options or None)
-    last: list[Any] = [None, None]  # a trace and its program, as to compare traces takes time
+    alone = jax.jit(f, static_argnames=static_argnames, compiler_options=options) if options else plain
+    last: list[Any] = [(None, None)]  # a trace and its program, as to compare traces takes time
 
     @functools.wraps(f)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -61,10 +61,12 @@ def shared_jit(f: Callable[..., Any], static_argnames: tuple[str, ...] = (), **o
         closed = traced.jaxpr
         if not all(isinstance(c, jax.Array) and not isinstance(c, jax.core.Tracer) for c in closed.consts):
             return alone(*args, **kwargs)
-        if last[0] is not closed:
-            last[:] = closed, _program(closed.jaxpr, getattr(f, "__name__", "run"), options)
+        known, program = last[0]  # at once, as another thread may be here too
+        if known is not closed:
+            program = _program(closed.jaxpr, getattr(f, "__name__", "run"), options)
+            last[0] = closed, program
         leaves = jax.tree.leaves((args, {k: v for k, v in kwargs.items() if k not in static_argnames}))
-        return jax.tree.unflatten(jax.tree.structure(traced.out_info), last[1](closed.consts, _as_jax(leaves)))
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), program(closed.consts, _as_jax(leaves)))
 
     return run
 

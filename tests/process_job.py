@@ -1,4 +1,7 @@
-"""What test_processes.py runs, as one of several processes: python process_job.py PROCESSES RANK PORT FOLDER."""
+"""What test_processes.py runs, as one of several processes: python process_job.py PROCESSES RANK PORT FOLDER DEVICES.
+
+With more than two devices it does less.
+"""
 
 import os
 import signal
@@ -8,8 +11,15 @@ import traceback
 import warnings
 from pathlib import Path
 
-COUNT, RANK, PORT, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // COUNT} --xla_backend_optimization_level=1"
+COUNT, RANK, PORT, FOLDER, DEVICES = (
+    int(sys.argv[1]),
+    int(sys.argv[2]),
+    sys.argv[3],
+    Path(sys.argv[4]),
+    int(sys.argv[5]),
+)
+OWN = DEVICES // COUNT
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={OWN} --xla_backend_optimization_level=1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
@@ -33,7 +43,7 @@ from numpyro_score import CD, FSM, MALA, PCD, SSM, ScoreMatching, load  # noqa: 
 from numpyro_score.inference import loop  # noqa: E402
 
 N = 200
-ROWS = NamedSharding(jax.make_mesh((2,), ("rows",)), PartitionSpec("rows"))
+ROWS = NamedSharding(jax.make_mesh((DEVICES,), ("rows",)), PartitionSpec("rows"))
 X = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
 
 
@@ -167,18 +177,19 @@ def main():
     sm, x = ScoreMatching(quartic, optim=optax.adam(1e-3), loss=SSM(), num_steps=60), placed(X)
     first = run(sm, x, checkpoint=FOLDER / "saved", checkpoint_every=1e-9)
     again = run(sm, x, checkpoint=FOLDER / "saved")
+    missing = message(quartic, with_value(150, np.nan), SSM())
+    found = {"losses": first.losses, "a": first.params["a"], "saved_losses": again.losses, "saved_a": again.params["a"]}
+    if DEVICES > 2:
+        np.savez(FOLDER / f"found-{COUNT}-{RANK}.npz", **found, missing=missing)
+        return
     true_clock, factor = time.perf_counter, 100.0 if RANK else 1.0
     time.perf_counter = lambda: factor * true_clock()
     long = run(sm, x, num_steps=3000)
     time.perf_counter = true_clock
-    found = {
-        "losses": first.losses,
-        "a": first.params["a"],
-        "saved_losses": again.losses,
-        "saved_a": again.params["a"],
+    found |= {
         "long_losses": long.losses,
         "long_a": long.params["a"],
-        "missing": message(quartic, with_value(150, np.nan), SSM()),
+        "missing": missing,
         "outside": message(exponential, with_value(150, -2.0, np.abs(X)), SSM()),
         "kink": message(root, with_value(150, 0.0), SSM(allow_kinks=True)),
     }

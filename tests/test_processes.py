@@ -14,34 +14,41 @@ pytestmark = pytest.mark.slow
 JOB = Path(__file__).parent / "process_job.py"
 
 
-def start(count, rank, port, folder):
+def start(count, rank, port, folder, devices=2):
     """One of the processes, with what it prints in a file."""
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with open(folder / f"printed-{rank}.txt", "w") as printed:
         return subprocess.Popen(
-            [sys.executable, JOB, str(count), str(rank), str(port), folder],
+            [sys.executable, JOB, str(count), str(rank), str(port), folder, str(devices)],
             stdout=printed,
             stderr=subprocess.STDOUT,
             env=environment,
         )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What one process and two have found: process_job.py says what."""
-    folder = tmp_path_factory.mktemp("processes")
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    jobs = [start(1, 0, 0, folder / "one"), *(start(2, rank, port, folder / "two") for rank in range(2))]
+        return free.getsockname()[1]
+
+
+def run_all(folder, jobs):
+    """Waits for all processes, whose prints are shown if any fails."""
     try:
         ended = [job.wait(timeout=300) for job in jobs]
     finally:
         for job in jobs:
             job.kill()
     printed = [path.read_text() for path in sorted(folder.glob("*/printed-*.txt"))]
-    assert ended == [0, 0, 0], "\n\n".join(printed)
+    assert not any(ended), "\n\n".join(printed)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What one process and two have found: process_job.py says what."""
+    folder, port = tmp_path_factory.mktemp("processes"), free_port()
+    run_all(folder, [start(1, 0, 0, folder / "one"), *(start(2, rank, port, folder / "two") for rank in range(2))])
     return folder
 
 
@@ -140,3 +147,24 @@ def test_one_bar_and_one_warning(folder):
     assert "still falling" in first
     assert "it/s" not in second
     assert "Warning" not in second
+
+
+def test_four_processes(tmp_path):
+    """The numbers of one process with as many devices, but for the order of sums, and the same errors everywhere."""
+    port = free_port()
+    run_all(
+        tmp_path,
+        [
+            start(1, 0, 0, tmp_path / "one", 4),
+            *(start(4, rank, port, tmp_path / "four", 4) for rank in range(4)),
+        ],
+    )
+    one = dict(np.load(tmp_path / "one/found-1-0.npz"))
+    first = dict(np.load(tmp_path / "four/found-4-0.npz"))
+    for rank in range(4):
+        found = dict(np.load(tmp_path / f"four/found-4-{rank}.npz"))
+        for what in ("losses", "a"):
+            np.testing.assert_allclose(found[what], one[what], rtol=1e-6)
+            np.testing.assert_array_equal(found[what], first[what])
+            np.testing.assert_array_equal(found[f"saved_{what}"], first[what])
+        assert "have NaN or infinity in row 150 (1 of 200)" in str(found["missing"])
