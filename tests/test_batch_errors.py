@@ -73,6 +73,7 @@ def test_masked_rows_are_no_rows():
     close(fit.over_batches([x[:120], x[120:]]).stderr(), fit.stderr())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The loss was still falling", "ignore:The fit has not converged")
 @pytest.mark.parametrize(
     "loss", [SSM(variance_reduced=False), PCD(200, kernel=MALA(step_size=0.1))], ids=["SSM", "PCD"]

@@ -264,6 +264,7 @@ def test_slots_and_restarts():
 # -- in models ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [CD(2, kernel=Langevin(0.3)), PCD(70, kernel=Langevin(0.3)), NCE(dist.Normal(0, 2).expand([D]).to_event(1))],

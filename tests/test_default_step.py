@@ -43,6 +43,7 @@ def gradients(loss, f, theta, bits):
     return np.asarray(jax.jit(jax.vmap(jax.grad(mean), (None, 0)))(jnp.asarray(theta), KEYS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [None, 0.3])
 @pytest.mark.parametrize(("f", "theta"), [(chain, CHAIN), (well, WELL)], ids=["chain", "well"])
 def test_gradients_of_densities_in_few_bits(f, theta, sigma, x64):

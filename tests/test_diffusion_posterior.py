@@ -106,6 +106,7 @@ def test_mixtures(model, method):
     assert method == "smc" or np.sqrt(np.mean(np.square(guided))) > 3
 
 
+@pytest.mark.slow
 def test_normal_prior_is_exact():
     """One component: evidence within 1e-2, and equal weights."""
 
@@ -221,6 +222,7 @@ def test_what_is_refused(unchecked):
         posterior(source, broken, KEY, 0.0, **settings)
 
 
+@pytest.mark.slow
 def test_wide_rows():
     """Fifty normal numbers, of which half are seen: decompositions of many wide matrices may run at once."""
     scale = np.linspace(0.5, 1.5, 50)

@@ -358,6 +358,7 @@ def gap(name, **options):
     return TARGETS[name][2] - found.mean(), found.std() / found.size**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["correlated, D=10", "two modes, D=1"])
 def test_gap_shrinks_with_steps_and_refreshment(name):
     """More steps bring the bound nearer, of either flow, and so do new velocities on a long way through ten scales."""

@@ -287,6 +287,7 @@ def test_priors_that_tie_nothing_add_nothing(grouped, kind):
 # -- few groups, and errors without the dense Hessian ------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_groups", [8, 30])
 def test_few_groups_of_unknown_spread(num_groups, recwarn):
     """A warning below 30 groups, once for each fit, from whatever uses its errors."""

@@ -29,6 +29,7 @@ def test_experts_density_is_the_formula(images):
     np.testing.assert_allclose(batch, 2 * f[rows].sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_whitened_patches(images):
     """Patches have no mean, are seen in one scale, and come from training or testing strips alone."""
     s = images.QUICK

@@ -114,6 +114,7 @@ def test_draws_that_cannot_be_normalised_are_found():
         found.to_arviz(num_samples=400, log_partition=log_partition(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.0, 0.8])
 def test_errors_of_log_partition_ratios_cover(rho, monkeypatch):
     """Over 300 sets of rows of a normal law, from chains with autocorrelation, at 30 draws of μ and τ.

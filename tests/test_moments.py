@@ -50,6 +50,7 @@ def test_statistics_by_numpy():
     assert found.furthest == 0 and found.pvalue < 0.002 and found.z[0] > 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", ["normal", "t", "lognormal"])
 def test_level(law):
     """Of 400 pairs of samples of one law, a share near that of the level is below it, whatever the tails."""

@@ -65,6 +65,7 @@ def test_weights_of_any_size():
     assert _ess(jnp.full(3, -jnp.inf)) == 0
 
 
+@pytest.mark.slow
 def test_steps_and_distances(source):
     """Steps too long, an observation that leaves one particle, and one beyond single precision; one program for all.
 

@@ -70,6 +70,7 @@ def test_double_precision(mixture, sde, x64, request):
     assert errors(mixture, run(), x).max() > 2e-4
 
 
+@pytest.mark.slow
 def test_single_precision():
     """Rows of a scale that no seed was chosen for; a second call, with other data and parameters, compiles nothing."""
     x = jnp.asarray(PLANE.draw(1000, 2), jnp.float32)
@@ -80,6 +81,7 @@ def test_single_precision():
     assert found.num_steps.shape == (1000,) and found.num_steps.max() < 40
 
 
+@pytest.mark.slow
 def test_scores_have_a_density_too(x64):
     """A score network's divergence is that of its Jacobian; EDM's time is the noise itself."""
     x = PLANE.draw(50, 3)
@@ -114,6 +116,7 @@ def test_all_that_follows_the_flow_warns_of_a_score_that_turns(function, uncheck
     assert len(warned) == 1
 
 
+@pytest.mark.slow
 def test_a_score_that_turns_has_the_density_of_its_draws():
     """Those of N(0, I)."""
     x = jnp.array([[0.5, -1.0], [2.0, 0.0]])

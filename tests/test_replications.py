@@ -104,6 +104,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_truth_lies_within_standard_errors(name):
     """Over 300 data sets of 800 rows: within 3 in at least 95 %, and within 1.645 in 90 %, by chance within 8 %."""

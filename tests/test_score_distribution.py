@@ -171,6 +171,7 @@ def normal_columns(x, sigma=1.0):
         numpyro.factor("energy", -0.5 * jnp.sum(x**2, axis=-1) / (1 + sigma**2))
 
 
+@pytest.mark.slow
 def test_columns_keep_their_shape():
     """Events of shape (2, 1), whose support and draws are those of the site."""
 
