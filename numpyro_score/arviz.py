@@ -275,7 +275,7 @@ def dataset(values: dict[str, Any], dims: tuple[str, ...]) -> xr.Dataset:
     variables: dict[str, Any] = {}
     coords: dict[str, Any] = {}
     for name, value in values.items():
-        value = fetch(value)
+        value = np.asarray(fetch(value) if isinstance(value, jax.Array) else value)
         rest = [f"{name}_dim_{i}" for i in range(value.ndim - len(dims))]
         variables[name] = ((*dims, *rest), value)
         coords |= {d: np.arange(n) for d, n in zip((*dims, *rest), value.shape, strict=True)}

@@ -216,6 +216,7 @@ def of_param(x):
 def test_steps_over_devices_compile_once(axes, rows, explicit, caplog):
     """The first state is laid out as all others, so that there is one program of the steps, on either mesh."""
     x = rows[1] if axes == "auto" else explicit
+    jax.clear_caches()  # of the program that both share
     sm = ScoreMatching(of_param, optim=optax.adam(0.01), num_steps=50)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         fit = sm.run(jax.random.key(2), x, progress_bar=False)
