@@ -87,8 +87,8 @@ class ScoreMatchingResult:
     state: Any
     losses: np.ndarray
     svi: Fitter
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Any  # a tuple, unless it was left out
+    kwargs: Any  # a dict, likewise
     interrupted: bool = False
     cost: FitCost | None = None
     of_batches: Curvature | None = None

@@ -29,7 +29,7 @@ CHUNK_BYTES = 2**31
 KEPT = 0.75
 
 
-def rows_at_once(energy: Energy, evaluations: float, in_cache: int | None) -> int | None:
+def rows_at_once(energy: Energy, evaluations: int, in_cache: int | None) -> int | None:
     """The rows that a loss is best taken of at once; None for all of them.
 
     Args:

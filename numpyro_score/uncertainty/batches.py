@@ -28,7 +28,7 @@ __all__ = ["curvature_of_batches"]
 _AT_ONE_KEY = 3.0  # standard errors that the minimum at one draw of a loss may be away from that of its mean
 
 
-def curvature_of_batches(objectives: Iterator[Objective], num_rows: float | None) -> Curvature:
+def curvature_of_batches(objectives: Iterator[Objective], num_rows: int | None) -> Curvature:
     r"""What :func:`~numpyro_score.uncertainty.curvature` gives of all rows at once, from sums over batches.
 
     .. math:: H = \beta \tfrac{N}{M} \sum_{b}\sum_{n \in b} w_n \nabla^2 \ell_n - \nabla^2 \log\pi_0, \quad
