@@ -95,7 +95,7 @@ def test_without_data(saved, tmp_path):
 
 
 @pytest.mark.parametrize("guide", [None, AutoNormal], ids=["point", "AutoNormal"])
-def test_fits_without_data(tmp_path, guide):
+def test_fits_without_data(tmp_path, guide, unchecked):
     """Estimates, state and files stay, data go, and what needs them says so; also after a pickle."""
     x = jax.random.normal(jax.random.key(0), (5000, 2))
     found = fit(ISM(), guide, x=x, scale=2.0, cubes=None)
