@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -31,8 +32,10 @@ __all__ = [
     "check_keywords",
     "check_memory",
     "check_optimizer",
+    "fingerprint",
     "is_loss",
     "named_leaves",
+    "numbers_of",
     "refuse_misplaced",
     "refuse_unknown",
 ]
@@ -221,3 +224,19 @@ def check_inside(init_params: dict[str, Any] | None, supports: dict[str, constra
                 f"init_params has {name} = {value}, which violates the site's constraint {supports[name]}: start from "
                 "a value inside of it."
             )
+
+
+def numbers_of(value: Any) -> Any:
+    """An array of numbers, which keys are made of."""
+    return jax.random.key_data(value) if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) else value
+
+
+def fingerprint(value: Any, most: int) -> list[Any]:
+    """The type and shape of an array, and a digest of at most so many rows of it if they are all in this process."""
+    known = [str(value.dtype), list(value.shape)]
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return known
+    value = numbers_of(value)
+    rows = np.unique(np.linspace(0, len(value) - 1, most).astype(int)) if value.ndim and len(value) else ()
+    some = np.asarray(value[rows])
+    return [*known, hashlib.sha256(some.tobytes()).hexdigest()[:16]]

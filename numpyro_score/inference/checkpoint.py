@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import os
 import time
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_score.inference.arguments import named_leaves
+from numpyro_score.inference.arguments import fingerprint, named_leaves, numbers_of
 from numpyro_score.losses.base import positive
 from numpyro_score.printed import without_addresses
 
@@ -70,7 +69,7 @@ class Checkpoint:
         """
         if directory is None:
             return None
-        data = [_fingerprint(v) for v in jax.tree.leaves(args) if isinstance(v, jax.Array | np.ndarray)]
+        data = [fingerprint(v, _SAMPLED) for v in jax.tree.leaves(args) if isinstance(v, jax.Array | np.ndarray)]
         plain = {k: _plain(v) for k, v in settings.items()}
         return cls(directory, every, {"format": _FORMAT, "kind": kind, **plain, "data": data}, like)
 
@@ -232,21 +231,5 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, jax.Array | np.ndarray):
-        return np.asarray(_numbers(value)).tolist()
+        return np.asarray(numbers_of(value)).tolist()
     return without_addresses(value)
-
-
-def _numbers(value: Any) -> Any:
-    """An array of numbers, which keys are made of."""
-    return jax.random.key_data(value) if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) else value
-
-
-def _fingerprint(value: Any) -> list[Any]:
-    """The type and shape of an array, and a digest of some of its numbers if they are all in this process."""
-    known = [str(value.dtype), list(value.shape)]
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        return known
-    value = _numbers(value)
-    rows = np.unique(np.linspace(0, len(value) - 1, _SAMPLED).astype(int)) if value.ndim and len(value) else ()
-    some = np.asarray(value[rows])
-    return [*known, hashlib.sha256(some.tobytes()).hexdigest()[:16]]
