@@ -46,6 +46,12 @@ class Spread(NamedTuple):
         found = cls(place.mesh, () if names is None else (names,) if isinstance(names, str) else tuple(names))
         return found if found.num_devices > 1 else None
 
+    @classmethod
+    def first_of(cls, data: Any) -> Spread | None:
+        """That of the first array that is spread along its first axis alone, as rows are."""
+        found = (cls.along(place_of(v), 0) for v in jax.tree.leaves(data))
+        return next((spread for spread in found if spread is not None), None)
+
 
 def place_of(value: Any) -> NamedSharding | None:
     """Where an array over several devices of a mesh lies; None for others, and for traced ones, where it is unknown."""
@@ -53,6 +59,11 @@ def place_of(value: Any) -> NamedSharding | None:
         return None
     place = value.sharding
     return place if isinstance(place, NamedSharding) and place.num_devices > 1 else None
+
+
+def places_of(arrays: list[Any]) -> Places:
+    """Where each of the arrays lies."""
+    return tuple(map(place_of, arrays))
 
 
 def on_cpu() -> bool:
@@ -77,12 +88,9 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def places_of(arrays: list[Any]) -> Places:
-    """Where each of the arrays lies."""
-    return tuple(map(place_of, arrays))
-
-
-def check_sharding(owner: str, name: str, sharding: Any, shape: tuple[int, int]) -> None:
+def check_sharding(
+    owner: str, name: str, sharding: Any, shape: tuple[int, int], kind: type[Sharding] = Sharding
+) -> None:
     """Raises unless `sharding` is None or splits that many chains evenly, and not the numbers of each.
 
     Args:
@@ -90,10 +98,11 @@ def check_sharding(owner: str, name: str, sharding: Any, shape: tuple[int, int])
         name: its argument that is the number of chains.
         sharding: what a user passed.
         shape: chains, and numbers of each.
+        kind: of shardings that it can do with.
     """
     if sharding is None:
         return
-    if not isinstance(sharding, Sharding):
+    if not isinstance(sharding, kind):
         raise TypeError(
             f"{owner} needs a sharding such as NamedSharding(mesh, PartitionSpec('chains')), got {sharding!r}."
         )

@@ -1,6 +1,7 @@
 """Rows spread over devices give the numbers of rows on one device."""
 
 import logging
+import pickle
 import re
 
 import jax
@@ -166,6 +167,14 @@ def masked_model(x):
     with numpyro.plate("rows", len(x)), numpyro.handlers.mask(mask=jnp.isfinite(x).all(-1)):
         x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (8,)), obs=x)
         numpyro.factor("energy", -jnp.sum(a * x**4, axis=-1))
+
+
+def test_fits_over_devices_are_pickled(rows):
+    """Nothing in them knows its devices; rows come back on one."""
+    fit = ScoreMatching(of_param).run(jax.random.key(0), rows[1], progress_bar=False)
+    back = pickle.loads(pickle.dumps(fit))
+    np.testing.assert_array_equal(back.estimates["a"], fit.estimates["a"])
+    np.testing.assert_allclose(back.stderr()["a"], fit.stderr()["a"], rtol=1e-4)
 
 
 def test_unequal_shares_are_filled_up(rows):

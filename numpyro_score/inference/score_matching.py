@@ -62,7 +62,7 @@ from numpyro_score.inference.traces import CompiledTrace
 from numpyro_score.losses import DefaultLoss, Loss
 from numpyro_score.losses.base import check_settings
 from numpyro_score.losses.memory import spread_memory
-from numpyro_score.placement import Places, label_auto, places_of, replicate
+from numpyro_score.placement import Places, Spread, label_auto, places_of, replicate
 from numpyro_score.printed import name_of, settings
 from numpyro_score.programs import being_traced, shared_jit
 from numpyro_score.random import RUN, Key, as_key
@@ -294,7 +294,8 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         check_keywords(self.run, self.score_model, kwargs)
         check_arguments(self.score_model, args, kwargs)
         args, kwargs = label_auto((args, kwargs))
-        require_common("run", split_arrays((args, kwargs))[0])
+        arrays, static = split_arrays((args, kwargs))
+        require_common("run", arrays)
         if init_state is None or self.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = init_state if init_state is not None else state
@@ -313,7 +314,6 @@ class ScoreMatching(Compiling, FromBatches, SVI):
                 warnings.warn(f"{error} The optimiser finds one of many minima.", stacklevel=3)
             except ClosedFormError:
                 pass
-        arrays, static = split_arrays((args, kwargs))
         course = Course(self.constrain_fn.args[0], start, num_steps, self.learning_rate)
         rest = dict(static=static, places=places_of(arrays), stable_update=stable_update)
         advance = partial(self._advance, course, arrays, **rest)
@@ -362,7 +362,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         return evaluations_per_row(self.score_loss, *self._shape)
 
     def _check(self, energy: Energy) -> None:
-        self._shape, self._spread = (energy.dim, energy.num_rows), energy.spread  # of a step's data
+        self._shape = energy.dim, energy.num_rows  # of a step's data
         if energy.is_concrete:
             energy.check(self._evaluate)
             check_settings(self.score_loss, energy)
@@ -370,7 +370,8 @@ class ScoreMatching(Compiling, FromBatches, SVI):
     def _laid_out(self, state: Any, arguments: Any) -> Any:
         """The state on the devices of the data, as the steps return it."""
         state = replicate(state, arguments)
-        return state._replace(mutable_state=spread_memory(self.score_loss, self._spread, state.mutable_state))
+        memory = spread_memory(self.score_loss, Spread.first_of(arguments), state.mutable_state)
+        return state._replace(mutable_state=memory)
 
     def _advance_impl(
         self, course: Course, arrays: Any, state: Any, n: Any, *, static: Any, places: Places, stable_update: bool
