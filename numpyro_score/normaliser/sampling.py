@@ -102,7 +102,7 @@ def sample(
         )
     key = as_key(rng_key, "write sample(fit, jax.random.key(0), 1000)")
     energy = density_of(energy)
-    check_sharding("sample", "num_chains", sharding, (num_chains, energy.dim))
+    check_sharding("sample", "num_chains", sharding, (num_chains, energy.dim), jax.sharding.NamedSharding)
     if sharding is not None and progress_bar:
         raise ValueError("sample has no progress bar for chains on several devices: write progress_bar=False.")
     run = run_chains if progress_bar else _compiled_chains
@@ -146,8 +146,8 @@ def run_chains(
             chain_method="vectorized",
             progress_bar=progress_bar,
         )
-        run = (keys, u) if len(u) > 1 else (keys[0], u[0])
-        mcmc.run(run[0], init_params=run[1], extra_fields=fields)
+        rng_key, start = (keys, u) if len(u) > 1 else (keys[0], u[0])
+        mcmc.run(rng_key, init_params=start, extra_fields=fields)
         x, _ = from_free(energy, mcmc.get_samples(group_by_chain=True))
         return x, mcmc.get_extra_fields(group_by_chain=True)
 
