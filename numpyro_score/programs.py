@@ -59,7 +59,7 @@ def shared_jit(f: Callable[..., Any], static_argnames: tuple[str, ...] = (), **o
             return plain(*args, **kwargs)
         traced = plain.trace(*args, **kwargs)
         closed = traced.jaxpr
-        if not all(isinstance(c, jax.Array) and not isinstance(c, jax.core.Tracer) for c in closed.consts):
+        if not _can_be_inputs(closed.consts):
             return alone(*args, **kwargs)
         known, program = last[0]  # at once, as another thread may be here too
         if known is not closed:
@@ -76,8 +76,7 @@ def compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
         return jax.jit(f)
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
-    # NumPy's arrays may have a precision that JAX's do not have.
-    if any(isinstance(c, jax.core.Tracer) or not isinstance(c, jax.Array) for c in closed.consts):
+    if not _can_be_inputs(closed.consts):
         return jax.jit(f)
     program, treedef = _program(closed.jaxpr), jax.tree.structure(shapes)
 
@@ -85,6 +84,11 @@ def compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
         return jax.tree.unflatten(treedef, program(closed.consts, _as_jax(jax.tree.leaves(args))))
 
     return run
+
+
+def _can_be_inputs(consts: list[Any]) -> bool:
+    # NumPy's arrays may have a precision that JAX's do not have.
+    return all(isinstance(c, jax.Array) and not isinstance(c, jax.core.Tracer) for c in consts)
 
 
 def _as_jax(leaves: list[Any]) -> list[Any]:
