@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions.transforms import IndependentTransform
 
 from numpyro_score.operators import full_precision
+from numpyro_score.placement import fetch
 from numpyro_score.programs import shared_jit
 from numpyro_score.uncertainty.hierarchy import rows_along, sum_of_terms, ties, unshared_sites, warn_if_few_groups
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError, norm_of_columns
@@ -124,7 +125,7 @@ def _influence(
     rows = jnp.where(used[:, None], (rows - rows.sum(axis=0) / n) * (n / (n - 1)) ** 0.5, 0.0)
     unravel = ravel_pytree(values)[1]
     if gradient is not None:
-        errors = np.sqrt(np.sum(np.asarray(rows, np.float64) ** 2, axis=0))
+        errors = np.sqrt(np.sum(fetch(rows).astype(np.float64) ** 2, axis=0))
         along = np.asarray(directions, np.float64)
         distance = distance_to_minimum(objective, lambda g: along @ g, np.asarray(gradient, np.float64), errors)
         warn_if_not_converged(objective, {"of": distance})
