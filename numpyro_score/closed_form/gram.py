@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy, by_device
+from numpyro_score.energy import Energy, sum_by_device
 from numpyro_score.operators import full_precision
 from numpyro_score.programs import shared_jit
 
@@ -97,16 +97,14 @@ def _blocks(
     energy: Energy, seeds: Float[Array, "c p"], colours: Any, used: Any, *, unravel: Any
 ) -> Float[Array, "d r r"]:
     """Σ_n w_n a_n a_nᵀ for each coordinate of the score, over the R parameters that may enter it."""
-
-    def of_device(energy: Energy, weights: Array, _: Array, *rest: Array) -> Array:
-        return _blocks_of(*energy.usable(weights), *rest, unravel=unravel)[None]
-
-    if energy.spread is None:
-        return _blocks_of(*energy.usable(), seeds, colours, used, unravel=unravel)
-    return by_device(of_device, energy, jax.random.key(0), seeds, colours, used).sum(axis=0)
+    of_rows = partial(_blocks_of_rows, unravel=unravel)
+    return sum_by_device(of_rows, energy, jax.random.key(0), seeds, colours, used)
 
 
-def _blocks_of(energy: Energy, weights: Array, seeds: Array, colours: Any, used: Any, *, unravel: Any) -> Array:
+def _blocks_of_rows(
+    energy: Energy, weights: Array | None, _: Array, seeds: Array, colours: Any, used: Any, *, unravel: Any
+) -> Array:
+    energy, weights = energy.usable(weights)
     n, d = energy.num_rows, energy.dim
     rows = max(min(_NUMBERS // (len(seeds) * d), n), 1)
     k = -(-n // rows)

@@ -15,7 +15,7 @@ from numpyro import handlers
 from numpyro.infer import init_to_feasible
 
 from numpyro_score.closed_form.quadratic import ClosedFormError, Coordinates, Inputs, Problem, Quadratic, expand
-from numpyro_score.energy import Energy, by_device, evaluate_for_check, split_arrays
+from numpyro_score.energy import Energy, evaluate_for_check, split_arrays, sum_by_device
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import row_losses
 from numpyro_score.losses.base import check_settings
@@ -302,20 +302,13 @@ def _spread(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, A
         g = jax.lax.map(push, jnp.eye(len(theta)), batch_size=8).T
         return g.T @ g, g.sum(axis=0)
     of_rows = partial(_spread_of_rows, problem=problem)
-    if inputs.energy.spread is None:
-        return of_rows(*inputs.energy.usable(), inputs.rng_key, theta, inputs.learning_rate)
-
-    def on_device(energy: Energy, weights: Array, *rest: Any) -> tuple[Array, Array]:
-        outer, total = of_rows(*energy.usable(weights), *rest)
-        return outer[None], total[None]
-
-    outer, total = by_device(on_device, inputs.energy, inputs.rng_key, theta, inputs.learning_rate)
-    return outer.sum(axis=0), total.sum(axis=0)
+    return sum_by_device(of_rows, inputs.energy, inputs.rng_key, theta, inputs.learning_rate)
 
 
 def _spread_of_rows(
-    energy: Energy, weights: Array, rng_key: Array, theta: Array, learning_rate: Any, *, problem: Problem
+    energy: Energy, weights: Array | None, rng_key: Array, theta: Array, learning_rate: Any, *, problem: Problem
 ) -> tuple[Array, Array]:
+    energy, weights = energy.usable(weights)
     weights = learning_rate * weights
     keys = jax.random.split(rng_key, energy.num_rows)
 

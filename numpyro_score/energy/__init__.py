@@ -14,7 +14,7 @@ from numpyro_score.energy.dependence import (
     is_quadratic,
     varying_outputs,
 )
-from numpyro_score.energy.devices import by_device
+from numpyro_score.energy.devices import by_device, sum_by_device
 from numpyro_score.energy.energy import Energy
 from numpyro_score.energy.kinks import Kink, find_kink
 from numpyro_score.energy.layout import rows_first
@@ -53,6 +53,7 @@ __all__ = [
     "rows_text",
     "score_factor",
     "split_arrays",
+    "sum_by_device",
     "takes_keyword",
     "varying_outputs",
 ]

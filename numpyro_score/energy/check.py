@@ -157,9 +157,7 @@ def evaluate_for_check(energy: BoundModel) -> tuple[Array, Array, Array, Array]:
     not count; and the log density where half the data are others. Where only the score is known, the sum of its
     components stands for the log density.
     """
-    if energy.spread is not None:
-        return by_device(lambda energy, *_: _by_row(energy), energy, jax.random.key(0))
-    return _by_row(energy)
+    return by_device(lambda energy, *_: _by_row(energy), energy, jax.random.key(0))
 
 
 def _by_row(energy: BoundModel) -> tuple[Array, Array, Array, Array]:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy, Kink, by_device, find_kink
+from numpyro_score.energy import Energy, Kink, by_device, find_kink, sum_by_device
 from numpyro_score.losses.chunks import chunks_in_a_pass
 from numpyro_score.losses.memory import spread_sites
 from numpyro_score.random import integer
@@ -177,17 +177,12 @@ def row_losses(loss: Loss, energy: Energy, rng_key: Array) -> tuple[Float[Array,
 
     Where the rows lie over several devices so do these, and each device takes its own; see :func:`total_loss`.
     """
-    if energy.spread is not None:
-        sites = spread_sites(loss, energy.spread, energy.params)
-        return by_device(partial(_row_losses_of_device, loss), energy, rng_key, sites=sites)
-    return _row_losses(loss, *energy.usable(), rng_key)
+    sites = spread_sites(loss, energy.spread, energy.params)
+    return by_device(partial(_row_losses, loss), energy, rng_key, sites=sites)
 
 
-def _row_losses_of_device(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> tuple[Array, Array]:
-    return _row_losses(loss, *energy.usable(weights), rng_key)
-
-
-def _row_losses(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> tuple[Array, Array]:
+def _row_losses(loss: Loss, energy: Energy, weights: Array | None, rng_key: Array) -> tuple[Array, Array]:
+    energy, weights = energy.usable(weights)
     chunks = _chunks(loss, energy, rng_key, weights)
     values = _evaluate(loss, energy, rng_key) if chunks is None else _scan_rows(loss, energy, *chunks).reshape(-1)
     values = values[: energy.num_rows]
@@ -203,17 +198,12 @@ def total_loss(loss: Loss, energy: Energy, rng_key: Array) -> Float[Array, ""]:
     Rows that lie over several devices (`Energy.spread`) stay where they are: the loss is called on each device with the
     rows there and a random key of its own, and one sum goes between them.
     """
-    if energy.spread is not None:
-        sites = spread_sites(loss, energy.spread, energy.params)
-        return jnp.sum(by_device(partial(_total_of_device, loss), energy, rng_key, sites=sites))
-    return _total_loss(loss, *energy.usable(), rng_key)
+    sites = spread_sites(loss, energy.spread, energy.params)
+    return sum_by_device(partial(_total_loss, loss), energy, rng_key, sites=sites)
 
 
-def _total_of_device(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> Array:
-    return _total_loss(loss, *energy.usable(weights), rng_key)[None]
-
-
-def _total_loss(loss: Loss, energy: Energy, weights: Array, rng_key: Array) -> Array:
+def _total_loss(loss: Loss, energy: Energy, weights: Array | None, rng_key: Array) -> Array:
+    energy, weights = energy.usable(weights)
     chunks = _chunks(loss, energy, rng_key, weights)
     if chunks is None:
         return _weighted_sum(loss, energy, weights, rng_key)
