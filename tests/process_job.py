@@ -159,7 +159,7 @@ def batch_message(items):
 def further():
     """Losses with chains, standard errors, batches, Ctrl-C and data that no other process sees."""
     x, kernel = placed(X), MALA(step_size=0.05)
-    found = {"threads": RANK}
+    found = {}
     for name, loss in (("pcd", PCD(40, kernel=kernel, restart=0.1)), ("cd", CD(2, kernel=kernel)), ("fsm", FSM())):
         found[name] = run(ScoreMatching(quartic, optim=optax.adam(1e-2), loss=loss, num_steps=50), x).params["a"]
     sm = ScoreMatching(quartic, optim=optax.adam(1e-3), loss=SSM())

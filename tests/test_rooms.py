@@ -96,7 +96,7 @@ def test_no_import_is_hidden():
 
 def test_the_energy_is_known_by_its_face():
     """Its modules and private attributes are used in its own room alone."""
-    private = {"_layout", "_run", "_arrays", "_static", "_pinned", "_plates", "_choice"}
+    private = {"_layout", "_run", "_arrays", "_static", "_pinned", "_plates", "_choice", "_places", "_axes"}
     inside = [
         f"{name} line {node.lineno}"
         for name, tree in modules()
