@@ -278,6 +278,7 @@ def test_chains_of_sample_over_devices(rows, unchecked):
     for place_of, message in (
         (NamedSharding(place.mesh, PartitionSpec(None, "rows")), "split the chains alone"),
         (2, "needs a sharding such as NamedSharding"),
+        (jax.sharding.SingleDeviceSharding(jax.devices()[0]), "needs a sharding such as NamedSharding"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             sample(Energy(of_param, {"a": 0.3 * jnp.ones(8)}, rows[0]), 0, 20, sharding=place_of)
