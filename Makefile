@@ -6,7 +6,7 @@ VENV = .venv
 PEERS = .venv-peers
 RUN = $(VENV)/bin/python -m
 
-.PHONY: help demo examples test bench bench-peers lint types docs format clean FORCE
+.PHONY: help demo examples test bench bench-peers lint types docs wheel format clean FORCE
 .NOTPARALLEL: # two pips must not write to one environment at once
 .DELETE_ON_ERROR:
 
@@ -20,6 +20,7 @@ help:
 	@echo "make format       apply ruff's fixes and formatting"
 	@echo "make types        check types with mypy"
 	@echo "make docs         build the documentation and run the examples in it"
+	@echo "make wheel        build what is released into dist/, and try it in an empty environment"
 	@echo "make clean        remove everything the targets above made"
 	@echo
 	@echo "Packages go into $(VENV). Another interpreter: make test PYTHON=python3.13 VENV=.venv313"
@@ -53,6 +54,12 @@ types: $(VENV)/.extra-dev
 docs: $(VENV)/.extra-docs
 	$(RUN) sphinx -W --keep-going --quiet -b html docs docs/_build/html
 	$(RUN) sphinx -W --keep-going --no-color -b doctest docs docs/_build/doctest
+
+wheel: $(VENV)/.extra-dev
+	rm -rf dist
+	$(RUN) build
+	$(RUN) twine check --strict dist/*
+	PYTHON=$(abspath $(VENV))/bin/python tools/test_wheel.sh dist/*.whl
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist docs/_build examples/output .mypy_cache .pytest_cache .ruff_cache
