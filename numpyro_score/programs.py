@@ -14,7 +14,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 __all__ = ["being_traced", "compiled", "run_compiled", "shared_jit"]
 
 _KEPT = 64  # programs
-# The last used first, each with its precision and options.
+_MOST = 2**20  # bytes of constants of a program that is kept
+# The last used first, each with its precision, options and constants.
 _programs: list[tuple[Jaxpr, Any, Callable[..., Any]]] = []
 
 # Rules for derivatives, which are functions and never equal. Nothing is differentiated here.
@@ -59,14 +60,14 @@ def shared_jit(f: Callable[..., Any], static_argnames: tuple[str, ...] = (), **o
             return plain(*args, **kwargs)
         traced = plain.trace(*args, **kwargs)
         closed = traced.jaxpr
-        if not _can_be_inputs(closed.consts):
-            return alone(*args, **kwargs)
         known, program = last[0]  # at once, as another thread may be here too
         if known is not closed:
-            program = _program(closed.jaxpr, getattr(f, "__name__", "run"), options)
+            program = _program(closed, getattr(f, "__name__", "run"), options)
             last[0] = closed, program
+        if program is None:
+            return alone(*args, **kwargs)
         leaves = jax.tree.leaves((args, {k: v for k, v in kwargs.items() if k not in static_argnames}))
-        return jax.tree.unflatten(jax.tree.structure(traced.out_info), program(closed.consts, _as_jax(leaves)))
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), program(_arrays(closed.consts), _as_jax(leaves)))
 
     return run
 
@@ -76,19 +77,27 @@ def compiled(f: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
         return jax.jit(f)
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
-    if not _can_be_inputs(closed.consts):
+    program, treedef = _program(closed), jax.tree.structure(shapes)
+    if program is None:
         return jax.jit(f)
-    program, treedef = _program(closed.jaxpr), jax.tree.structure(shapes)
 
     def run(*args: Any) -> Any:
-        return jax.tree.unflatten(treedef, program(closed.consts, _as_jax(jax.tree.leaves(args))))
+        return jax.tree.unflatten(treedef, program(_arrays(closed.consts), _as_jax(jax.tree.leaves(args))))
 
     return run
 
 
-def _can_be_inputs(consts: list[Any]) -> bool:
-    # NumPy's arrays may have a precision that JAX's do not have.
-    return all(isinstance(c, jax.Array) and not isinstance(c, jax.core.Tracer) for c in consts)
+def _arrays(consts: list[Any]) -> list[Any]:
+    """JAX's arrays among what a program closes over, which are inputs; None in place of the others."""
+    return [c if isinstance(c, jax.Array) else None for c in consts]
+
+
+def _numpys(consts: list[Any]) -> list[Any]:
+    """What is none of JAX's arrays, and stays in the program; None in place of these.
+
+    Copies, as JAX knows an array that it has seen in one precision, while anything holds it, in that precision only.
+    """
+    return [None if isinstance(c, jax.Array) else np.array(c) for c in consts]
 
 
 def _as_jax(leaves: list[Any]) -> list[Any]:
@@ -97,15 +106,28 @@ def _as_jax(leaves: list[Any]) -> list[Any]:
     return [jnp.asarray(v) if isinstance(v, np.ndarray) else v for v in leaves]
 
 
-def _program(jaxpr: Jaxpr, name: str = "run", options: dict[str, Any] | None = None) -> Callable[..., Any]:
-    wanted = (bool(jax.config.jax_enable_x64), dict(options or {}))  # type: ignore[attr-defined]
+def _program(
+    closed: ClosedJaxpr, name: str = "run", options: dict[str, Any] | None = None
+) -> Callable[[list[Any], list[Any]], list[Any]] | None:
+    """The program from what a function closes over and its arguments' leaves; None if it is not to be kept."""
+    jaxpr, consts = closed.jaxpr, closed.consts
+    size = sum(np.asarray(c).nbytes for c in consts if not isinstance(c, jax.Array))
+    if size > _MOST or being_traced(_arrays(consts)):
+        return None
+    numpys = _numpys(consts)
+    # JAX narrows NumPy's numbers where it sees them first, and not here.
+    kept = [(c, v.aval) for c, v in zip(numpys, jaxpr.constvars, strict=True) if c is not None]
+    if any(c.dtype != aval.dtype or aval.weak_type for c, aval in kept):
+        return None
+    wanted = [bool(jax.config.jax_enable_x64), sorted((options or {}).items()), numpys]  # type: ignore[attr-defined]
     for i, (known, compiled_for, program) in enumerate(_programs):
-        if compiled_for == wanted and _same(known, jaxpr):
+        if _equal(compiled_for, wanted) and _same(known, jaxpr):
             _programs.insert(0, _programs.pop(i))
             return program
 
-    def run(consts: list[Any], leaves: list[Any]) -> list[Any]:
-        return jax.core.eval_jaxpr(jaxpr, consts, *leaves)
+    def run(arrays: list[Any], leaves: list[Any]) -> list[Any]:
+        both = [given if own is None else own for given, own in zip(arrays, numpys, strict=True)]
+        return jax.core.eval_jaxpr(jaxpr, both, *leaves)
 
     run.__name__ = name  # in profiles and logs
     _programs.insert(0, (jaxpr, wanted, jax.jit(run, compiler_options=options or None)))

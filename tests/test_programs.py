@@ -99,8 +99,8 @@ def test_transformations_and_precision():
     np.testing.assert_array_equal(jax.grad(lambda w: run_compiled(lambda x: jnp.sum(odd(w)), X))(X), 7.0)
     np.testing.assert_array_equal(jax.vmap(f)(X[:, None]), X**2)
     np.testing.assert_array_equal(jax.jit(f)(X), 14.0)
-    weights = np.arange(3.0)  # of double precision, as NumPy has it
     for double in (True, False, True):
+        weights = np.arange(3.0)  # of double precision, as NumPy has it
         with jax.enable_x64(double):
             x = jnp.asarray(weights)
             found = run_compiled(lambda x: x @ weights, x)
@@ -133,8 +133,25 @@ def test_objects_share_programs(compiled):
     assert compiled() == before
     assert one.run(X, 2.0, n=3)["n"].shape == (3,)
     assert float(Holder(lambda x: jnp.sinh(x) @ weights[0]).run(X, 2.0, n=2)["value"]) != expected
-    numbers = np.arange(3.0)
-    assert float(Holder(lambda x: x @ numbers).run(X, 1.0, n=2)["value"]) == 8.0
+
+
+def test_numpy_arrays_closed_over(compiled):
+    """As NumPyro's distributions have them: equal ones share a program, others and large ones have their own."""
+
+    def dot(numbers):
+        numbers = numbers.astype(np.float32)
+        return float(Holder(lambda x: x @ numbers).run(X, 1.0, n=2)["value"])
+
+    assert dot(np.arange(3.0)) == 8.0
+    before = compiled()
+    assert dot(np.arange(3.0)) == 8.0
+    assert compiled() == before
+    assert dot(2 * np.arange(3.0)) == 16.0
+    large = np.ones(2**18 + 1, np.float32)
+    for _ in range(2):
+        before = compiled()
+        assert float(Holder(lambda x: x[0] + large).run(X, 1.0, n=2)["value"][-1]) == 2.0
+        assert compiled() > before
 
 
 def test_shared_programs_under_transformations():
