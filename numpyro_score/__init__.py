@@ -36,7 +36,7 @@ from numpyro_score.divergences import (
     mmd,
     squared_log_ratio,
 )
-from numpyro_score.energy import Energy, curl, score_factor
+from numpyro_score.energy import Domain, Energy, RowWeight, ball, curl, flat_simplex, polygon, score_factor
 from numpyro_score.flows import HamiltonianFlow, LangevinFlow, LearnedFlow, fit_flow
 from numpyro_score.generalized import prior_model
 from numpyro_score.inference import (
@@ -118,6 +118,7 @@ __all__ = [
     "DenoisingGenerator",
     "DiscreteFisher",
     "DiscreteLangevin",
+    "Domain",
     "EDMHeun",
     "Energy",
     "EnergyDistribution",
@@ -135,6 +136,7 @@ __all__ = [
     "PseudoLikelihood",
     "QuadraticLoss",
     "RatioMatching",
+    "RowWeight",
     "SandwichError",
     "ScoreDistribution",
     "ScoreMatching",
@@ -142,6 +144,7 @@ __all__ = [
     "SubVP",
     "adjust_draws",
     "audit",
+    "ball",
     "bits_by_noise",
     "compare",
     "curl",
@@ -151,6 +154,7 @@ __all__ = [
     "entropy_from_scores",
     "fisher_divergence",
     "fit_flow",
+    "flat_simplex",
     "flow_decode",
     "flow_encode",
     "flow_interpolate",
@@ -179,6 +183,7 @@ __all__ = [
     "plot_score_field",
     "plot_simulation_ranks",
     "plot_trajectories",
+    "polygon",
     "polynomial_schedule",
     "posterior",
     "preconditioned_energy",

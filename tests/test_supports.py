@@ -294,9 +294,8 @@ def test_simplex_coordinates():
         (constraints.ordered_vector, (3,), 3, DSM(0.3)),
         (constraints.positive_definite, (2, 2), 3, ISM()),
         (constraints.corr_cholesky, (3, 3), 3, ISM()),
-        (constraints.l1_ball, (3,), 3, ISM()),
     ],
-    ids=["ordered", "ordered, DSM", "positive definite", "correlation", "l1 ball"],
+    ids=["ordered", "ordered, DSM", "positive definite", "correlation"],
 )
 def test_other_supports_are_mapped_to_the_line(constraint, shape, dim, loss):
     """The loss is that of a model of the unconstrained coordinates with the Jacobian written out."""

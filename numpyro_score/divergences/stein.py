@@ -189,16 +189,16 @@ def _free_scores(energy: Energy, x: Float[Array, "n d"]) -> tuple[Float[Array, "
 def _refuse_closed(energy: Energy) -> None:
     if closed := closed_sites(energy):
         raise NotImplementedError(
-            f"kernel_stein_discrepancy has no kernel on the support of site '{closed[0]}', a sphere or circle: use "
-            "fisher_divergence or mmd."
+            f"kernel_stein_discrepancy has no kernel on the support of site '{closed[0]}', a sphere, circle or Domain: "
+            "use fisher_divergence or mmd."
         )
 
 
 def closed_sites(energy: Energy) -> list[str]:
-    """Sites on spheres and circles, where the kernel is none."""
+    """Sites on spheres and circles, where the kernel is none, and in domains, at whose boundary it does not vanish."""
     return [
         a.name
         for a in energy.arrays
-        if a.support.kind == "sphere"
+        if a.support.kind in ("sphere", "domain")
         or isinstance(base_constraint(energy.supports[a.name]), type(constraints.circular))
     ]

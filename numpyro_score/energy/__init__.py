@@ -16,23 +16,27 @@ from numpyro_score.energy.dependence import (
 )
 from numpyro_score.energy.devices import by_device, sum_by_device
 from numpyro_score.energy.discrete import evaluations, lattice_density, log_ratios, num_values, part
+from numpyro_score.energy.domains import Domain, ball, flat_simplex, polygon
 from numpyro_score.energy.energy import Energy
 from numpyro_score.energy.kinks import Kink, find_kink
 from numpyro_score.energy.layout import rows_first
 from numpyro_score.energy.relaxation import relaxed
 from numpyro_score.energy.score_terms import curl, score_factor
-from numpyro_score.energy.supports import base_constraint, base_law, innermost, make_frame
+from numpyro_score.energy.supports import RowWeight, base_constraint, base_law, distances, innermost, make_frame
 from numpyro_score.energy.text import numbered, plural, rows_text
 from numpyro_score.energy.trace import Parameters, Sealed, Site
 from numpyro_score.energy.values import check_rows
 
 __all__ = [
     "AnyArray",
+    "Domain",
     "Energy",
     "Kink",
     "Parameters",
+    "RowWeight",
     "Sealed",
     "Site",
+    "ball",
     "base_constraint",
     "base_law",
     "by_device",
@@ -41,9 +45,11 @@ __all__ = [
     "coarsest_rounding",
     "curl",
     "depends_on_inputs",
+    "distances",
     "evaluate_for_check",
     "evaluations",
     "find_kink",
+    "flat_simplex",
     "innermost",
     "is_constant",
     "is_quadratic",
@@ -56,6 +62,7 @@ __all__ = [
     "numbered",
     "part",
     "plural",
+    "polygon",
     "relaxed",
     "rows_first",
     "rows_text",

@@ -110,17 +110,18 @@ def _refuse(energy: BoundModel, what: int, name: str, bad: Any, names: str) -> N
 def _refuse_failing(energy: BoundModel, failing: Any, names: str) -> NoReturn:
     """Raises for rows at which the density is not finite."""
     layout, what = energy._layout, "log density" if energy.has_density else "score"
-    rounded = any(a.support.kind in ("sphere", "simplex") for a in layout.arrays)
+    rounded = any(a.support.kind in ("sphere", "simplex", "flat simplex") for a in layout.arrays)
     for a in layout.arrays:
-        if a.is_site and a.support.kind in ("box", "simplex"):
+        if a.is_site and a.support.kind in ("box", "simplex", "flat simplex"):
             _, support, values = _seen(energy, a.name)
             touch = failing & on_boundary(a.support.kind, support, values)
             if fetch(touch.any()):
-                where = "with a share of zero" if a.support.kind == "simplex" else "on the boundary of its support"
+                shares = a.support.kind != "box"
+                where = "with a share of zero" if shares else "on the boundary of its support"
                 raise ValueError(
                     f"The {what} is not finite in {rows_text(touch)} of data '{a.name}', {where}: if these are "
                     "small values rounded, put half of the smallest step that is measured in their place"
-                    + (" and divide the rows by their sums" if a.support.kind == "simplex" else "")
+                    + (" and divide the rows by their sums" if shares else "")
                     + "; if they occur with a probability of their own, model these rows apart."
                 )
     raise ValueError(

@@ -14,6 +14,7 @@ from numpyro_score.energy.dependence import depends_on_data, numbers_per_row, tr
 from numpyro_score.energy.layout import DataArray, Layout, find_arrays, refuse_moving_bounds
 from numpyro_score.energy.relaxation import is_quadratic
 from numpyro_score.energy.rows import assemble
+from numpyro_score.energy.supports import distances
 from numpyro_score.energy.trace import is_factor, is_observed_sample, term_log_prob
 
 __all__ = ["ReadModel"]
@@ -56,10 +57,11 @@ class ReadModel(BoundModel):
             zip(found["shapes"], depends_on_data(jaxpr, [a.support.is_discrete for a in arrays]), strict=True)
         )
         layout = assemble(arrays, found["sites"], found["shapes"], depends)
-        if any(a.support.has_bounds for a in arrays):
+        if any(a.support.has_bounds or a.support.kind == "domain" for a in arrays):
 
             def bounds(params: Any, rest: dict[str, Any]) -> Any:
-                return self._replace(**rest, params=params, _layout=layout).bounds(layout.num_rows)
+                energy = self._replace(**rest, params=params, _layout=layout)
+                return energy.bounds(layout.num_rows), distances(energy.supports.values(), energy.blocks, energy.data)
 
             params = dynamic.pop("params")
             jaxpr = jax.make_jaxpr(bounds)(params, dynamic).jaxpr

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 from numpyro.distributions import constraints
 
+from numpyro_score.energy.domains import domain_of
 from numpyro_score.energy.supports import DISCRETE, base_constraint
 
 __all__ = ["on_boundary", "outside_remedy"]
@@ -40,12 +41,18 @@ def outside_remedy(name: str, kind: str, constraint: constraints.Constraint, val
             "norms on the unit sphere",
             f"np.linalg.norm({name}, axis=-1, keepdims=True)",
         )
-    if kind == "simplex":
+    if kind in ("simplex", "flat simplex"):
         if (value < 0).any():
             return f"some shares are negative, at least {value.min():.3g}: correct them"
         return _off_one(name, value.sum(-1), "sums on the simplex", f"{name}.sum(-1, keepdims=True)")
     if isinstance(base, type(constraints.circular)):
         return _turn(name, value)
+    if domain := domain_of(base):
+        deepest = -np.asarray(domain.distances(jnp.asarray(value, jnp.result_type(float)))).min()
+        return (
+            f"their functions are down to {-deepest:.3g} there, and they are to be positive inside: correct these "
+            "values, their unit or origin, or the domain"
+        )
     lower, upper = (np.asarray(getattr(base, b, i), np.float64) for b, i in _ENDS)
     if kind == "box":
         if ((value >= lower) & (value <= upper)).all():
@@ -88,7 +95,7 @@ _ENDS = (("lower_bound", -np.inf), ("upper_bound", np.inf))
 
 def on_boundary(kind: str, constraint: constraints.Constraint, value: Array) -> Array:
     """Which rows of finite data (M, ...) touch the boundary of a bounded support or of a simplex, (M,)."""
-    if kind == "simplex":
+    if kind in ("simplex", "flat simplex"):
         touch = value == 0
     elif kind == "box":
         lower, upper = (jnp.asarray(getattr(base_constraint(constraint), b, i), value.dtype) for b, i in _ENDS)

@@ -12,6 +12,8 @@ symmetric matrix A(x) and a drift b(x):
 | bounded, coordinate by coordinate | diag √h_j | h_j' | Hyvärinen 2007; Yu, Drton & Shojaie 2019 |
 | unit sphere in R^d | P = I − xxᵀ | −(d−1) x | Mardia, Kent & Laha 2016 |
 | simplex, as z = √x on the sphere | √h P | P∇h − (d−1) h z | Scealy & Wood 2022 |
+| simplex in its plane | √h P with P = I − 11ᵀ/d | P∇h | |
+| region of R^d, and bounds with one weight for all | √h I | ∇h | Liu, Kanamori & Williams 2022 |
 
 Other supports are mapped to the real line first, by NumPyro's `biject_to`, with the log Jacobian added to f.
 
@@ -21,7 +23,7 @@ Discrete data have no gradient; what takes its place is in `energy/discrete.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,10 +33,28 @@ import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro.distributions import biject_to, constraints
 
+from numpyro_score.energy.domains import domain_of, flat_simplex
 from numpyro_score.operators import Frame
 
 Shape = tuple[int, ...]
-Weight = Callable[[Array], Array]
+
+
+class RowWeight(NamedTuple):
+    """A weight h of whole points, where a boundary weight by default is a function of one distance.
+
+    For data with several bounds, e.g. the product `RowWeight(lambda distances, x: jnp.minimum(distances, 1).prod(-1))`.
+    It must be zero wherever one of the distances is, positive inside, and continuous, or the estimates are biased.
+
+    Attributes:
+        h: from distances (..., k) and points (..., d) to (...), written with `jax.numpy`. The distances are those of
+            each number to its nearest bound, infinite where it has none (k = d); the shares of a composition (k = d);
+            and those to each part of a `Domain`.
+    """
+
+    h: Callable[[Array, Array], Array]
+
+
+Weight = Callable[[Array], Array] | RowWeight
 
 DISCRETE = ("binary", "levels", "counts")
 """The kinds of discrete support: 0 and 1, the integers of an interval, and all integers from a least one on."""
@@ -43,7 +63,7 @@ DISCRETE = ("binary", "levels", "counts")
 class Support(NamedTuple):
     """The support of one array of data: static and hashable."""
 
-    kind: str  # "real", "box", "sphere", "simplex", "other" or one of DISCRETE
+    kind: str  # "real", "box", "sphere", "simplex", "flat simplex", "domain", "other" or one of DISCRETE
     constraint: constraints.Constraint | None = None  # of the kind "other"
     size: int | None = None  # the most values that a number of finite discrete data has; None if not known
     dtype: str | None = None  # of discrete data, as the model sees them, unless they are floats
@@ -63,6 +83,10 @@ class Support(NamedTuple):
             return cls("sphere")
         if isinstance(base, type(constraints.simplex)):
             return cls("simplex")
+        if isinstance(base, type(flat_simplex)):
+            return cls("flat simplex")
+        if domain_of(base) is not None:
+            return cls("domain")
         biject_to(constraint)  # raises NotImplementedError
         return cls("other", constraint)
 
@@ -160,13 +184,20 @@ def capped_distance(distance: Array) -> Array:
     return jnp.minimum(distance, 1.0)
 
 
-def make_frame(blocks: Sequence[Block], x: Array, lower: Array, upper: Array, weight: Weight | None) -> Frame:
-    """The frame at rows x (N, D) with bounds that broadcast to them; `weight` maps a distance to h."""
+def make_frame(
+    blocks: Sequence[Block],
+    supports: Sequence[constraints.Constraint],
+    x: Array,
+    lower: Array,
+    upper: Array,
+    weight: Weight | None,
+) -> Frame:
+    """The frame at rows x (N, D) of blocks with supports, and bounds that broadcast to the rows."""
     weight = capped_distance if weight is None else weight
     maps, drifts = [], []
-    for block in blocks:
+    for block, support in zip(blocks, supports, strict=True):
         columns = slice(block.start, block.stop)
-        apply, drift = _block_frame(block, x[:, columns], lower[:, columns], upper[:, columns], weight)
+        apply, drift = _block_frame(block, support, x[:, columns], lower[:, columns], upper[:, columns], weight)
         maps.append((columns, apply))
         drifts.append(drift)
 
@@ -177,16 +208,25 @@ def make_frame(blocks: Sequence[Block], x: Array, lower: Array, upper: Array, we
 
 
 def _block_frame(
-    block: Block, x: Array, lower: Array, upper: Array, weight: Weight
+    block: Block, support: constraints.Constraint, x: Array, lower: Array, upper: Array, weight: Weight
 ) -> tuple[Callable[[Array], Array], Array]:
     if block.kind == "box":
-        return _box(x, lower, upper, weight)
+        if not isinstance(weight, RowWeight):
+            return _box(x, lower, upper, weight)
+        return _region(x, x.shape[-1], lambda x: jnp.minimum(x - lower[:, None], upper[:, None] - x), weight)
     if block.kind in ("sphere", "simplex"):
         return _sphere(x, block.size, weight if block.kind == "simplex" else None)
+    if block.kind == "flat simplex":
+        scale = math.sqrt(block.size / (block.size - 1))  # the distance of x from the face x_j = 0 is x_j times it
+        return _region(x, block.size, lambda x: x, weight, lambda v: v - v.mean(-1, keepdims=True), scale)
+    if block.kind == "domain" and (domain := domain_of(base_constraint(support))):
+        return _region(x, block.size, domain.distances, weight)
     return lambda v: v, jnp.zeros_like(x)
 
 
-def _box(x: Array, lower: Array, upper: Array, weight: Weight) -> tuple[Callable[[Array], Array], Array]:
+def _box(
+    x: Array, lower: Array, upper: Array, weight: Callable[[Array], Array]
+) -> tuple[Callable[[Array], Array], Array]:
     bounded = jnp.isfinite(lower) | jnp.isfinite(upper)
 
     def h(x: Array) -> Array:
@@ -198,6 +238,46 @@ def _box(x: Array, lower: Array, upper: Array, weight: Weight) -> tuple[Callable
     return lambda v: root * v, slope
 
 
+def _region(
+    x: Array,
+    size: int,
+    distances: Callable[[Array], Array],
+    weight: Weight,
+    project: Callable[[Array], Array] = lambda v: v,
+    scale: float = 1.0,
+) -> tuple[Callable[[Array], Array], Array]:
+    """Points of `size` numbers in R^d or, by `project`, in a plane of it, with one weight each."""
+
+    def h(z: Array) -> Array:
+        if isinstance(weight, RowWeight):
+            return _row_weight(weight, distances(z), z)
+        return weight(scale * distances(z).min(-1))
+
+    value, slope = _value_and_slope(h, x.reshape(len(x), -1, size))
+    root = jnp.sqrt(jnp.maximum(value, 0.0))[..., None]  # points on the boundary may be outside by rounding
+
+    def apply(v: Array) -> Array:
+        return (root * project(v.reshape(*v.shape[:-1], -1, size))).reshape(v.shape)
+
+    return apply, project(slope).reshape(x.shape)
+
+
+def _row_weight(weight: RowWeight, distances: Array, x: Array) -> Array:
+    value = weight.h(distances, x)
+    if jnp.shape(value) != x.shape[:-1]:
+        raise ValueError(
+            f"A RowWeight gave shape {jnp.shape(value)} for points of shape {x.shape}: return one number for each "
+            f"point, {x.shape[:-1]}."
+        )
+    return value
+
+
+def _value_and_slope(h: Callable[[Array], Array], z: Array) -> tuple[Array, Array]:
+    """The weight of points (..., d) and its gradient at each."""
+    value, pull = jax.vjp(h, z)
+    return value, pull(jnp.ones_like(value))[0]
+
+
 def _sphere(x: Array, size: int, weight: Weight | None) -> tuple[Callable[[Array], Array], Array]:
     z = x.reshape(-1, x.shape[-1] // size, size)
 
@@ -206,6 +286,9 @@ def _sphere(x: Array, size: int, weight: Weight | None) -> tuple[Callable[[Array
 
     if weight is None:
         h, slope = jnp.ones_like(z[..., :1]), jnp.zeros_like(z)
+    elif isinstance(weight, RowWeight):
+        h, slope = _value_and_slope(lambda z: _row_weight(weight, z**2, z**2), z)
+        h = h[..., None]
     else:
         # By index, not as the gradient of a minimum: compiled, √x squared may differ from itself in the last digit, and
         # the gradient would be lost with the comparison.
@@ -221,6 +304,12 @@ def _sphere(x: Array, size: int, weight: Weight | None) -> tuple[Callable[[Array
     return apply, drift.reshape(x.shape)
 
 
+def distances(supports: Iterable[constraints.Constraint], blocks: Sequence[Block], x: Array) -> list[Array]:
+    """Of rows x (N, D) to the boundaries of the domains among the supports."""
+    pairs = ((domain_of(base_constraint(s)), block) for s, block in zip(supports, blocks, strict=True))
+    return [d.distances(x[:, b.start : b.stop].reshape(len(x), -1, b.size)) for d, b in pairs if d is not None]
+
+
 def row_width(support: Support, shape: Shape, row_axes: Shape) -> int:
     """The coordinates that an array adds to each row."""
     coordinates = support.coordinate_shape(shape)
@@ -234,8 +323,9 @@ def can_be_outside(kind: str, constraint: constraints.Constraint) -> bool:
 
 def outside(kind: str, value: Any, constraint: constraints.Constraint) -> Array:
     """Which elements of the data, of its batch shape, are not in the support."""
-    if kind in ("sphere", "simplex"):  # NumPyro's tolerance is for one precision
+    if kind in ("sphere", "simplex", "flat simplex"):  # NumPyro's tolerance is for one precision
         total = jnp.sum(value**2 if kind == "sphere" else value, axis=-1)
         wrong = jnp.abs(total - 1) > 1e-4
-        return wrong | jnp.any(value < 0, axis=-1) if kind == "simplex" else wrong
-    return ~constraint(value)
+        return wrong if kind == "sphere" else wrong | jnp.any(value < 0, axis=-1)
+    domain = domain_of(base_constraint(constraint))
+    return ~(constraint if domain is None else domain)(value)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import AnyArray, Energy
+from numpyro_score.energy import AnyArray, Energy, RowWeight
 from numpyro_score.losses.base import positive, required, true_or_false
 from numpyro_score.losses.terms import data_frame
 
@@ -40,7 +40,7 @@ class ESM:
     """
 
     target_score: Callable[[Array], Array] = None  # type: ignore[assignment]
-    boundary_weight: Callable[[Array], Array] | None = None
+    boundary_weight: Callable[[Array], Array] | RowWeight | None = None
     allow_kinks: bool = False
 
     no_moving_kinks: ClassVar[str] = "its gradient leaves out that the jump moves with the parameters"

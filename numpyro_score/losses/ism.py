@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, RowWeight
 from numpyro_score.losses.base import true_or_false
 from numpyro_score.losses.chunks import narrowness, rows_at_once
 from numpyro_score.losses.terms import check_boundary_weight, exact_terms
@@ -44,7 +44,7 @@ class ISM:
         ValueError, TypeError: for a boundary_weight that does not vanish at zero, or is no function of JAX arrays.
     """
 
-    boundary_weight: Callable[[Array], Array] | None = None
+    boundary_weight: Callable[[Array], Array] | RowWeight | None = None
     allow_kinks: bool = False
 
     no_kinks: ClassVar[str] = "the trace of the score's derivative leaves the jump out"

@@ -13,7 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float
 
-from numpyro_score.energy import Energy, innermost
+from numpyro_score.energy import Energy, distances, innermost
 from numpyro_score.losses.base import require_equal_rows, required, set_counts
 from numpyro_score.placement import fetch
 
@@ -155,11 +155,13 @@ class NCE:
             )
 
     def _contrast(self, energy: Energy, y: Float[Array, "m n d"]) -> Float[Array, "m n"]:
-        """The log density less log q at draws of the noise; −∞ outside of the data's bounds."""
+        """The log density less log q at draws of the noise; −∞ outside of the data's bounds or domain."""
         if energy.flat:
             return energy.log_density(y) - self._log_noise(y)
         lower, upper = energy.bounds(energy.num_rows)
         inside = jnp.all((y > lower) & (y < upper), axis=-1)
+        for distance in distances(energy.supports.values(), energy.blocks, y.reshape(-1, energy.dim)):
+            inside &= jnp.all(distance > 0, axis=(1, 2)).reshape(inside.shape)
         # The model has no mass outside. Its density is not defined there: even an unused NaN would spoil the gradient.
         y = jnp.where(inside[..., None], y, energy.data)
         return jnp.where(inside, energy.log_density(y) - self._log_noise(y), -jnp.inf)
@@ -177,7 +179,7 @@ class NCE:
         energy.require_continuous("NCE")
         require_equal_rows(energy, "NCE")
         for a in energy.arrays:
-            if a.support.kind not in ("real", "box"):
+            if a.support.kind not in ("real", "box", "domain"):
                 raise NotImplementedError(
                     f"NCE needs data in their own coordinates, and those of site '{a.name}' are changed "
                     f"({a.support.kind}): transform the data to the real line in the model, with the Jacobian as a "

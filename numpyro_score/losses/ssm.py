@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score import random
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, RowWeight
 from numpyro_score.losses.base import set_counts, true_or_false
 from numpyro_score.losses.chunks import rows_at_once, rows_in_cache
 from numpyro_score.losses.terms import check_boundary_weight, sliced_terms
@@ -48,7 +48,7 @@ class SSM:
     num_projections: int = 1
     projection: Projection = "rademacher"
     variance_reduced: bool = True
-    boundary_weight: Callable[[Array], Array] | None = None
+    boundary_weight: Callable[[Array], Array] | RowWeight | None = None
     allow_kinks: bool = False
 
     no_kinks: ClassVar[str] = "the derivative of the score leaves the jump out"

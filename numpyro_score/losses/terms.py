@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score import operators
-from numpyro_score.energy import Energy, make_frame
+from numpyro_score.energy import Energy, RowWeight, make_frame
 
 __all__ = ["check_boundary_weight", "data_frame", "exact_terms", "require_flat", "sliced_terms"]
 
-Weight = Callable[[Array], Array]
+Weight = Callable[[Array], Array] | RowWeight
 
 
 def exact_terms(energy: Energy, boundary_weight: Weight | None = None) -> tuple[Float[Array, "n d"], Float[Array, "n"]]:
@@ -78,10 +78,12 @@ def require_flat(energy: Energy, owner: str, remedy: str = LOSS_REMEDY) -> None:
 
 def check_boundary_weight(owner: str, weight: Weight | None) -> None:
     """Raises unless `weight` is None or vanishes at the boundary, which is what makes the normaliser drop out."""
-    if weight is None:
+    if weight is None or (isinstance(weight, RowWeight) and callable(weight.h)):
         return
     if not callable(weight):
-        raise TypeError(f"{owner} needs a boundary_weight that is a function of distances, got {weight!r}.")
+        raise TypeError(
+            f"{owner} needs a boundary_weight that is a RowWeight or a function of distances, got {weight!r}."
+        )
     with jax.ensure_compile_time_eval():
         distance = jnp.array([0.0, 1.0])
         try:
@@ -106,4 +108,4 @@ def data_frame(energy: Energy, x: Array, boundary_weight: Weight | None) -> oper
     if energy.flat:
         return None
     lower, upper = energy.bounds(x.shape[0])
-    return make_frame(energy.blocks, x, lower, upper, boundary_weight)
+    return make_frame(energy.blocks, list(energy.supports.values()), x, lower, upper, boundary_weight)

@@ -35,6 +35,7 @@ __all__ = [
     "free_dim",
     "free_log_density",
     "from_free",
+    "has_domain",
     "num_draws",
     "row_log_jacobian",
     "row_to_data",
@@ -93,7 +94,13 @@ def from_free(
 def free_log_density(energy: Energy, u: Float[Array, "*batch p"], chart: Chart = "embedding") -> Float[Array, "*batch"]:
     """g(u), whose integral over R^P is that of exp f over the data, (..., P) to (...)."""
     x, log_jacobian = from_free(energy, u, chart)
-    return energy.log_density(x) + log_jacobian
+    # Outside of a domain the density is zero, whatever the model says there, NaN included.
+    return jnp.where(log_jacobian == -jnp.inf, -jnp.inf, energy.log_density(x) + log_jacobian)
+
+
+def has_domain(energy: Energy) -> bool:
+    """Whether some of the data live in a `Domain`, which has no map from R^P."""
+    return any(a.support.kind == "domain" for a in energy.arrays)
 
 
 def row_to_data(energy: Energy, x: Float[Array, "d"]) -> dict[str, Array]:
@@ -167,8 +174,10 @@ def _pieces(energy: Energy, chart: Chart) -> Sequence[Piece]:
             maps, num_free = _angles(block.size), width // block.size * (block.size - 1)
         elif block.kind == "sphere":
             maps, embedded = _sphere(block.size), block.size
-        elif block.kind == "simplex":
-            maps, num_free = _simplex(block.size), width // block.size * (block.size - 1)
+        elif block.kind in ("simplex", "flat simplex"):
+            maps, num_free = _simplex(block.size, block.kind == "flat simplex"), width // block.size * (block.size - 1)
+        elif block.kind == "domain":
+            maps = _domain(supports[a.name], block.size)
         else:  # real already, or mapped there by `Energy`, which has the Jacobian in its log density
             maps = lambda u: (u, jnp.zeros(())), lambda x: x
         pieces.append(Piece(columns, slice(start, start + num_free), *maps, embedded))
@@ -243,7 +252,18 @@ def _angles(size: int) -> Maps:
     return to_row, to_free
 
 
-def _simplex(size: int) -> Maps:
+def _domain(constraint: constraints.Constraint, size: int) -> Maps:
+    """Points as they are: outside the density is zero."""
+
+    def to_row(u: Array) -> tuple[Array, Array]:
+        inside = constraint(u.reshape(*u.shape[:-1], -1, size)).all(-1)
+        return u, jnp.where(inside, 0.0, -jnp.inf)
+
+    return to_row, lambda x: x
+
+
+def _simplex(size: int, flat: bool) -> Maps:
+    """Rows are the shares x if flat, and else √x."""
     transform = biject_to(constraints.simplex)
 
     def to_row(u: Array) -> tuple[Array, Array]:
@@ -251,11 +271,14 @@ def _simplex(size: int) -> Maps:
         x = transform(v)
         log_jacobian = transform.log_abs_det_jacobian(v, x)
         x = jnp.maximum(x, jnp.finfo(x.dtype).tiny)  # far out a product of small numbers is 0, and the Jacobian too
+        if flat:
+            return x.reshape(*u.shape[:-1], -1), jnp.sum(log_jacobian, axis=-1)
         # The rows are √x, and Σ log √x is in their log density.
         return jnp.sqrt(x).reshape(*u.shape[:-1], -1), jnp.sum(log_jacobian - 0.5 * jnp.sum(jnp.log(x), -1), axis=-1)
 
     def to_free(z: Array) -> Array:
-        x = z.reshape(*z.shape[:-1], -1, size) ** 2
+        x = z.reshape(*z.shape[:-1], -1, size)
+        x = x if flat else x**2
         # NumPyro's inverse takes the rest of the stick as 1 − Σ, which loses a small last share.
         rest = jnp.flip(jnp.cumsum(jnp.flip(x, -1), -1), -1)[..., 1:]
         u = jnp.log(x[..., :-1]) - jnp.log(rest) + jnp.log(jnp.arange(size - 1, 0, -1))

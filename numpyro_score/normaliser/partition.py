@@ -11,7 +11,7 @@ import numpy as np
 from numpyro_score.energy import Energy
 from numpyro_score.normaliser.ais import ais
 from numpyro_score.normaliser.bridge import nce
-from numpyro_score.normaliser.coordinates import free_dim
+from numpyro_score.normaliser.coordinates import free_dim, has_domain
 from numpyro_score.normaliser.enumeration import MAX_STATES, enumeration, num_states
 from numpyro_score.normaliser.flow import flow
 from numpyro_score.normaliser.quadrature import MAX_DIM, quadrature
@@ -87,7 +87,7 @@ def log_partition(
 
     Raises:
         TypeError: for a model with a :func:`~numpyro_score.score_factor`, and without a key where one is needed.
-        NotImplementedError: for rows of discrete and continuous numbers.
+        NotImplementedError: for rows of discrete and continuous numbers, and data in a `Domain`.
         ValueError: for an unknown method; rows with densities of their own; and as the method says, among others if
             the density cannot be normalised.
 
@@ -126,6 +126,11 @@ def _method(energy: Energy, method: str | None) -> str:
         raise NotImplementedError(
             "log_partition has no method for rows of discrete and continuous numbers: sum the discrete ones out of the "
             "density with jax.nn.logsumexp, in a model of the continuous ones."
+        )
+    if has_domain(energy):
+        raise NotImplementedError(
+            "log_partition has no method for data in a Domain, which has no map from the whole space: sum exp f over a "
+            "grid or over uniform draws inside."
         )
     if method is None:
         if discrete:

@@ -20,7 +20,7 @@ from numpyro_score.arviz import as_arviz, dataset, sample_stats
 from numpyro_score.energy import Energy, lattice_density, num_values
 from numpyro_score.kernels import DiscreteKernel, Gibbs, GibbsWithGradients
 from numpyro_score.losses.base import at_least_one
-from numpyro_score.normaliser.coordinates import free_log_density, from_free, row_to_data, to_free
+from numpyro_score.normaliser.coordinates import free_log_density, from_free, has_domain, row_to_data, to_free
 from numpyro_score.normaliser.mixing import mixed
 from numpyro_score.normaliser.source import Source, density_of
 from numpyro_score.normaliser.tails import check_counts
@@ -210,7 +210,8 @@ def _to_arviz(energy: Energy, x: Float[Array, "chain draw d"], stats: dict[str, 
         highest = max(float(v.max(skipna=False)) for v in groups["r_hat"].values())
         if not mixed(groups["r_hat"], groups["ess"], _MAX_R_HAT):
             warnings.warn(f"The largest R-hat is {highest:.3g}: run longer chains, or more warmup.", stacklevel=3)
-    if count := int(np.sum(stats.get("diverging", 0))):
+    # Paths that leave a domain end there, as divergences; the draws are no worse for it.
+    if (count := int(np.sum(stats.get("diverging", 0)))) and not has_domain(energy):
         warnings.warn(
             f"{count} of {x.shape[0] * x.shape[1]} transitions diverged, and draws may miss narrow places.",
             stacklevel=3,

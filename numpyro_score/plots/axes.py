@@ -80,7 +80,7 @@ def require_plane(owner: str, energy: Energy) -> None:
                 f"{owner} draws a density on a plane, and site '{a.name}' is discrete ({a.support.kind}): use "
                 "plot_marginals."
             )
-        if a.support.kind in ("sphere", "simplex"):
+        if a.support.kind in ("sphere", "simplex", "flat simplex"):
             raise ValueError(
                 f"{owner} varies two coordinates by themselves, and site '{a.name}' lives on a {a.support.kind}: use "
                 "plot_marginals."
