@@ -103,7 +103,7 @@ def test_transformations_and_precision():
         weights = np.arange(3.0)  # of double precision, as NumPy has it
         with jax.enable_x64(double):
             x = jnp.asarray(weights)
-            found = run_compiled(lambda x: x @ weights, x)
+            found = run_compiled(lambda x, w=weights: x @ w, x)
             assert found.dtype == x.dtype and float(found) == 5.0
     with jax.enable_x64(True):
         third = run_compiled(lambda x: x / 3.0, jnp.array(1.0))
