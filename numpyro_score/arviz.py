@@ -15,6 +15,7 @@ from numpyro.infer import MCMC
 
 from numpyro_score.energy import Energy
 from numpyro_score.generalized import GeneralizedModel
+from numpyro_score.labels import with_labels
 from numpyro_score.placement import fetch
 from numpyro_score.version import __version__
 
@@ -128,9 +129,11 @@ def as_arviz(
     groups: dict[str, xr.Dataset],
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
+    own_coords: Mapping[str, Any] | None = None,
+    own_dims: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
-    """Groups as the container that the installed ArviZ has, with the names that a user gives to axes."""
-    groups = _with_names(groups, coords or {}, dims or {})
+    """Groups as the container that the installed ArviZ has; names of axes as :func:`with_labels` takes them."""
+    groups = with_labels(groups, coords, dims, own_coords, own_dims)
     library = {
         "inference_library": "numpyro_score",
         "inference_library_version": __version__,
@@ -143,50 +146,6 @@ def as_arviz(
         tree.attrs |= library
         return tree
     return ScoreData(attrs=library, **groups)
-
-
-def _with_names(
-    groups: dict[str, xr.Dataset], coords: Mapping[str, Any], dims: Mapping[str, Sequence[str]]
-) -> dict[str, xr.Dataset]:
-    """Groups with axes renamed as `dims` says, {variable: names}, and labelled as `coords` says, {name: labels}.
-
-    Raises:
-        ValueError: for a variable or axis that is not there, another number of names than the variable has axes besides
-            chain and draw, or another number of labels than an axis has.
-    """
-    variables = {str(v) for group in groups.values() for v in group.data_vars}
-    if unknown := sorted(set(dims) - variables):
-        raise ValueError(f"dims has {unknown}, and the variables are {sorted(variables)}: use these.")
-    for label, group in groups.items():
-        new: dict[str, xr.DataArray] = {}
-        for key, array in group.data_vars.items():
-            name = str(key)
-            own = [str(d) for d in array.dims if str(d).startswith(f"{name}_dim_")]
-            if label == "log_likelihood":  # one axis for rows, whatever axes the data have
-                own = []
-            names = own if label == "log_likelihood" else dims.get(name, own)
-            given = [names] if isinstance(names, str) else list(names)
-            if len(given) != len(own):
-                raise ValueError(
-                    f"dims names {len(given)} axes of '{name}', {given}, which has {len(own)} besides chain and draw: "
-                    "give one name for each."
-                )
-            moved = {a: b for a, b in zip(own, given, strict=True) if a != b}
-            array = array.drop_vars(list(moved)).rename(moved)
-            for dim in given:
-                if dim in coords and len(coords[dim]) != array.sizes[dim]:
-                    raise ValueError(
-                        f"coords has {len(coords[dim])} labels for '{dim}', and '{name}' has {array.sizes[dim]} there: "
-                        "give one for each."
-                    )
-                if dim in coords or dim in moved.values():
-                    array = array.assign_coords({dim: np.asarray(coords.get(dim, np.arange(array.sizes[dim])))})
-            new[name] = array
-        groups = {**groups, label: xr.Dataset(new, attrs=group.attrs)}
-    known = {str(d) for group in groups.values() for d in group.dims}
-    if unknown := sorted(set(coords) - known):
-        raise ValueError(f"coords has {unknown}, and the axes are {sorted(known)}: name them in dims, too.")
-    return groups
 
 
 class ScoreData(xr.DataTree if hasattr(az, "convert_to_datatree") else az.InferenceData):  # type: ignore[misc]

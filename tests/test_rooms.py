@@ -14,6 +14,7 @@ ROOMS = [
     "programs",
     "placement",
     "printed",
+    "labels",
     "energy",
     "kernels",
     "flows",

@@ -11,6 +11,7 @@ from numpyro_score.inference.posterior import generalized_bayes
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.saved import load
 from numpyro_score.inference.score_matching import ScoreMatching
+from numpyro_score.inference.summary import Summary
 
 __all__ = [
     "AdversarialDynamicsEmbedding",
@@ -24,6 +25,7 @@ __all__ = [
     "NonFiniteLossError",
     "ScoreMatching",
     "ScoreMatchingResult",
+    "Summary",
     "adjust_draws",
     "default_optimizer",
     "generalized_bayes",

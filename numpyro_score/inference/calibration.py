@@ -12,7 +12,8 @@ import numpy as np
 from numpyro.infer.autoguide import AutoDelta
 
 from numpyro_score.energy import Sealed
-from numpyro_score.inference.result import Fitter, ScoreMatchingResult
+from numpyro_score.inference.fitter import Fitter
+from numpyro_score.inference.result import ScoreMatchingResult
 
 __all__ = ["CalibratedRate", "calibrated_fit"]
 

@@ -8,14 +8,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from numpyro.infer import Predictive, init_to_value
-from numpyro.infer.autoguide import AutoDelta, AutoGuide
+from numpyro.infer import init_to_value
+from numpyro.infer.autoguide import AutoDelta
 
 from numpyro_score.arviz import as_arviz
 from numpyro_score.energy import Energy
@@ -23,8 +23,11 @@ from numpyro_score.inference.absent import Absent
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.export import NormalisedDensity, fit_groups
 from numpyro_score.inference.files import save_fit
+from numpyro_score.inference.fitter import Fitter
+from numpyro_score.inference.guides import draw_latents, medians
 from numpyro_score.inference.pickling import without_observed
-from numpyro_score.losses import Loss
+from numpyro_score.inference.summary import Summary, summarise
+from numpyro_score.labels import site_dims
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser import LogPartition
 from numpyro_score.printed import values_with_errors
@@ -44,28 +47,9 @@ from numpyro_score.uncertainty import (
     stderr_of,
 )
 
-__all__ = ["Fitter", "ScoreMatchingResult"]
+__all__ = ["ScoreMatchingResult"]
 
 Function = Callable[[dict[str, Any]], Any]
-
-
-@runtime_checkable
-class Fitter(Protocol):
-    """What a result needs to know of the :class:`~numpyro_score.ScoreMatching` that made it."""
-
-    score_model: Callable[..., Any]
-    score_loss: Loss
-    learning_rate: Any
-    data: str | None
-    prior: Callable[..., Any]  # the model's parameters alone
-    trace_prior: Callable[[dict[str, Any], tuple[Any, ...], dict[str, Any]], dict[str, Any]]  # its sites at values
-    guide: Any
-
-    def at_learning_rate(self, learning_rate: float) -> Fitter:
-        """The same with another β."""
-
-    def point(self) -> Fitter:
-        """The same with a point estimate for a guide."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +155,31 @@ class ScoreMatchingResult:
         params = {**self.estimates, **mutable}
         return Energy.bound_to(self.svi.score_model, params, {}, None, self.svi.data, self.args, self.kwargs)
 
+    def summary(
+        self,
+        level: float = 0.95,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+    ) -> Summary:
+        """The fit as a table, one row for each number; names are those of ArviZ.
+
+        Columns: `estimate`; `stderr`, as :meth:`stderr`; `z`, the estimate in standard errors, missing where the site's
+        constraint leaves zero out; the ends of an interval, say `2.5%` and `97.5%`, normal in unconstrained space, as
+        :meth:`sample_posterior`, so that it respects the constraint; `distance` of the minimum from the estimates, in
+        standard errors (of a simplex or matrix, that of the coordinate furthest away). Deterministic sites are there,
+        too. Where there are no errors, these columns are missing values, and a sentence says why.
+
+        Args:
+            level: of the intervals.
+            coords: labels along axes, {name: labels}, as in :meth:`to_arviz`.
+            dims: names of axes, {site: [name, ...]}, likewise. Those of plates are the plates' without.
+
+        Returns:
+            A `pandas.DataFrame` that prints as text, and in notebooks as HTML.
+        """
+        return summarise(self, level, coords, dims, {}, site_dims(self.sites))
+
     def covariance(self) -> Float[Array, "p p"]:
         """The sandwich covariance H⁻¹SH⁻¹ of the estimates, (P, P), in unconstrained space.
 
@@ -252,7 +261,7 @@ class ScoreMatchingResult:
         rng_key, n = as_key(rng_key), at_least_one("sample_posterior", "n", n)
         if self.is_point:
             return self.with_deterministic(self.coordinates.draw(rng_key, self.curvature.covariance, n))
-        draws = self._draw_from_guide(rng_key, n)
+        draws = draw_latents(self.svi.guide, rng_key, n, self.params, self.args, self.kwargs)
         params = {k: v for k, v in self.estimates.items() if k not in draws}
         return self.with_deterministic(draws | jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *jnp.shape(v))), params))
 
@@ -283,7 +292,8 @@ class ScoreMatchingResult:
         """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
         rng_key = as_key(0 if rng_key is None else rng_key)
         num_samples = at_least_one("to_arviz", "num_samples", num_samples)
-        return as_arviz(fit_groups(self, rng_key, num_samples, log_partition), coords, dims)
+        groups = fit_groups(self, rng_key, num_samples, log_partition)
+        return as_arviz(groups, coords, dims, own_dims=site_dims(self.sites))
 
     def save(self, path: str | os.PathLike[str], *, data: bool = True) -> None:
         """Writes the fit to a new directory, from which :func:`~numpyro_score.load` reads it in later versions too.
@@ -302,24 +312,7 @@ class ScoreMatchingResult:
 
     @cached_property
     def _latents(self) -> dict[str, Any]:
-        guide = self.svi.guide
-        if isinstance(guide, AutoGuide) and type(guide).median is not AutoGuide.median:
-            names = [k for k, s in guide.prototype_trace.items() if s["type"] == "sample" and not s["is_observed"]]
-            if not names:
-                return {}
-            median = guide.median(self.params)
-            return {k: median[k] for k in names}
-        return {k: jnp.median(v, axis=0) for k, v in self._draw_from_guide(jax.random.key(0), 1000).items()}
-
-    def _draw_from_guide(self, rng_key: Array, n: int) -> dict[str, Array]:
-        """Draws of the latent sites, (n, ...)."""
-        guide = self.svi.guide
-        if not isinstance(guide, AutoGuide):
-            return Predictive(guide, params=self.params, num_samples=n)(rng_key, *self.args, **self.kwargs)
-        draws = guide.sample_posterior(rng_key, self.params, *self.args, sample_shape=(n,), **self.kwargs)
-        # An autoguide also returns the deterministic sites of its model.
-        latents = {k for k, s in guide.prototype_trace.items() if s["type"] == "sample"}
-        return {k: v for k, v in draws.items() if k in latents}
+        return medians(self.svi.guide, self.params, self.args, self.kwargs)
 
     @cached_property
     def sites(self) -> dict[str, Any]:

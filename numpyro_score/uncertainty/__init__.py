@@ -12,11 +12,12 @@ from numpyro_score.uncertainty.objective import (
     prior_terms,
     site_blocks,
 )
-from numpyro_score.uncertainty.sandwich import ARRIVED, MAX_PARAMETERS, Curvature, curvature
+from numpyro_score.uncertainty.sandwich import ARRIVED, MAX_PARAMETERS, NOT_CONVERGED, Curvature, curvature
 
 __all__ = [
     "ARRIVED",
     "MAX_PARAMETERS",
+    "NOT_CONVERGED",
     "Curvature",
     "Objective",
     "Parametrisation",
