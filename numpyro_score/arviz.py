@@ -15,7 +15,7 @@ from numpyro.infer import MCMC
 
 from numpyro_score.energy import Energy
 from numpyro_score.generalized import GeneralizedModel
-from numpyro_score.labels import with_labels
+from numpyro_score.labels import site_dims, with_labels
 from numpyro_score.placement import fetch
 from numpyro_score.version import __version__
 
@@ -119,10 +119,10 @@ def to_arviz(
     if isinstance(source, MCMC):
         if log_partition is not None:
             raise TypeError("log_partition is log Z at the estimates of a fit, and an MCMC run has none: leave it out.")
-        groups = _mcmc_groups(source, args, kwargs)
+        groups, own_coords, own_dims = _mcmc_groups(source, args, kwargs)
     else:
         raise TypeError(f"to_arviz takes a ScoreMatchingResult or a numpyro.infer.MCMC, got {type(source).__name__}.")
-    return as_arviz(groups, coords, dims)
+    return as_arviz(groups, coords, dims, own_coords, own_dims)
 
 
 def as_arviz(
@@ -168,7 +168,10 @@ class ScoreData(xr.DataTree if hasattr(az, "convert_to_datatree") else az.Infere
         return inherited(name)
 
 
-def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, xr.Dataset]:
+def _mcmc_groups(
+    mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, xr.Dataset], dict[str, Any], dict[str, list[str]]]:
+    """The groups, and the coords and dims that the model's arguments and its plates give."""
     draws = mcmc.get_samples(group_by_chain=True)
     _warn_of_lost_chains(mcmc, draws)
     # Of a bare potential_fn there are no sites: ArviZ's own names.
@@ -182,8 +185,11 @@ def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
                 "The MCMC run is not over generalized_bayes(model, loss), so its data are not known: leave the model's "
                 "arguments out."
             )
-        groups["observed_data"] = observed(mcmc.sampler.model.energy(*args, **kwargs))
-    return groups
+        energy, sites = mcmc.sampler.model.energy_and_sites(*args, **kwargs)
+        groups["observed_data"] = observed(energy)
+        coords, data_dims = energy.labels.as_coords(energy.arrays)
+        return groups, coords, {**site_dims(sites), **data_dims}
+    return groups, {}, {}
 
 
 def _warn_of_lost_chains(mcmc: MCMC, draws: Any) -> None:

@@ -54,7 +54,8 @@ def with_labels(
     """Groups with axes renamed as `dims` says, {variable: names}, and labelled as `coords` says, {name: labels}.
 
     A name that a variable has twice, as a matrix of features by features, is `feature` and then `feature_2`, with the
-    same labels. `own_coords` and `own_dims` are those that are known besides; they give way, and need not fit.
+    same labels. `own_coords` and `own_dims` are those that are known besides; they give way, and need not fit: of more
+    names than there are axes, as for draws of one row of data, the last are taken.
 
     Raises:
         ValueError: for a variable or axis that is not there, another number of names than the variable has axes besides
@@ -67,21 +68,24 @@ def with_labels(
     used: set[str] = set()
     for label, group in groups.items():
         new: dict[str, xr.DataArray] = {}
+        sizes: dict[str, int] = {}
         for key, array in group.data_vars.items():
             name = str(key)
             default = [str(d) for d in array.dims if str(d).startswith(f"{name}_dim_")]
-            names = dims.get(name, own_dims.get(name, default))
+            own = list(own_dims.get(name, default))[-len(default) :]
+            axes = [array.sizes[d] for d in default]
+            if len(own) != len(default) or any(sizes.get(d, n) != n for d, n in zip(own, axes, strict=True)):
+                own = default
+            names = dims.get(name, own)
             if label == "log_likelihood":  # one axis for rows, whatever axes the data have
                 default, names = [], []
             given = [names] if isinstance(names, str) else list(names)
             if len(given) != len(default):
-                if name not in dims:
-                    given = default
-                else:
-                    raise ValueError(
-                        f"dims names {len(given)} axes of '{name}', {given}, which has {len(default)} besides chain "
-                        "and draw: give one name for each."
-                    )
+                raise ValueError(
+                    f"dims names {len(given)} axes of '{name}', {given}, which has {len(default)} besides chain and "
+                    "draw: give one name for each."
+                )
+            sizes |= zip(given, axes, strict=False)
             moved = dict(zip(default, _told_apart(given), strict=True))
             array = array.drop_vars([d for d in default if d in array.coords]).rename(
                 {a: b for a, b in moved.items() if a != b}

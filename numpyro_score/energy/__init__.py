@@ -4,7 +4,7 @@ Everything else of the package knows a model through :class:`Energy` and the nam
 shows; none of its modules is imported from outside.
 """
 
-from numpyro_score.energy.arguments import check_arguments, join_arrays, split_arrays, takes_keyword
+from numpyro_score.energy.arguments import join_arrays, split_arrays, takes_keyword
 from numpyro_score.energy.base import AnyArray, layouts_kept
 from numpyro_score.energy.check import evaluate_for_check
 from numpyro_score.energy.dependence import (
@@ -20,21 +20,24 @@ from numpyro_score.energy.kinks import Kink, find_kink
 from numpyro_score.energy.layout import rows_first
 from numpyro_score.energy.score_terms import curl, score_factor
 from numpyro_score.energy.supports import base_constraint, base_law, innermost, make_frame
+from numpyro_score.energy.tables import NO_LABELS, Labels, as_array, read_arguments
 from numpyro_score.energy.text import numbered, plural, rows_text
 from numpyro_score.energy.trace import Parameters, Sealed, Site
 from numpyro_score.energy.values import check_rows
 
 __all__ = [
+    "NO_LABELS",
     "AnyArray",
     "Energy",
     "Kink",
+    "Labels",
     "Parameters",
     "Sealed",
     "Site",
+    "as_array",
     "base_constraint",
     "base_law",
     "by_device",
-    "check_arguments",
     "check_rows",
     "coarsest_rounding",
     "curl",
@@ -49,6 +52,7 @@ __all__ = [
     "make_frame",
     "numbered",
     "plural",
+    "read_arguments",
     "rows_first",
     "rows_text",
     "score_factor",

@@ -34,6 +34,7 @@ from numpyro_score.energy.layout import (
 )
 from numpyro_score.energy.rows import assemble
 from numpyro_score.energy.supports import Block, can_be_outside, outside
+from numpyro_score.energy.tables import as_rows, read_arguments
 from numpyro_score.energy.trace import is_observed_sample, term_log_prob
 from numpyro_score.energy.values import check_argument, check_rows
 from numpyro_score.placement import Spread, places_of
@@ -205,8 +206,9 @@ class BoundModel(ModelAtValues):
         """
         values, columns = by_name(self._layout, values), []
         for a in self._layout.arrays:
-            check_rows(a.name, values[a.name])
-            value = jnp.asarray(values[a.name], self.dtype)
+            value = as_rows(a, values[a.name], self.labels)
+            check_rows(a.name, value)
+            value = jnp.asarray(value, self.dtype)
             check_row_shape(a, value.shape)
             value = a.support.to_coordinates(value)
             columns.append(rows_first(value, a.row_axes))
@@ -235,6 +237,7 @@ class BoundModel(ModelAtValues):
             TypeError: if the model takes no such argument.
             TypeError, ValueError: if the model fails with it, naming its shape.
         """
+        kwargs = read_arguments(self.model, (), kwargs)[1]
         for name, value in kwargs.items():
             check_argument(name, value)
             if not takes_keyword(self.model, name):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
-from numpyro_score.losses import Loss
+import jax
+import jax.numpy as jnp
 
-__all__ = ["Fitter"]
+from numpyro_score.energy import Energy, read_arguments
+from numpyro_score.losses import Loss
+from numpyro_score.uncertainty import Objective, Parametrisation
+
+__all__ = ["Fitter", "objectives_of"]
 
 
 @runtime_checkable
@@ -27,3 +32,15 @@ class Fitter(Protocol):
 
     def point(self) -> Fitter:
         """The same with a point estimate for a guide."""
+
+
+def objectives_of(
+    at: Objective, svi: Fitter, coordinates: Parametrisation, batches: Iterable[Any]
+) -> Iterator[Objective]:
+    """What a fit minimises, of each batch of rows, at its estimates."""
+    for i, batch in enumerate(batches):
+        args, _, _ = read_arguments(svi.score_model, batch if isinstance(batch, tuple) else (batch,), {})
+        args = jax.tree.map(jnp.asarray, args)
+        energy = Energy.bound_to(svi.score_model, at.energy.params, {}, None, svi.data, args, {})
+        key = jax.random.fold_in(at.rng_key, i)
+        yield Objective.of(energy, coordinates, at.loss, at.learning_rate, at.prior, args, {}, key)

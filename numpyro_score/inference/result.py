@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -18,15 +18,15 @@ from numpyro.infer import init_to_value
 from numpyro.infer.autoguide import AutoDelta
 
 from numpyro_score.arviz import as_arviz
-from numpyro_score.energy import Energy
+from numpyro_score.energy import NO_LABELS, Energy, Labels, read_arguments
 from numpyro_score.inference.absent import Absent
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.export import NormalisedDensity, fit_groups
 from numpyro_score.inference.files import save_fit
-from numpyro_score.inference.fitter import Fitter
+from numpyro_score.inference.fitter import Fitter, objectives_of
 from numpyro_score.inference.guides import draw_latents, medians
 from numpyro_score.inference.pickling import without_observed
-from numpyro_score.inference.summary import Summary, summarise
+from numpyro_score.inference.summary import Summary, number_names, summarise
 from numpyro_score.labels import site_dims
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser import LogPartition
@@ -65,6 +65,7 @@ class ScoreMatchingResult:
         interrupted: whether Ctrl-C ended the fit early.
         cost: seconds, memory and evaluations of the density that the run took.
         of_batches: the curvature of more rows than `args` holds, see :meth:`over_batches`.
+        labels: names of the axes and columns of tables among the model's arguments.
     """
 
     params: dict[str, Any]
@@ -76,6 +77,12 @@ class ScoreMatchingResult:
     interrupted: bool = False
     cost: FitCost | None = None
     of_batches: Curvature | None = None
+    labels: Labels = NO_LABELS
+
+    def __post_init__(self) -> None:
+        if self.has_data:  # which may be tables, where `dataclasses.replace` gives it
+            args, kwargs, labels = read_arguments(self.svi.score_model, self.args, self.kwargs)
+            self.__dict__.update(dict(args=args, kwargs=kwargs, labels=labels) if labels.axes else {})
 
     def __repr__(self) -> str:
         # Standard errors only where they are there: a printed form neither computes for long nor fails.
@@ -142,9 +149,8 @@ class ScoreMatchingResult:
         """Starts NumPyro's MCMC at the fit: `NUTS(generalized_bayes(model, loss), init_strategy=fit.init_strategy)`.
 
         NumPyro's `init_to_value` with the :attr:`estimates`: every chain starts there, so that none is caught in
-        a mode of little mass; R-hat then says nothing of modes far from the fit. Param sites are no part of a
-        posterior: MCMC holds them at the initial values that the model gives. To hold them at those of the fit, write
-        `handlers.substitute(generalized_bayes(model, loss), fit.params)`.
+        a mode of little mass; R-hat then says nothing of modes far from the fit. MCMC holds param sites at the initial
+        values that the model gives; `handlers.substitute(generalized_bayes(model, loss), fit.params)` at the fit's.
         """
         return init_to_value(values=self.estimates)
 
@@ -153,7 +159,9 @@ class ScoreMatchingResult:
         """The model bound to :attr:`estimates`, on all rows of its data."""
         mutable = {k: s["value"] for k, s in self.sites.items() if s["type"] == "mutable"}
         params = {**self.estimates, **mutable}
-        return Energy.bound_to(self.svi.score_model, params, {}, None, self.svi.data, self.args, self.kwargs)
+        svi = self.svi
+        energy = Energy.bound_to(svi.score_model, params, {}, None, svi.data, self.args, self.kwargs)
+        return energy.labelled(self.labels)
 
     def summary(
         self,
@@ -178,7 +186,18 @@ class ScoreMatchingResult:
         Returns:
             A `pandas.DataFrame` that prints as text, and in notebooks as HTML.
         """
-        return summarise(self, level, coords, dims, {}, site_dims(self.sites))
+        return summarise(self, level, coords, dims)
+
+    @cached_property
+    def number_names(self) -> dict[str, list[str]]:
+        """Names of the numbers of the estimates, by variable as in ArviZ."""
+        return number_names(self)
+
+    @property
+    def axes(self) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """Coords and dims that are known from tables and plates."""
+        coords, dims = self.labels.as_coords(self.energy.arrays)
+        return coords, {**site_dims(self.sites), **dims}
 
     def covariance(self) -> Float[Array, "p p"]:
         """The sandwich covariance H⁻¹SH⁻¹ of the estimates, (P, P), in unconstrained space.
@@ -293,7 +312,7 @@ class ScoreMatchingResult:
         rng_key = as_key(0 if rng_key is None else rng_key)
         num_samples = at_least_one("to_arviz", "num_samples", num_samples)
         groups = fit_groups(self, rng_key, num_samples, log_partition)
-        return as_arviz(groups, coords, dims, own_dims=site_dims(self.sites))
+        return as_arviz(groups, coords, dims, *self.axes)
 
     def save(self, path: str | os.PathLike[str], *, data: bool = True) -> None:
         """Writes the fit to a new directory, from which :func:`~numpyro_score.load` reads it in later versions too.
@@ -350,16 +369,8 @@ class ScoreMatchingResult:
         """
         if num_rows is not None:
             num_rows = at_least_one("over_batches", "num_rows", num_rows)
-        at = self._objective
-
-        def objectives() -> Iterator[Objective]:
-            for i, batch in enumerate(batches):
-                args = jax.tree.map(jnp.asarray, batch if isinstance(batch, tuple) else (batch,))
-                energy = Energy.bound_to(self.svi.score_model, at.energy.params, {}, None, self.svi.data, args, {})
-                key = jax.random.fold_in(at.rng_key, i)
-                yield Objective.of(energy, self.coordinates, at.loss, at.learning_rate, at.prior, args, {}, key)
-
-        return replace(self, of_batches=curvature_of_batches(objectives(), num_rows))
+        objectives = objectives_of(self._objective, self.svi, self.coordinates, batches)
+        return replace(self, of_batches=curvature_of_batches(objectives, num_rows))
 
     def _refuse_batches(self, what: str) -> None:
         if self.of_batches is not None:

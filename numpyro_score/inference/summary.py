@@ -22,7 +22,7 @@ from numpyro_score.labels import element_names, with_labels
 from numpyro_score.printed import name_of, num_numbers, settings
 from numpyro_score.uncertainty import ARRIVED, MAX_PARAMETERS, NOT_CONVERGED, SandwichError
 
-__all__ = ["Summary", "summarise"]
+__all__ = ["Summary", "number_names", "summarise"]
 
 _DRAWS = 4000  # for intervals of sites whose numbers are tied to each other
 _SHOWN = 60  # rows of the printed table
@@ -75,10 +75,8 @@ def summarise(
     level: float,
     coords: Mapping[str, Any] | None,
     dims: Mapping[str, Sequence[str]] | None,
-    own_coords: Mapping[str, Any],
-    own_dims: Mapping[str, Sequence[str]],
 ) -> Summary:
-    """See :meth:`~numpyro_score.ScoreMatchingResult.summary`; `own_coords` and `own_dims` are those that data gave."""
+    """See :meth:`~numpyro_score.ScoreMatchingResult.summary`."""
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}: write 0.95 for an interval of 95%.")
     tail = 50 * (1 - level)
@@ -104,7 +102,7 @@ def summarise(
     lines += left_out
     if fit.interrupted:
         lines.append("Ctrl-C ended the fit early.")
-    names = {k: element_names(array) for k, array in _labelled(values, coords, dims, own_coords, own_dims).items()}
+    names = {k: element_names(array) for k, array in _labelled(values, coords, dims, *fit.axes).items()}
     table = {
         c: np.concatenate([np.ravel(_number(of[k], values[k])) for k in names] or [np.zeros(0)])
         if (of := columns.get(c)) is not None
@@ -114,6 +112,12 @@ def summarise(
     summary = Summary(table, index=[n for site in names.values() for n in site])
     summary.lines = tuple(lines)
     return summary
+
+
+def number_names(fit: Any) -> dict[str, list[str]]:
+    """A name for each number of the estimates, by variable as in ArviZ: with the labels of tables and plates' names."""
+    arrays = _labelled(flat(fit.estimates), None, None, *fit.axes)
+    return {k: element_names(v) for k, v in arrays.items()}
 
 
 def _number(value: Any, like: Any) -> np.ndarray:

@@ -179,4 +179,6 @@ def _to_arviz(energy: Energy, x: Float[Array, "chain draw d"], stats: dict[str, 
             f"{count} of {x.shape[0] * x.shape[1]} transitions diverged, and draws may miss narrow places.",
             stacklevel=3,
         )
-    return as_arviz({**groups, "observed_data": dataset(energy.unflatten(energy.data), ())})
+    groups["observed_data"] = dataset(energy.unflatten(energy.data), ())
+    own_coords, own_dims = energy.labels.as_coords(energy.arrays)
+    return as_arviz(groups, own_coords=own_coords, own_dims=own_dims)

@@ -210,7 +210,10 @@ def _errors(fit: Fit) -> Any:
 
 def _estimate_rows(fit: Fit, errors: Any) -> list[tuple[str, str, str]]:
     found = {} if isinstance(errors, str) else dict(_numbers(errors))
-    return [(name, *_with_error(value, found.get(name))) for name, value in _numbers(fit.estimates)]
+    labels = {} if isinstance(fit, AdversarialResult) else fit.number_names
+    names = [n for site in labels.values() for n in site]
+    rows = [(name, *_with_error(value, found.get(name))) for name, value in _numbers(fit.estimates)]
+    return [(n, *row[1:]) for n, row in zip(names, rows, strict=True)] if names else rows
 
 
 def _with_error(value: float, error: float | None) -> tuple[str, str]:
