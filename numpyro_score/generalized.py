@@ -189,8 +189,17 @@ def _run_parameters(
     """Runs the model with all its sites but the observed ones seen outside, and binds an energy to their values."""
     args, kwargs, labels = read_arguments(model, args, kwargs)
     parameters = Parameters()
-    with parameters:
-        value = model(*args, **kwargs)
+    try:
+        with parameters:
+            value = model(*args, **kwargs)
+    except NotImplementedError as error:
+        if str(error):
+            raise
+        raise NotImplementedError(
+            "A site of the model has a law that cannot be drawn from, such as an ImproperUniform that is not observed: "
+            "pass the data, e.g. Predictive(...)(key, x), which draws parameters and deterministic sites; for draws of "
+            "the data use numpyro_score.sample(fit, key, 1000), with covariates sample(..., given={'z': z})."
+        ) from error
     energy = Energy.bound_to(
         model, parameters.values(), parameters.subsamples(), numpyro.prng_key(), data, args, kwargs, places, labels
     )

@@ -6,6 +6,7 @@ shows; none of its modules is imported from outside.
 
 from numpyro_score.energy.arguments import join_arrays, split_arrays, takes_keyword
 from numpyro_score.energy.base import AnyArray, layouts_kept
+from numpyro_score.energy.binding import rows_given
 from numpyro_score.energy.check import evaluate_for_check
 from numpyro_score.energy.dependence import (
     coarsest_rounding,
@@ -54,6 +55,7 @@ __all__ = [
     "plural",
     "read_arguments",
     "rows_first",
+    "rows_given",
     "rows_text",
     "score_factor",
     "split_arrays",
