@@ -1,5 +1,6 @@
 """Densities given covariates: normal lines, where all there is to know has a closed form."""
 
+import html
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ import scipy.stats
 from models import improper
 from numpyro.infer import HMC, Predictive
 
-from numpyro_score import ISM, Energy, compare, generalized_bayes, hyvarinen_score, log_partition, sample
+from numpyro_score import ISM, Energy, compare, generalized_bayes, hyvarinen_score, log_partition, report, sample
 
 KEY = jax.random.key(0)
 Z = np.linspace(-2, 2, 40, dtype=np.float32)
@@ -63,7 +64,9 @@ def test_normalisers():
 def test_draws():
     """Each row has chains of its own, with the mean bz and the variance 1/τ."""
     z = np.array([-2.0, 0.0, 1.0], np.float32)
-    draws = sample(ENERGY, KEY, 1500, kernel=partial(HMC, num_steps=5, trajectory_length=None), num_warmup=300, given={"z": z})
+    draws = sample(
+        ENERGY, KEY, 1500, kernel=partial(HMC, num_steps=5, trajectory_length=None), num_warmup=300, given={"z": z}
+    )
     x, ess = draws["posterior"]["x"], draws["ess"]["x"].values
     assert x.dims == ("chain", "draw", "given") and x.shape == (4, 1500, 3)
     error = np.sqrt(1 / TAU / ess)
@@ -71,11 +74,12 @@ def test_draws():
     assert (np.abs(x.var(["chain", "draw"]) * TAU - 1) < 5 * np.sqrt(6 / ess)).all()
 
 
-def test_comparison():
+def test_comparison(tmp_path):
     """The likelihood is that of the normal laws, each with its own normaliser."""
     fits = {"line": ENERGY, "level": ENERGY.with_params({"b": 0.0, "tau": 0.5})}
     new, z = X[::4] + 0.1, Z[::4]
-    found = compare(fits, new, rng_key=KEY, given={"z": z}).table
+    comparison = compare(fits, new, rng_key=KEY, given={"z": z})
+    found = comparison.table
     exact = {
         "line": scipy.stats.norm(B * z, TAU**-0.5).logpdf(new).sum(),
         "level": scipy.stats.norm(0, 2**0.5).logpdf(new).sum(),
@@ -83,6 +87,10 @@ def test_comparison():
     for name, value in exact.items():
         np.testing.assert_allclose(found.loc[name, "log_likelihood"], value, atol=1e-2)
     assert np.isnan(found.loc["line", "mmd"]) and np.isnan(found.loc["line", "log_partition"])
+    page = report(comparison, tmp_path / "fits.html").read_text()
+    assert "<h1>Comparison of line, level</h1>" in page and "data:image/png" in page and "not drawn" not in page
+    assert all(html.escape(line) in page for line in comparison.lines)
+    assert "<td>log likelihood</td>" in page and "<td>moments, p-value</td>" not in page
     with pytest.raises(TypeError, match="given has 'w', which no model takes"):
         compare(fits, new, rng_key=KEY, given={"w": z})
     with pytest.raises(NotImplementedError, match="pass the covariates of the new rows"):

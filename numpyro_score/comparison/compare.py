@@ -80,7 +80,7 @@ class Comparison:
     sentence: str | None
     lines: tuple[str, ...]
 
-    def _shown(self) -> pd.DataFrame:
+    def shown(self) -> pd.DataFrame:
         """The table as people read it: estimates with errors in one cell, fits for columns."""
         t, shown = self.table, {}
         for label, value, error in _CELLS:
@@ -90,11 +90,11 @@ class Comparison:
         return pd.DataFrame(shown, index=t.index).T
 
     def __repr__(self) -> str:
-        return "\n".join([self._shown().to_string(), "", *self.lines])
+        return "\n".join([self.shown().to_string(), "", *self.lines])
 
     def _repr_html_(self) -> str:
         paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in self.lines)
-        return self._shown().to_html() + paragraphs
+        return self.shown().to_html() + paragraphs
 
 
 _CELLS = [
