@@ -48,6 +48,7 @@ from numpyro_score.inference import (
     adjust_draws,
     generalized_bayes,
     load,
+    windham,
 )
 from numpyro_score.kernels import MALA, SGHMC, SGLD, cyclical_schedule, polynomial_schedule
 from numpyro_score.losses import (
@@ -172,4 +173,5 @@ __all__ = [
     "sparse_path",
     "squared_log_ratio",
     "to_arviz",
+    "windham",
 ]

@@ -22,6 +22,7 @@ from numpyro_score.energy.layout import rows_first
 from numpyro_score.energy.score_terms import curl, score_factor
 from numpyro_score.energy.supports import base_constraint, base_law, innermost, make_frame
 from numpyro_score.energy.tables import NO_LABELS, Labels, as_array, read_arguments
+from numpyro_score.energy.tempered import tempered
 from numpyro_score.energy.text import numbered, plural, rows_text
 from numpyro_score.energy.trace import Parameters, Sealed, Site
 from numpyro_score.energy.values import check_rows
@@ -61,5 +62,6 @@ __all__ = [
     "split_arrays",
     "sum_by_device",
     "takes_keyword",
+    "tempered",
     "varying_outputs",
 ]

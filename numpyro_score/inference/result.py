@@ -81,8 +81,8 @@ class ScoreMatchingResult:
 
     def __post_init__(self) -> None:
         if self.has_data:  # which may be tables, where `dataclasses.replace` gives it
-            args, kwargs, labels = read_arguments(self.svi.score_model, self.args, self.kwargs)
-            self.__dict__.update(dict(args=args, kwargs=kwargs, labels=labels) if labels.axes else {})
+            arguments = read_arguments(self.svi.score_model, self.args, self.kwargs)
+            self.__dict__.update(zip(("args", "kwargs", "labels"), arguments, strict=True) if arguments[2].axes else ())
 
     def __repr__(self) -> str:
         # Standard errors only where they are there: a printed form neither computes for long nor fails.
@@ -108,16 +108,16 @@ class ScoreMatchingResult:
         """The same fit without the model's arguments, e.g. to keep many fits, or to pass one on.
 
         :attr:`estimates`, `params`, `state` and `losses` stay. What needs the data raises ValueError: :attr:`energy`,
-        standard errors, influence, draws. `dataclasses.replace(fit, args=(x,), kwargs={...})` gives them back. Guides
-        that hold the density itself, as `AutoLaplaceApproximation`, keep its data.
+        errors, draws. `dataclasses.replace(fit, args=(x,), kwargs={...})` gives them back. Guides that hold the density
+        itself, as `AutoLaplaceApproximation`, keep its data.
         """
         if not self.has_data:
             return self
-        args: Any = Absent("args") if self.args else ()
-        kwargs: Any = Absent("kwargs") if self.kwargs else {}
+        absent: dict[str, Any] = {"args": Absent("args") if self.args else ()}
+        absent["kwargs"] = Absent("kwargs") if self.kwargs else {}
         svi = copy.copy(self.svi)
         svi.guide = without_observed(svi.guide)
-        new = replace(self, svi=svi, args=args, kwargs=kwargs)
+        new = replace(self, svi=svi, **absent)
         new.__dict__["estimates"] = self.estimates  # which the model's sites are needed for
         return new
 
@@ -173,10 +173,9 @@ class ScoreMatchingResult:
         """The fit as a table, one row for each number; names are those of ArviZ.
 
         Columns: `estimate`; `stderr`, as :meth:`stderr`; `z`, the estimate in standard errors, missing where the site's
-        constraint leaves zero out; the ends of an interval, say `2.5%` and `97.5%`, normal in unconstrained space, as
-        :meth:`sample_posterior`, so that it respects the constraint; `distance` of the minimum from the estimates, in
-        standard errors (of a simplex or matrix, that of the coordinate furthest away). Deterministic sites are there,
-        too. Where there are no errors, these columns are missing values, and a sentence says why.
+        constraint leaves zero out; the ends of an interval, `2.5%` and `97.5%`, normal in unconstrained space, as draws
+        of :meth:`sample_posterior`; `distance` of the minimum, in standard errors (of a simplex or matrix, that of the
+        coordinate furthest away). Deterministic sites are there, too. Where errors are missing, a sentence says why.
 
         Args:
             level: of the intervals.
@@ -367,6 +366,7 @@ class ScoreMatchingResult:
             SandwichError: as :meth:`covariance`; for hierarchies, whose groups batches do not show.
             ValueError: for no batch, or more rows in batches than `num_rows`.
         """
+        self._refuse_batches("over_batches")
         if num_rows is not None:
             num_rows = at_least_one("over_batches", "num_rows", num_rows)
         objectives = objectives_of(self._objective, self.svi, self.coordinates, batches)
@@ -374,7 +374,7 @@ class ScoreMatchingResult:
 
     def _refuse_batches(self, what: str) -> None:
         if self.of_batches is not None:
-            raise SandwichError(f"{what} is of rows in memory: take the fit that over_batches was called on.")
+            raise SandwichError(f"{what} is of rows in memory: take the fit that over_batches or windham was given.")
 
     @cached_property
     def _objective(self) -> Objective:
