@@ -1,5 +1,6 @@
 """Unnormalised models as first-class NumPyro models."""
 
+from numpyro_score import models
 from numpyro_score.arviz import to_arviz
 from numpyro_score.closed_form import ClosedFormError, GradientSpread, QuadraticLoss, sparse_path
 from numpyro_score.comparison import audit, compare, hyvarinen_loo, hyvarinen_score
@@ -147,6 +148,7 @@ __all__ = [
     "local_variance",
     "log_partition",
     "mmd",
+    "models",
     "parzen_score",
     "plot_bits_by_noise",
     "plot_comparison",

@@ -9,6 +9,7 @@ ROOT = Path(numpyro_score.__file__).parent
 # From the bottom up. A room may import the rooms before it, and modules of its own.
 ROOMS = [
     "version",
+    "models",
     "operators",
     "random",
     "programs",
