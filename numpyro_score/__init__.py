@@ -34,6 +34,7 @@ from numpyro_score.divergences import (
     kernel_stein_discrepancy,
     kl_divergence,
     local_variance,
+    median_distance,
     mmd,
     squared_log_ratio,
 )
@@ -147,6 +148,7 @@ __all__ = [
     "load",
     "local_variance",
     "log_partition",
+    "median_distance",
     "mmd",
     "models",
     "parzen_score",

@@ -32,7 +32,7 @@ from numpyro_score.diffusion import ScoreDistribution
 from numpyro_score.diffusion.source import noise_range_of
 from numpyro_score.divergences.mmd import mmd
 from numpyro_score.divergences.moments import moment_test
-from numpyro_score.divergences.stein import closed_sites, kernel_stein_discrepancy
+from numpyro_score.divergences.stein import kernel_stein_discrepancy
 from numpyro_score.energy import Energy
 from numpyro_score.inference import AdversarialResult, FitCost, ScoreMatchingResult
 from numpyro_score.normaliser import LogPartition, sample
@@ -57,8 +57,7 @@ class Comparison:
             - `log_likelihood`, `log_likelihood_se`, higher is better; `log_likelihood_diff`, `log_likelihood_dse`:
               paired difference from the fit of highest likelihood; the errors hold that of log Z;
             - `log_partition`, `log_partition_stderr`;
-            - `ksd`, `ksd_pvalue`: squared kernel Stein discrepancy of the data from the fit, and its test; missing on
-              spheres and circles, which have no kernel here;
+            - `ksd`, `ksd_pvalue`: squared kernel Stein discrepancy of the data from the fit, and its test;
             - `mmd`, `mmd_stderr`: squared MMD between the data and draws of the fit;
             - `moments_pvalue`: of a permutation test that means, variances, skewnesses and correlations of the data and
               of the draws agree, for the largest difference of all; `moments_furthest` says in which statistic it is;
@@ -354,10 +353,8 @@ def _against_data(
     name: str, energy: Energy, at_data: Energy, data: Any, keys: Array, num_samples: int
 ) -> dict[str, Any]:
     """What the data say of one fit without another to compare with; `at_data` is its energy at the new rows."""
-    found: dict[str, Any] = {}
-    if not closed_sites(energy):
-        stein = kernel_stein_discrepancy(data, at_data, keys[1])
-        found |= {"ksd": stein.value, "ksd_pvalue": stein.pvalue}
+    stein = kernel_stein_discrepancy(data, at_data, keys[1])
+    found: dict[str, Any] = {"ksd": stein.value, "ksd_pvalue": stein.pvalue}
     if not energy.has_density or num_samples == 0:
         return found
     with warnings.catch_warnings(record=True) as caught:

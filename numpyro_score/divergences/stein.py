@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
+from numpyro_score.divergences.kernels import KernelName, check_kernel, profile
 from numpyro_score.divergences.law import check_rows, draw, read_pair, refuse_rows, thin
 from numpyro_score.divergences.pairs import median_distance, pair_sums
 from numpyro_score.energy import Energy, base_constraint
@@ -18,7 +19,7 @@ from numpyro_score.losses.base import at_least_one, positive
 from numpyro_score.normaliser.coordinates import from_free, to_free
 from numpyro_score.random import Key, as_key
 
-__all__ = ["SteinTest", "closed_sites", "kernel_stein_discrepancy", "stein_statistic"]
+__all__ = ["SteinTest", "kernel_stein_discrepancy", "spheres_of", "stein_statistic"]
 
 
 class SteinTest(NamedTuple):
@@ -37,6 +38,7 @@ def kernel_stein_discrepancy(
     rng_key: Key,
     *,
     bandwidth: float | None = None,
+    kernel: KernelName = "imq",
     num_samples: int = 4000,
     num_bootstrap: int = 1000,
 ) -> SteinTest:
@@ -45,7 +47,7 @@ def kernel_stein_discrepancy(
     .. math:: \mathrm{KSD}^2 = E_{x,x'\sim p}\, h(x, x'), \quad
               h = s\cdot s'\, k + s\cdot\nabla_{x'} k + s'\cdot\nabla_x k + \mathrm{tr}\,\nabla_x\nabla_{x'} k,
 
-    with s the score of q and the inverse multiquadric kernel k = (1 + ‖x − x'‖²/ℓ²)^{-1/2}, for which the discrepancy
+    with s the score of q and, by default, the inverse multiquadric kernel k = (1 + ‖x − x'‖²/ℓ²)^{-1/2}, for which it
     controls convergence where the tails of q are light enough [Gorham & Mackey 2017; Liu, Lee & Jordan 2016;
     Chwialkowski, Strathmann & Gretton 2016]. It needs the score of q alone and rows of p. Zero if and only if p is q,
     for laws whose scores have second moments.
@@ -59,7 +61,10 @@ def kernel_stein_discrepancy(
 
     Scores of separated modes hardly depend on the modes' weights, and neither does the discrepancy. On bounded supports
     and simplices it is taken in the free coordinates of `biject_to`, where the density vanishes at infinity and the
-    identity behind it holds; spheres and circles are refused.
+    identity behind it holds. On the unit sphere in R^d, and circles as spheres in R², distances are those in R^d, the
+    gradients of the kernel are projected on the tangent spaces, P = I − xxᵀ, and b = Ps − (d − 1)x takes the place of
+    s: for fields P g the divergence on the sphere is tr P∇g − (d − 1) x·g, and its mean with s·Pg is zero under q
+    [Barp, Oates, Porcu & Girolami 2022; Xu & Matsuda 2020].
 
     Costs N² kernels and N² B products, N rows and B replicates; the matrix of pairs is never held.
 
@@ -68,14 +73,14 @@ def kernel_stein_discrepancy(
             :func:`~numpyro_score.fisher_divergence`.
         q: an energy, a fit or a distribution; only its score is needed.
         rng_key: a key for the bootstrap, and for draws of p.
-        bandwidth: ℓ; the median distance between rows of p if not given.
+        bandwidth: ℓ; the median distance between rows of p if not given, :func:`~numpyro_score.median_distance`.
+        kernel: "imq", the one above, or "gaussian", exp(−‖x − x'‖²/(2ℓ²)), which sees less of far rows.
         num_samples: how many draws of p, before thinning.
         num_bootstrap: B.
 
     Raises:
         TypeError, ValueError: if q is rows; laws of different data; fewer than four rows; rows out of q's support or on
-            its boundary, and scores that are not finite, with the rows.
-        NotImplementedError: on spheres and circles, naming the site.
+            its boundary, and scores that are not finite, with the rows; an unknown kernel.
 
     Example:
         >>> import jax, numpyro.distributions as dist
@@ -86,40 +91,46 @@ def kernel_stein_discrepancy(
     """
     owner = "kernel_stein_discrepancy"
     num_bootstrap = at_least_one(owner, "num_bootstrap", num_bootstrap)
+    check_kernel(owner, kernel)
     if bandwidth is not None:
         positive(owner, "bandwidth", bandwidth)
     p, q = read_pair(owner, p, q)
-    _refuse_closed(q.energy)
     draw_key, key = jax.random.split(as_key(rng_key))
     rows = thin(draw(p, q, draw_key, num_samples))
     if len(rows) < 4:
         raise ValueError(f"{owner} needs at least four independent rows of p, got {len(rows)}.")
     check_rows(q.energy, rows)
-    u, scores = _free_scores(q.energy, rows)
+    spheres = spheres_of(q.energy)
+    u, scores = _free_scores(q.energy, rows, spheres=spheres)
     refuse_rows("free coordinate, on the boundary of the support,", u)
     refuse_rows("score of q", scores)
     length = median_distance(u) if bandwidth is None else jnp.asarray(bandwidth, u.dtype)
     if not length > 0:
         raise ValueError(f"Half of the rows of p are equal, so that there is no scale: give {owner} a bandwidth.")
-    value, stderr, pvalue = map(float, stein_statistic(u, scores, length, key, num_bootstrap))
+    value, stderr, pvalue = map(float, stein_statistic(u, scores, length, key, num_bootstrap, kernel, spheres))
     if not np.isfinite([value, stderr]).all():
         raise ValueError(f"{owner} overflows: the largest score is {float(jnp.abs(scores).max()):.3g}.")
     return SteinTest(value, stderr, pvalue, len(rows), float(length))
 
 
-@partial(jax.jit, static_argnames="num_bootstrap")
+Spheres = tuple[tuple[int, int], ...]  # the columns that begin one, and its dimension d
+
+
+@partial(jax.jit, static_argnames=("num_bootstrap", "kernel", "spheres"))
 def stein_statistic(
     x: Float[Array, "n d"],
     scores: Float[Array, "n d"],
     bandwidth: Float[Array, ""],
     rng_key: Array,
     num_bootstrap: int,
+    kernel: str = "imq",
+    spheres: Spheres = (),
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """The U-statistic, its standard error and its p-value, of independent rows and the scores there."""
     n = len(x)
     rows = (x / bandwidth, bandwidth * scores)
     signs = jax.random.rademacher(rng_key, (n, num_bootstrap), x.dtype)
-    sums = pair_sums(_stein_kernel, rows, rows, signs, distinct=True)
+    sums = pair_sums(partial(_stein_kernel, kernel, spheres), rows, rows, signs, distinct=True)
     pairs = n * (n - 1)
     value = sums.values.sum() / pairs
     replicates = jnp.sum(signs * sums.signed, axis=0) / pairs
@@ -134,39 +145,63 @@ def stein_statistic(
     return value / bandwidth**2, jnp.sqrt(variance) / bandwidth**2, pvalue
 
 
-def _stein_kernel(row: tuple[Array, Array], rows: tuple[Array, Array]) -> Float[Array, "m"]:
-    """H for the kernel (1 + ‖x − x'‖²)^{-1/2}, of a row and its score against all."""
+def _stein_kernel(
+    kernel: str, spheres: Spheres, row: tuple[Array, Array], rows: tuple[Array, Array]
+) -> Float[Array, "m"]:
+    """H of a row and its score against all, in units of the bandwidth; on spheres b in the place of the score.
+
+    With u = x − y and P, Q the projections at x and y, ∇_x k = 2φ'u, ∇_y k = −2φ'u and ∇_x∇_yᵀ k = −2φ'I − 4φ''uuᵀ.
+    """
     (x, s), (y, t) = row, rows
     away = x - y
-    squared = jnp.sum(away**2, axis=-1)
-    root = jax.lax.rsqrt(1 + squared)
-    return root * (jnp.sum(s * t, -1) + root**2 * (jnp.sum((s - t) * away, -1) + x.size - 3 * squared * root**2))
+    phi = profile(kernel, jnp.sum(away**2, axis=-1))
+    at_x, at_y, trace = away, away, x.size + jnp.zeros(len(y), x.dtype)  # Pu, Qu and tr PQ
+    for start, d in spheres:
+        columns = slice(start, start + d)
+        normal_x = x[columns] / jnp.linalg.norm(x[columns])
+        normal_y = y[:, columns] / jnp.linalg.norm(y[:, columns], axis=-1, keepdims=True)
+        u, cosine = away[:, columns], normal_y @ normal_x
+        at_x = at_x.at[:, columns].set(u - (u @ normal_x)[:, None] * normal_x)
+        at_y = at_y.at[:, columns].set(u - jnp.sum(u * normal_y, -1, keepdims=True) * normal_y)
+        trace += cosine**2 - 2
+    first = jnp.sum(s * at_y, -1) - jnp.sum(t * at_x, -1) + trace
+    return phi.value * jnp.sum(s * t, -1) - 2 * phi.first * first - 4 * phi.second * jnp.sum(at_x * at_y, -1)
 
 
-@jax.jit
-def _free_scores(energy: Energy, x: Float[Array, "n d"]) -> tuple[Float[Array, "n p"], Float[Array, "n p"]]:
-    """Free coordinates of rows, and the score of their law."""
+@partial(jax.jit, static_argnames="spheres")
+def _free_scores(
+    energy: Energy, x: Float[Array, "n d"], spheres: Spheres = ()
+) -> tuple[Float[Array, "n p"], Float[Array, "n p"]]:
+    """Free coordinates of rows, spheres in R^d, and the score of their law, on spheres b = Ps − (d − 1)x."""
     scores = energy.score(x)
-    if energy.flat:
+    if energy.flat and not spheres:
         return x, scores
     u = to_free(energy, x)
     (_, log_jacobian), pull = jax.vjp(lambda u: from_free(energy, u), u)
-    return u, pull((scores, jnp.ones_like(log_jacobian)))[0]
+    pulled = pull((scores, jnp.ones_like(log_jacobian)))[0]
+    for start, d in spheres:
+        columns = slice(start, start + d)
+        radius = jnp.linalg.norm(u[:, columns], axis=-1, keepdims=True)
+        normal, slope = u[:, columns] / radius, radius * pulled[:, columns]  # the way there divides by the radius
+        tangent = slope - jnp.sum(slope * normal, -1, keepdims=True) * normal
+        u, pulled = u.at[:, columns].set(normal), pulled.at[:, columns].set(tangent - (d - 1) * normal)
+    return u, pulled
 
 
-def _refuse_closed(energy: Energy) -> None:
-    if closed := closed_sites(energy):
-        raise NotImplementedError(
-            f"kernel_stein_discrepancy has no kernel on the support of site '{closed[0]}', a sphere or circle: use "
-            "fisher_divergence or mmd."
-        )
-
-
-def closed_sites(energy: Energy) -> list[str]:
-    """Sites on spheres and circles, where the kernel is none."""
-    return [
-        a.name
-        for a in energy.arrays
-        if a.support.kind == "sphere"
-        or isinstance(base_constraint(energy.supports[a.name]), type(constraints.circular))
-    ]
+def spheres_of(energy: Energy) -> Spheres:
+    """Where in the free coordinates there are spheres, circles among them, and their dimensions d."""
+    found: list[tuple[int, int]] = []
+    start = 0
+    for a, block in zip(energy.arrays, energy.blocks, strict=True):
+        width, size = block.stop - block.start, block.size
+        if isinstance(base_constraint(energy.supports[a.name]), type(constraints.circular)):
+            width, size = 2 * width, 2
+        elif a.support.kind == "simplex":
+            start += width // size * (size - 1)
+            continue
+        elif a.support.kind != "sphere":
+            start += width
+            continue
+        found += [(start + k, size) for k in range(0, width, size)]
+        start += width
+    return tuple(found)
