@@ -46,7 +46,7 @@ def test_new_rows_with_their_covariates():
         ENERGY.at(x[:, None], w=z)
 
 
-def test_normalisers():
+def test_normalisers(unchecked):
     """log Z(z) = ½ log 2π/τ + ½ τ b² z², once for values that are alike."""
     z = np.array([-1.0, 0.0, 2.0, 2.0], np.float32)
     found = log_partition(ENERGY, given={"z": z})

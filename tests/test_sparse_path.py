@@ -192,7 +192,7 @@ def test_roc(sparse):
         path.roc({"coupling": np.ones(6)})
 
 
-def test_automatic_end(sparse):
+def test_automatic_end(sparse, unchecked):
     """The path ends at a ten-thousandth of its start, whatever the scales of the priors."""
     _, quadratic, _ = sparse
     path = sparse_path(quadratic, smallest="auto")

@@ -216,7 +216,7 @@ CUSP = Energy(on(constraints.real, lambda x: -jnp.sqrt(jnp.abs(x))), {}, np.ones
         ),
     ],
 )
-def test_refused(call, error, message):
+def test_refused(call, error, message, unchecked):
     """Each with its site, argument or rows."""
     with pytest.raises(error, match=message):
         call()

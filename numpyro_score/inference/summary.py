@@ -61,9 +61,9 @@ class Summary(pd.DataFrame):
         def shown(column: str, value: float, decimals: int) -> str:
             if pd.isna(value):
                 return "–"
-            if column in ("z", "distance"):
-                return f"{value:.2f}"
-            return f"{value:.{decimals}f}" if abs(value) < 1e7 and decimals < 8 else f"{value:.4g}"
+            decimals = 2 if column in ("z", "distance") else decimals
+            text = f"{value:.{decimals}f}" if abs(value) < 1e7 and decimals < 8 else f"{value:.4g}"
+            return text if float(text) else text.removeprefix("-")  # no zero below zero
 
         return pd.DataFrame(
             {c: [shown(c, v, d) for v, d in zip(table[c], digits, strict=True)] for c in table}, table.index

@@ -20,7 +20,8 @@ def dirichlet(x: Any) -> None:
     Args:
         x: compositions, (N, K), without zeros.
     """
-    alpha = numpyro.param("alpha", jnp.ones(x.shape[-1]), constraint=constraints.positive)
+    with numpyro.plate("x_column", x.shape[-1]):
+        alpha = numpyro.param("alpha", jnp.ones(x.shape[-1]), constraint=constraints.positive, event_dim=0)
     with numpyro.plate("rows", len(x)):
         x = numpyro.sample("x", dist.ImproperUniform(constraints.simplex, (), x.shape[1:]), obs=x)
         numpyro.factor("energy", jnp.log(x) @ (alpha - 1))
@@ -35,7 +36,8 @@ def polynomially_tilted(x: Any) -> None:
         x: compositions, (N, K), without zeros.
     """
     k = x.shape[-1] - 1
-    beta = numpyro.param("beta", jnp.zeros(k + 1), constraint=constraints.greater_than(-1.0))
+    with numpyro.plate("x_column", k + 1):
+        beta = numpyro.param("beta", jnp.zeros(k + 1), constraint=constraints.greater_than(-1.0), event_dim=0)
     linear, diagonal = numpyro.param("linear", jnp.zeros(k)), numpyro.param("diagonal", jnp.zeros(k))
     a = symmetric(diagonal, numpyro.param("coupling", jnp.zeros(k * (k - 1) // 2)))
     with numpyro.plate("rows", len(x)):

@@ -28,7 +28,8 @@ def von_mises_fisher(x: Any) -> None:
     Args:
         x: unit vectors, (N, d).
     """
-    direction = numpyro.param("direction", jnp.zeros(x.shape[-1]))
+    with numpyro.plate("x_column", x.shape[-1]):
+        direction = numpyro.param("direction", jnp.zeros(x.shape[-1]), event_dim=0)
     with numpyro.plate("rows", len(x)):
         x = numpyro.sample("x", dist.ImproperUniform(constraints.sphere, (), x.shape[1:]), obs=x)
         numpyro.factor("energy", x @ direction)
@@ -52,7 +53,9 @@ def fisher_bingham(x: Any) -> None:
     Args:
         x: unit vectors, (N, d).
     """
-    a, direction = axes(x.shape[-1]), numpyro.param("direction", jnp.zeros(x.shape[-1]))
+    a = axes(x.shape[-1])
+    with numpyro.plate("x_column", x.shape[-1]):
+        direction = numpyro.param("direction", jnp.zeros(x.shape[-1]), event_dim=0)
     with numpyro.plate("rows", len(x)):
         x = numpyro.sample("x", dist.ImproperUniform(constraints.sphere, (), x.shape[1:]), obs=x)
         numpyro.factor("energy", x @ direction + jnp.sum((x @ a) * x, -1))

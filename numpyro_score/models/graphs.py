@@ -19,13 +19,20 @@ def symmetric(diagonal: Float[Array, "d"], coupling: Float[Array, "m"]) -> Float
     return jnp.diag(diagonal).at[rows, columns].set(coupling).at[columns, rows].set(coupling)
 
 
-def interactions(d: int, penalty: float) -> Float[Array, "d d"]:
-    """K of d columns, of the sites `diagonal` and `coupling`, these with Laplace priors of scale 1/penalty if any."""
+def interactions(d: int, penalty: float) -> tuple[Float[Array, "d d"], Float[Array, "d"]]:
+    """K and η of d columns, of the sites `diagonal`, `coupling` and `field`.
+
+    Couplings have Laplace priors of scale 1/penalty, if any. The plate gives the axes the names of a table's columns.
+    """
     m = d * (d - 1) // 2
-    diagonal = numpyro.param("diagonal", jnp.ones(d), constraint=constraints.positive)
+    with numpyro.plate("x_column", d):
+        diagonal = numpyro.param("diagonal", jnp.ones(d), constraint=constraints.positive, event_dim=0)
+        field = numpyro.param("field", jnp.zeros(d), event_dim=0)
     if penalty:
-        return symmetric(diagonal, numpyro.sample("coupling", dist.Laplace(0, 1 / penalty).expand([m]).to_event(1)))
-    return symmetric(diagonal, numpyro.param("coupling", jnp.zeros(m)))
+        coupling = numpyro.sample("coupling", dist.Laplace(0, 1 / penalty).expand([m]).to_event(1))
+    else:
+        coupling = numpyro.param("coupling", jnp.zeros(m))
+    return symmetric(diagonal, coupling), field
 
 
 def gaussian_graph(x: Any, penalty: float = 0.0) -> None:
@@ -37,7 +44,7 @@ def gaussian_graph(x: Any, penalty: float = 0.0) -> None:
         x: rows, (N, D).
         penalty: of couplings, in units of the objective; see :func:`~numpyro_score.sparse_path` for all of them.
     """
-    k, field = interactions(x.shape[-1], penalty), numpyro.param("field", jnp.zeros(x.shape[-1]))
+    k, field = interactions(x.shape[-1], penalty)
     with numpyro.plate("rows", len(x)):
         x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), x.shape[1:]), obs=x)
         numpyro.factor("energy", x @ field - 0.5 * jnp.sum((x @ k) * x, -1))
@@ -67,7 +74,7 @@ def power_graph(x: Any, a: float = 0.5, b: float = 0.5, penalty: float = 0.0) ->
         b: the power of the field, at least 0.
         penalty: as in :func:`gaussian_graph`.
     """
-    k, field = interactions(x.shape[-1], penalty), numpyro.param("field", jnp.zeros(x.shape[-1]))
+    k, field = interactions(x.shape[-1], penalty)
     with numpyro.plate("rows", len(x)):
         x = numpyro.sample("x", dist.ImproperUniform(constraints.positive, (), x.shape[1:]), obs=x)
         y, z = (x**a / a**0.5 if a else jnp.log(x)), (x**b / b if b else jnp.log(x))

@@ -143,8 +143,8 @@ def plot_influence(
     axes.axhline(n**-0.5, color=BLACK, linestyle="--", linewidth=1, label=f"equal shares, 1/√{n}")
     most, arrays = np.argsort(-largest)[:3], fit.energy.arrays
     for row in most:
-        axes.annotate(fit.labels.row_name(row, arrays), (row, largest[row]), (3, 2), textcoords="offset points")
-    named = "\n".join(f"row {fit.labels.row_name(row, arrays)}: {names[parameter[row]]}" for row in most)
+        axes.annotate(fit.labels.row_name(int(row), arrays), (row, largest[row]), (3, 2), textcoords="offset points")
+    named = "\n".join(f"row {fit.labels.row_name(int(row), arrays)}: {names[parameter[row]]}" for row in most)
     axes.text(0.02, 0.97, named, transform=axes.transAxes, va="top")
     axes.set(xlabel="row", ylabel="largest influence, in standard errors", title="Influence of rows")
     axes.set_ylim(0, 1.45 * largest.max())  # the names and the legend are above the rows
