@@ -41,7 +41,7 @@ from numpyro_score import ScoreMatching
 from numpyro_score.arviz import dataset
 from numpyro_score.divergences.moments import permutation_test
 from numpyro_score.divergences.pairs import median_distance
-from numpyro_score.divergences.stein import stein_statistic
+from numpyro_score.divergences.stein import stein_kernel, stein_statistic
 from numpyro_score.inference import default_optimizer
 from numpyro_score.normaliser.mixing import mixed
 from numpyro_score.reporting import checks
@@ -100,7 +100,8 @@ def stein_pvalues(x: Any, spread: Any, keys: Any) -> Any:
         x, key = of
         away = x - x.mean(axis=0)
         scores = -jnp.linalg.solve(spread * jnp.cov(x.T), away.T).T
-        return stein_statistic(x, scores, median_distance(x), key, 200)[2]
+        length = median_distance(x)
+        return stein_statistic(stein_kernel("imq"), (x / length, length * scores), key, 200)[2]
 
     return jax.lax.map(one, (x, keys))
 

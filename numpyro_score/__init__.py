@@ -1,5 +1,6 @@
 """Unnormalised models as first-class NumPyro models."""
 
+from numpyro_score import models
 from numpyro_score.arviz import to_arviz
 from numpyro_score.closed_form import ClosedFormError, GradientSpread, QuadraticLoss, sparse_path
 from numpyro_score.comparison import audit, compare, hyvarinen_loo, hyvarinen_score
@@ -33,6 +34,7 @@ from numpyro_score.divergences import (
     kernel_stein_discrepancy,
     kl_divergence,
     local_variance,
+    median_distance,
     mmd,
     squared_log_ratio,
 )
@@ -48,6 +50,7 @@ from numpyro_score.inference import (
     adjust_draws,
     generalized_bayes,
     load,
+    windham,
 )
 from numpyro_score.kernels import (
     MALA,
@@ -169,7 +172,9 @@ __all__ = [
     "load",
     "local_variance",
     "log_partition",
+    "median_distance",
     "mmd",
+    "models",
     "parzen_score",
     "plot_bits_by_noise",
     "plot_comparison",
@@ -197,4 +202,5 @@ __all__ = [
     "sparse_path",
     "squared_log_ratio",
     "to_arviz",
+    "windham",
 ]

@@ -15,6 +15,7 @@ from numpyro.infer import MCMC
 
 from numpyro_score.energy import Energy
 from numpyro_score.generalized import GeneralizedModel
+from numpyro_score.labels import site_dims, with_labels
 from numpyro_score.placement import fetch
 from numpyro_score.version import __version__
 
@@ -118,19 +119,21 @@ def to_arviz(
     if isinstance(source, MCMC):
         if log_partition is not None:
             raise TypeError("log_partition is log Z at the estimates of a fit, and an MCMC run has none: leave it out.")
-        groups = _mcmc_groups(source, args, kwargs)
+        groups, own_coords, own_dims = _mcmc_groups(source, args, kwargs)
     else:
         raise TypeError(f"to_arviz takes a ScoreMatchingResult or a numpyro.infer.MCMC, got {type(source).__name__}.")
-    return as_arviz(groups, coords, dims)
+    return as_arviz(groups, coords, dims, own_coords, own_dims)
 
 
 def as_arviz(
     groups: dict[str, xr.Dataset],
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
+    own_coords: Mapping[str, Any] | None = None,
+    own_dims: Mapping[str, Sequence[str]] | None = None,
 ) -> Any:
-    """Groups as the container that the installed ArviZ has, with the names that a user gives to axes."""
-    groups = _with_names(groups, coords or {}, dims or {})
+    """Groups as the container that the installed ArviZ has; names of axes as :func:`with_labels` takes them."""
+    groups = with_labels(groups, coords, dims, own_coords, own_dims)
     library = {
         "inference_library": "numpyro_score",
         "inference_library_version": __version__,
@@ -143,50 +146,6 @@ def as_arviz(
         tree.attrs |= library
         return tree
     return ScoreData(attrs=library, **groups)
-
-
-def _with_names(
-    groups: dict[str, xr.Dataset], coords: Mapping[str, Any], dims: Mapping[str, Sequence[str]]
-) -> dict[str, xr.Dataset]:
-    """Groups with axes renamed as `dims` says, {variable: names}, and labelled as `coords` says, {name: labels}.
-
-    Raises:
-        ValueError: for a variable or axis that is not there, another number of names than the variable has axes besides
-            chain and draw, or another number of labels than an axis has.
-    """
-    variables = {str(v) for group in groups.values() for v in group.data_vars}
-    if unknown := sorted(set(dims) - variables):
-        raise ValueError(f"dims has {unknown}, and the variables are {sorted(variables)}: use these.")
-    for label, group in groups.items():
-        new: dict[str, xr.DataArray] = {}
-        for key, array in group.data_vars.items():
-            name = str(key)
-            own = [str(d) for d in array.dims if str(d).startswith(f"{name}_dim_")]
-            if label == "log_likelihood":  # one axis for rows, whatever axes the data have
-                own = []
-            names = own if label == "log_likelihood" else dims.get(name, own)
-            given = [names] if isinstance(names, str) else list(names)
-            if len(given) != len(own):
-                raise ValueError(
-                    f"dims names {len(given)} axes of '{name}', {given}, which has {len(own)} besides chain and draw: "
-                    "give one name for each."
-                )
-            moved = {a: b for a, b in zip(own, given, strict=True) if a != b}
-            array = array.drop_vars(list(moved)).rename(moved)
-            for dim in given:
-                if dim in coords and len(coords[dim]) != array.sizes[dim]:
-                    raise ValueError(
-                        f"coords has {len(coords[dim])} labels for '{dim}', and '{name}' has {array.sizes[dim]} there: "
-                        "give one for each."
-                    )
-                if dim in coords or dim in moved.values():
-                    array = array.assign_coords({dim: np.asarray(coords.get(dim, np.arange(array.sizes[dim])))})
-            new[name] = array
-        groups = {**groups, label: xr.Dataset(new, attrs=group.attrs)}
-    known = {str(d) for group in groups.values() for d in group.dims}
-    if unknown := sorted(set(coords) - known):
-        raise ValueError(f"coords has {unknown}, and the axes are {sorted(known)}: name them in dims, too.")
-    return groups
 
 
 class ScoreData(xr.DataTree if hasattr(az, "convert_to_datatree") else az.InferenceData):  # type: ignore[misc]
@@ -209,7 +168,10 @@ class ScoreData(xr.DataTree if hasattr(az, "convert_to_datatree") else az.Infere
         return inherited(name)
 
 
-def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, xr.Dataset]:
+def _mcmc_groups(
+    mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, xr.Dataset], dict[str, Any], dict[str, list[str]]]:
+    """The groups, and the coords and dims that the model's arguments and its plates give."""
     draws = mcmc.get_samples(group_by_chain=True)
     _warn_of_lost_chains(mcmc, draws)
     # Of a bare potential_fn there are no sites: ArviZ's own names.
@@ -223,8 +185,11 @@ def _mcmc_groups(mcmc: MCMC, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
                 "The MCMC run is not over generalized_bayes(model, loss), so its data are not known: leave the model's "
                 "arguments out."
             )
-        groups["observed_data"] = observed(mcmc.sampler.model.energy(*args, **kwargs))
-    return groups
+        energy, sites = mcmc.sampler.model.energy_and_sites(*args, **kwargs)
+        groups["observed_data"] = observed(energy)
+        coords, data_dims = energy.labels.as_coords(energy.arrays)
+        return groups, coords, {**site_dims(sites), **data_dims}
+    return groups, {}, {}
 
 
 def _warn_of_lost_chains(mcmc: MCMC, draws: Any) -> None:

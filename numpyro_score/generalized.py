@@ -16,7 +16,7 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoDelta
 from numpyro.primitives import Messenger
 
-from numpyro_score.energy import Energy, Parameters, Site, base_law, check_arguments
+from numpyro_score.energy import Energy, Parameters, Site, base_law, read_arguments
 from numpyro_score.losses import Loss
 from numpyro_score.losses.base import check_settings, declare_sites, positive, total_loss_and_memory
 from numpyro_score.placement import Places
@@ -99,12 +99,18 @@ class GeneralizedModel:
         """β for these arguments of the model: the number given, or the calibrated one."""
         if self._find_rate is None:
             return self.learning_rate
+        args, kwargs, _ = read_arguments(self.model, args, kwargs)
         return self._find_rate(args, kwargs, lambda: np.asarray(self.energy(*args, **kwargs).data))
 
     def energy(self, *args: Any, **kwargs: Any) -> Energy:
         """The energy at parameters drawn from the prior: for what does not depend on them, such as the data."""
-        with handlers.block(), handlers.seed(rng_seed=0):
-            return _run_parameters(self.model, self.data, args, kwargs)[1]
+        return self.energy_and_sites(*args, **kwargs)[0]
+
+    def energy_and_sites(self, *args: Any, **kwargs: Any) -> tuple[Energy, dict[str, Site]]:
+        """The same, and the sites of the parameters there."""
+        with handlers.block(), handlers.trace() as sites, handlers.seed(rng_seed=0):
+            energy = _run_parameters(self.model, self.data, args, kwargs)[1]
+        return energy, sites
 
 
 def prior_model(
@@ -181,12 +187,21 @@ def _run_parameters(
     model: Model, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], places: Places | None = None
 ) -> tuple[Any, Energy]:
     """Runs the model with all its sites but the observed ones seen outside, and binds an energy to their values."""
-    check_arguments(model, args, kwargs)
+    args, kwargs, labels = read_arguments(model, args, kwargs)
     parameters = Parameters()
-    with parameters:
-        value = model(*args, **kwargs)
+    try:
+        with parameters:
+            value = model(*args, **kwargs)
+    except NotImplementedError as error:
+        if str(error):
+            raise
+        raise NotImplementedError(
+            "A site of the model has a law that cannot be drawn from, such as an ImproperUniform that is not observed: "
+            "pass the data, e.g. Predictive(...)(key, x), which draws parameters and deterministic sites; for draws of "
+            "the data use numpyro_score.sample(fit, key, 1000), with covariates sample(..., given={'z': z})."
+        ) from error
     energy = Energy.bound_to(
-        model, parameters.values(), parameters.subsamples(), numpyro.prng_key(), data, args, kwargs, places
+        model, parameters.values(), parameters.subsamples(), numpyro.prng_key(), data, args, kwargs, places, labels
     )
     for name in energy.penalties:
         site = parameters.sites[name]

@@ -39,6 +39,8 @@ def _is_array(value: Any) -> bool:
 
 
 def _value(value: Any) -> str:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a loss within a loss
+        return settings(value)
     return _site(value, None) if _is_array(value) else without_addresses(value)
 
 

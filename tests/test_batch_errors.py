@@ -106,7 +106,7 @@ def grouped(x):
 def test_what_is_refused(whole):
     found = whole.over_batches(BATCHES)
     for call in (found.influence, lambda: found.stderr(diagonal=True)):
-        with pytest.raises(SandwichError, match="rows in memory: take the fit that over_batches was called on"):
+        with pytest.raises(SandwichError, match="rows in memory: take the fit that over_batches or windham was given"):
             call()
     with pytest.raises(ValueError, match="batches has none"):
         whole.over_batches(iter(()))

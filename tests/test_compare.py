@@ -246,7 +246,7 @@ def test_a_score_without_a_density_has_no_order_under_kl():
 
 
 @pytest.mark.slow
-def test_angles_have_a_likelihood_and_no_stein_discrepancy():
+def test_angles():
     """Von Mises laws, whose normaliser is 2π I₀(κ)."""
 
     def von_mises(x):
@@ -261,7 +261,7 @@ def test_angles_have_a_likelihood_and_no_stein_discrepancy():
     for name, row in table.iterrows():
         expected = stats.vonmises(float(name)).logpdf(angles[50:]).sum()
         np.testing.assert_allclose(row["log_likelihood"], expected, rtol=1e-4)
-    assert table["ksd"].isna().all() and table["ksd_pvalue"].isna().all() and (table["mmd"] < 0.5).all()
+    assert table.loc["2.0", "ksd_pvalue"] > 1e-3 and table["ksd"].notna().all() and (table["mmd"] < 0.5).all()
 
 
 # -- errors -----------------------------------------------------------------------------------------

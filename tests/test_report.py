@@ -406,7 +406,7 @@ def test_warnings_are_repeated(tmp_path):
 
 
 def test_what_is_refused(unchecked, tmp_path):
-    with pytest.raises(TypeError, match="report takes a fit, got Energy"):
+    with pytest.raises(TypeError, match="report takes a fit or a comparison, got Energy"):
         report(fitted().energy, tmp_path / "fit.html")
     with pytest.raises(ValueError, match="num_samples of at least 4, or 0 for no draws, got 3"):
         report(fitted(), tmp_path / "fit.html", num_samples=3)

@@ -9,11 +9,13 @@ ROOT = Path(numpyro_score.__file__).parent
 # From the bottom up. A room may import the rooms before it, and modules of its own.
 ROOMS = [
     "version",
+    "models",
     "operators",
     "random",
     "programs",
     "placement",
     "printed",
+    "labels",
     "energy",
     "kernels",
     "flows",

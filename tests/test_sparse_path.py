@@ -1,5 +1,7 @@
 """Sparse fits along a path of penalties, against the optimality conditions and coordinate descent."""
 
+import dataclasses
+import math
 import sys
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 from models import assert_sites_close, improper
 from numpyro.distributions import constraints
 from quadratics import COLS, KEY, ROWS, X, Y, laplace, location
+from sklearn.metrics import roc_auc_score
 
 from numpyro_score import ISM, ClosedFormError, QuadraticLoss, generalized_bayes, sparse_path
 
@@ -148,3 +151,51 @@ def test_missing_extra_is_named(sparse, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"numpyro-score\[sparse\]"):
         sparse_path(sparse[1])
+
+
+def test_ebic(sparse):
+    """2 Σ loss + k log N + 2γ log C(6, k) at the minimum on the selected alone, which the path has not to be at."""
+    _, quadratic, path = sparse
+    values, refit = path.ebic(1.0), []
+    for chosen in path.selected:
+        index = np.flatnonzero(chosen | (quadratic.penalties == 0))
+        theta = np.zeros(len(chosen))
+        part = np.ix_(index, index)
+        theta[index] = np.linalg.solve(quadratic.total.hessian[part], -quadratic.total.linear[index])
+        k = int(chosen.sum())
+        refit.append(2 * quadratic.data(theta) + k * np.log(160) + 2 * np.log(math.comb(6, k)))
+    np.testing.assert_allclose(values, refit, rtol=1e-9)
+    assert path.choose(gamma=1.0) == path.penalties[np.argmin(values)]
+    last = path.refit(path.penalties[-1])  # the path ends at λ = 0, where nothing is shrunk
+    assert_sites_close(last, path.estimates(0.0), rtol=1e-6)
+    assert (np.diff(path.ebic(0.0) - values) <= 1e-9).any()
+
+
+def test_roc(sparse):
+    """The area is that of scikit-learn with the penalty at which a parameter enters as its score."""
+    _, _, path = sparse
+    entry = np.array([0.5, 3.0, 1.0, 2.0, 0.0, 0.7])  # 0: never
+    truth = np.array([0, 1, 0, 1, 1, 0])
+    penalties = np.array([3.0, 2.0, 1.0, 0.7, 0.5])
+    vectors = np.ones((5, len(path.vectors[0])))
+    at = np.flatnonzero(path.quadratic.penalties)
+    vectors[:, at] = entry >= penalties[:, None]
+    curve = dataclasses.replace(path, penalties=penalties, vectors=vectors).roc({"coupling": truth})
+    np.testing.assert_allclose(curve.true_positive_rate, [1 / 3, 2 / 3, 2 / 3, 2 / 3, 2 / 3])
+    np.testing.assert_allclose(curve.false_positive_rate, [0, 0, 1 / 3, 2 / 3, 1])
+    np.testing.assert_allclose(curve.area, roc_auc_score(truth, entry))
+    with pytest.raises(ValueError, match="truth has parameters without a Laplace prior"):
+        path.roc({"coupling": truth, "diagonal": np.ones(4)})
+    with pytest.raises(ValueError, match=r"truth has 'coupling' of shape \(3,\)"):
+        path.roc({"coupling": truth[:3]})
+    with pytest.raises(ValueError, match="zero and some that are not"):
+        path.roc({"coupling": np.ones(6)})
+
+
+def test_automatic_end(sparse, unchecked):
+    """The path ends at a ten-thousandth of its start, whatever the scales of the priors."""
+    _, quadratic, _ = sparse
+    path = sparse_path(quadratic, smallest="auto")
+    np.testing.assert_allclose(path.penalties[-1] / path.penalties[0], 1e-4, rtol=1e-6)
+    with pytest.raises(ValueError, match="at least 0, or 'auto', got 'small'"):
+        sparse_path(quadratic, smallest="small")

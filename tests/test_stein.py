@@ -11,11 +11,12 @@ from models import FAST_COMPILE, assert_mean, assert_variance, energy_of
 from numpyro.distributions import constraints
 from scipy import integrate, stats
 from test_divergences import SCORE, chains, gaussian, on
+from test_supports import sphere_points
 
 from numpyro_score import Energy, kernel_stein_discrepancy
 from numpyro_score.divergences.law import Draws, thin
 from numpyro_score.divergences.pairs import median_distance
-from numpyro_score.divergences.stein import stein_kernel, stein_statistic
+from numpyro_score.divergences.stein import _free_scores, _stein_kernel, stein_kernel, stein_statistic
 
 FALSE_ALARM = 2e-5
 KEY = jax.random.key(0)
@@ -90,7 +91,7 @@ def run_tests(rows, key):
     def one(given):
         x, key = given
         length = median_distance(x)
-        return stein_statistic(stein_kernel, (x / length, -length * x), key, 200)
+        return stein_statistic(stein_kernel("imq"), (x / length, -length * x), key, 200)
 
     return jax.lax.map(one, (rows, jax.random.split(key, len(rows))), batch_size=50)
 
@@ -138,20 +139,68 @@ def test_score_terms():
     np.testing.assert_allclose(found, normal, rtol=1e-4)
 
 
-SPHERE = Energy(on(constraints.sphere, lambda x: x[:, 0], 3), {}, np.eye(3))
-CIRCLE = Energy(on(constraints.circular, jnp.cos), {}, np.zeros(3))
+THETA = np.array([1.0, -2.0, 0.5])
+SPHERE = Energy(on(constraints.sphere, lambda x: x @ THETA, 3), {}, np.eye(3))
+CIRCLE = Energy(on(constraints.circular, lambda x: 2 * jnp.cos(x - 1)), {}, np.zeros(3))
+
+
+@pytest.mark.parametrize("kernel", ["imq", "gaussian"])
+@pytest.mark.parametrize("energy", [SPHERE, CIRCLE], ids=["sphere", "circle"])
+def test_spheres(energy, kernel, x64):
+    """Written out by projected derivatives, and with mean zero under the law itself, by quadrature."""
+    angles = np.linspace(-np.pi, np.pi, 60, endpoint=False)
+    nodes, weight = sphere_points(30) if energy is SPHERE else (angles, np.ones(60))
+    points = nodes if energy is SPHERE else np.stack([np.cos(nodes), np.sin(nodes)], -1)
+    theta, d, length = (THETA, 3, 0.9) if energy is SPHERE else (2 * np.array([np.cos(1), np.sin(1)]), 2, 0.9)
+    u, b = _free_scores(energy, jnp.asarray(nodes.reshape(len(nodes), -1)), spheres=((0, d),))
+    np.testing.assert_allclose(u, points, atol=1e-12)
+
+    def k(x, y):
+        squared = jnp.sum((x - y) ** 2) / length**2
+        return (1 + squared) ** -0.5 if kernel == "imq" else jnp.exp(-0.5 * squared)
+
+    def project(x):
+        return jnp.eye(d) - jnp.outer(x, x)
+
+    def written_out(x, y):
+        b, c = project(x) @ theta - (d - 1) * x, project(y) @ theta - (d - 1) * y
+        mixed = jnp.trace(project(x) @ jax.jacfwd(jax.grad(k), argnums=1)(x, y) @ project(y))
+        return b @ c * k(x, y) + b @ project(y) @ jax.grad(k, 1)(x, y) + c @ project(x) @ jax.grad(k)(x, y) + mixed
+
+    q = weight * np.exp(points @ theta)
+    for i in (3, 17):
+        h = _stein_kernel(kernel, ((0, d),), (u[i] / length, length * b[i]), (u / length, length * b)) / length**2
+        expected = jax.jit(jax.vmap(written_out, (None, 0)))(points[i], points)
+        np.testing.assert_allclose(h, expected, rtol=1e-9, atol=1e-9)
+        assert abs(q @ h) < 1e-8 * (q @ np.abs(h))
+    rows = nodes[::97] if energy is SPHERE else nodes[::7]
+    found = kernel_stein_discrepancy(rows, energy, KEY, kernel=kernel, bandwidth=length, num_bootstrap=10)
+    chosen = points[::97] if energy is SPHERE else points[::7]
+    table = np.asarray(jax.vmap(jax.vmap(written_out, (None, 0)), (0, None))(chosen, chosen))
+    n = len(table)
+    np.testing.assert_allclose(found.value, (table.sum() - np.trace(table)) / (n * (n - 1)), rtol=1e-9)
+
+
+def test_gaussian_kernel_and_default_bandwidth():
+    """For the standard normal law h = k (x·y − ‖x − y‖²/ℓ² + (D − ‖x − y‖²/ℓ²)/ℓ²)."""
+    x = RNG.normal(size=(5, 2))
+    q = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+    found = kernel_stein_discrepancy(x, q, KEY, kernel="gaussian", num_bootstrap=10)
+    length = float(median_distance(x))
+    assert found.bandwidth == pytest.approx(length)
+    u = x[:, None] - x
+    squared = np.sum(u**2, -1) / length**2
+    h = np.exp(-squared / 2) * (x @ x.T - squared + (2 - squared) / length**2)
+    assert found.value == pytest.approx((h.sum() - np.trace(h)) / 20, rel=1e-4)
+
+
 CUSP = Energy(on(constraints.real, lambda x: -jnp.sqrt(jnp.abs(x))), {}, np.ones(3))
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (
-            lambda: kernel_stein_discrepancy(np.eye(3), SPHERE, KEY),
-            NotImplementedError,
-            "of site 'x', a sphere",
-        ),
-        (lambda: kernel_stein_discrepancy(np.ones(5), CIRCLE, KEY), NotImplementedError, "support of site 'x'"),
+        (lambda: kernel_stein_discrepancy(np.ones(5), CUSP, KEY, kernel="rbf"), ValueError, "has no kernel 'rbf'"),
         (
             lambda: kernel_stein_discrepancy(np.arange(5.0), CUSP, KEY),
             ValueError,
@@ -168,7 +217,7 @@ CUSP = Energy(on(constraints.real, lambda x: -jnp.sqrt(jnp.abs(x))), {}, np.ones
         ),
     ],
 )
-def test_refused(call, error, message):
+def test_refused(call, error, message, unchecked):
     """Each with its site, argument or rows."""
     with pytest.raises(error, match=message):
         call()

@@ -1,6 +1,6 @@
 """Objectives that are quadratic in the parameters: solved at once, over batches of rows, and along penalties."""
 
-from numpyro_score.closed_form.path import SparsePath, sparse_path
+from numpyro_score.closed_form.path import Roc, SparsePath, sparse_path
 from numpyro_score.closed_form.quadratic import ClosedFormError, Coordinates, FlatObjectiveError, Quadratic, minimise
 from numpyro_score.closed_form.streaming import GradientSpread, QuadraticFit, QuadraticLoss
 
@@ -12,6 +12,7 @@ __all__ = [
     "Quadratic",
     "QuadraticFit",
     "QuadraticLoss",
+    "Roc",
     "SparsePath",
     "minimise",
     "sparse_path",

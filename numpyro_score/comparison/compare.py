@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import arviz as az
 import jax
@@ -32,7 +32,7 @@ from numpyro_score.diffusion import ScoreDistribution
 from numpyro_score.diffusion.source import noise_range_of
 from numpyro_score.divergences.mmd import mmd
 from numpyro_score.divergences.moments import moment_test
-from numpyro_score.divergences.stein import closed_sites, kernel_stein_discrepancy
+from numpyro_score.divergences.stein import kernel_stein_discrepancy
 from numpyro_score.energy import Energy
 from numpyro_score.inference import AdversarialResult, FitCost, ScoreMatchingResult
 from numpyro_score.normaliser import LogPartition, sample
@@ -57,8 +57,7 @@ class Comparison:
             - `log_likelihood`, `log_likelihood_se`, higher is better; `log_likelihood_diff`, `log_likelihood_dse`:
               paired difference from the fit of highest likelihood; the errors hold that of log Z;
             - `log_partition`, `log_partition_stderr`;
-            - `ksd`, `ksd_pvalue`: squared kernel Stein discrepancy of the data from the fit, and its test; missing on
-              spheres and circles, which have no kernel here;
+            - `ksd`, `ksd_pvalue`: squared kernel Stein discrepancy of the data from the fit, and its test;
             - `mmd`, `mmd_stderr`: squared MMD between the data and draws of the fit;
             - `moments_pvalue`: of a permutation test that means, variances, skewnesses and correlations of the data and
               of the draws agree, for the largest difference of all; `moments_furthest` says in which statistic it is;
@@ -80,7 +79,7 @@ class Comparison:
     sentence: str | None
     lines: tuple[str, ...]
 
-    def _shown(self) -> pd.DataFrame:
+    def shown(self) -> pd.DataFrame:
         """The table as people read it: estimates with errors in one cell, fits for columns."""
         t, shown = self.table, {}
         for label, value, error in _CELLS:
@@ -90,11 +89,11 @@ class Comparison:
         return pd.DataFrame(shown, index=t.index).T
 
     def __repr__(self) -> str:
-        return "\n".join([self._shown().to_string(), "", *self.lines])
+        return "\n".join([self.shown().to_string(), "", *self.lines])
 
     def _repr_html_(self) -> str:
         paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in self.lines)
-        return self._shown().to_html() + paragraphs
+        return self.shown().to_html() + paragraphs
 
 
 _CELLS = [
@@ -126,6 +125,7 @@ def compare(
     rng_key: Key,
     log_partition: Mapping[str, LogPartition | float] | None = None,
     num_samples: int = 1000,
+    given: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Compares fits on rows that none of them has seen: which is better, in which sense, and is it to be trusted?
 
@@ -150,10 +150,13 @@ def compare(
             Those that are missing are estimated. A fit with a :func:`~numpyro_score.score_factor` has none, and then
             there is no order under KL.
         num_samples: draws of each of four chains of each fit.
+        given: covariates of the new rows, by the names of the models' arguments: `given={"z": z_new}`. A fit whose
+            model has no such argument is of the law of the data without it. log Z is then found for each row, and
+            there are no draws, and so neither MMD nor moments.
 
     Raises:
-        TypeError: for anything but a fit or an energy.
-        NotImplementedError: for models whose rows differ in density, e.g. by covariates.
+        TypeError: for anything but a fit or an energy; an argument that no model has.
+        NotImplementedError: for models whose rows differ in density, without `given`.
         ValueError: for fewer than two fits, fits of different data, data that these cannot take, or a log Z that
             belongs to none of them or cannot be estimated.
 
@@ -172,15 +175,16 @@ def compare(
         >>> comparison.order_kl, comparison.order_fisher, comparison.sentence
         (('good', 'narrow'), ('good', 'narrow'), None)
     """
-    given = dict(log_partition or {})
-    own = _energies(fits, given)
+    known, covariates = dict(log_partition or {}), dict(given or {})
+    own = _energies(fits, known, covariates)
     names = list(own)
     rows = own[names[0]].flatten(data)
     energies = {}
     for name in names:
         try:
             fit = fits[name]
-            energies[name] = fit.energy_at(rows) if isinstance(fit, ScoreDistribution) else own[name].at(rows)
+            at = fit.energy_at if isinstance(fit, ScoreDistribution) else own[name].at
+            energies[name] = at(rows, **_taken(own[name], covariates))
             energies[name].check()
         except ValueError as error:
             raise ValueError(f"Fit '{name}' cannot take the data: {error}") from None
@@ -191,7 +195,7 @@ def compare(
     if all(k in flows or e.has_density for k, e in own.items()):
         for k, e in own.items():
             if k not in flows:
-                log_zs[k] = _log_partition(k, e, given.get(k), keys[k][0])
+                log_zs[k] = _log_partition(k, e, known.get(k), keys[k][0], _taken(e, covariates))
         likelihoods = {
             k: np.asarray(flows[k].log_prob(data), np.float64) if k in flows else _log_likelihoods(e, log_zs[k].value)
             for k, e in energies.items()
@@ -204,9 +208,10 @@ def compare(
     if likelihoods is not None:
         errors = {k: log_zs[k].stderr if k in log_zs else 0.0 for k in names}
         more, _ = _sums("log_likelihood", likelihoods, errors, sign=1)
-        log_z = {
-            "log_partition": {k: z.value for k, z in log_zs.items()},
-            "log_partition_stderr": {k: z.stderr for k, z in log_zs.items()},
+        one = {k: z for k, z in log_zs.items() if np.ndim(z.value) == 0}
+        log_z: dict[str, Any] = {
+            "log_partition": {k: z.value for k, z in one.items()},
+            "log_partition_stderr": {k: z.stderr for k, z in one.items()},
         }
         columns |= more | log_z
         table = _compared_by_arviz(likelihoods)
@@ -216,7 +221,8 @@ def compare(
         if isinstance(fit, ScoreDistribution):
             found[k] = _draws_against_data(fit, data, keys[k][2], num_samples)
         else:
-            found[k] = _against_data(k, own[k], energies[k], data, keys[k], num_samples) | _cost(fit)
+            draws = 0 if _taken(own[k], covariates) else num_samples
+            found[k] = _against_data(k, own[k], energies[k], data, keys[k], draws) | _cost(fit)
     record = pd.DataFrame(columns, names).join(pd.DataFrame.from_dict(found, orient="index"))
     sentence = None
     if likelihoods is not None:
@@ -233,7 +239,12 @@ def compare(
     return Comparison(record, table, order_kl, order_fisher, sentence, tuple(lines))
 
 
-def _energies(fits: Mapping[str, Fit], log_partition: dict[str, Any]) -> dict[str, Energy]:
+def _taken(energy: Energy, covariates: dict[str, Any]) -> dict[str, Any]:
+    """Those of the covariates that the energy's model has."""
+    return {k: v for k, v in covariates.items() if energy.is_given(k) is not None}
+
+
+def _energies(fits: Mapping[str, Fit], log_partition: dict[str, Any], covariates: dict[str, Any]) -> dict[str, Energy]:
     if not isinstance(fits, Mapping):
         raise TypeError(f'compare takes fits by name, got a {type(fits).__name__}: write {{"ism": fit1, "pcd": fit2}}.')
     if len(fits) < 2:
@@ -251,6 +262,8 @@ def _energies(fits: Mapping[str, Fit], log_partition: dict[str, Any]) -> dict[st
     if unknown := sorted(set(log_partition) - set(fits)):
         raise ValueError(f"log_partition has '{unknown[0]}', which is no fit: the fits are {sorted(fits)}.")
     energies = {k: fit if isinstance(fit, Energy) else fit.energy for k, fit in fits.items()}
+    if unknown := [k for k in covariates if not any(_taken(e, {k: None}) for e in energies.values())]:
+        raise TypeError(f"given has '{unknown[0]}', which no model takes: use the names of the models' arguments.")
     for name, energy in energies.items():
         if len(energy.discrete_columns):
             raise NotImplementedError(
@@ -258,10 +271,10 @@ def _energies(fits: Mapping[str, Fit], log_partition: dict[str, Any]) -> dict[st
                 "compare such fits by energy.log_density(x) - log_partition(energy).value on the new rows, and by "
                 "kernel_stein_discrepancy."
             )
-        if energy.num_rows > 1 and not energy.resizable:
+        if energy.num_rows > 1 and not energy.resizable and not _taken(energy, covariates):
             raise NotImplementedError(
                 f"Rows of fit '{name}' differ in density (covariates, or a plate of fixed size), so that each has its "
-                "own normaliser: compare such fits by hyvarinen_score of their energies on the new rows."
+                "own normaliser: pass the covariates of the new rows, e.g. given={'z': z_new}."
             )
     sites = {k: [(a.name, a.support.kind, e.dim) for a in e.arrays] for k, e in energies.items()}
     first, *others = sites
@@ -279,16 +292,28 @@ def _described(sites: list[tuple[str, str, int]]) -> str:
     return f"{found} with {sites[0][2]} numbers a row"
 
 
-def _log_partition(name: str, energy: Energy, given: LogPartition | float | None, rng_key: Array) -> LogPartition:
+class _EachRow(NamedTuple):
+    """log Z of rows with densities of their own."""
+
+    value: Float[np.ndarray, "n"]
+    stderr: float  # as if all errors were one
+
+
+def _log_partition(
+    name: str, energy: Energy, given: LogPartition | float | None, rng_key: Array, covariates: dict[str, Any]
+) -> LogPartition | _EachRow:
     if given is not None:
         return LogPartition.of(given, f"log_partition['{name}']")
     try:
+        if covariates:
+            each = estimate_log_partition(energy, rng_key=rng_key, given=covariates)
+            return _EachRow(np.array([z.value for z in each]), float(np.mean([z.stderr for z in each])))
         return estimate_log_partition(energy, rng_key=rng_key)
     except ValueError as error:
         raise ValueError(f"log Z of fit '{name}' cannot be estimated, pass it by log_partition: {error}") from error
 
 
-def _log_likelihoods(energy: Energy, log_z: float) -> Float[np.ndarray, "n"]:
+def _log_likelihoods(energy: Energy, log_z: Any) -> Float[np.ndarray, "n"]:
     """Log p of each row, in the measure of the data."""
     return np.asarray(_log_densities(energy), np.float64) - log_z
 
@@ -334,11 +359,9 @@ def _against_data(
     name: str, energy: Energy, at_data: Energy, data: Any, keys: Array, num_samples: int
 ) -> dict[str, Any]:
     """What the data say of one fit without another to compare with; `at_data` is its energy at the new rows."""
-    found: dict[str, Any] = {}
-    if not closed_sites(energy):
-        stein = kernel_stein_discrepancy(data, energy, keys[1])
-        found |= {"ksd": stein.value, "ksd_pvalue": stein.pvalue}
-    if not energy.has_density:
+    stein = kernel_stein_discrepancy(data, at_data, keys[1])
+    found: dict[str, Any] = {"ksd": stein.value, "ksd_pvalue": stein.pvalue}
+    if not energy.has_density or num_samples == 0:
         return found
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

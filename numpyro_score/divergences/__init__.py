@@ -10,6 +10,7 @@ from numpyro_score.divergences.estimates import (
     squared_log_ratio,
 )
 from numpyro_score.divergences.mmd import mmd
+from numpyro_score.divergences.pairs import median_distance
 from numpyro_score.divergences.stein import SteinTest, kernel_stein_discrepancy
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "kernel_stein_discrepancy",
     "kl_divergence",
     "local_variance",
+    "median_distance",
     "mmd",
     "squared_log_ratio",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from numpyro_score.energy import Energy, numbered, rows_first
+from numpyro_score.energy import Energy, rows_first
 
 __all__ = ["chain_columns", "data_columns", "sample_columns"]
 
@@ -16,11 +16,8 @@ def data_columns(energy: Energy) -> tuple[list[str], np.ndarray]:
     """Names of the numbers of one datum in the sites' own units, and the data of some weight, (N, K)."""
     x, weights = energy.data_and_weights()
     values = energy.unflatten(x)
-    names: list[str] = []
-    for a in energy.arrays:
-        names += numbered(a.name, tuple(s for i, s in enumerate(a.shape) if i not in a.row_axes))
     columns = [np.asarray(rows_first(values[a.name], a.row_axes), np.float64) for a in energy.arrays]
-    return names, np.concatenate(columns, axis=1)[np.asarray(weights) != 0]
+    return energy.column_names, np.concatenate(columns, axis=1)[np.asarray(weights) != 0]
 
 
 def sample_columns(energy: Energy, samples: Any) -> Float[np.ndarray, "m k"]:

@@ -17,7 +17,7 @@ import xarray as xr
 from jaxtyping import Array, Float
 from numpyro.diagnostics import effective_sample_size
 
-from numpyro_score.energy import Energy, innermost, rows_text
+from numpyro_score.energy import Energy, as_array, innermost, rows_text
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser import EnergyDistribution, LogPartition, log_partition, sample
@@ -188,6 +188,10 @@ def _chains(law: Law, draws: Any, space: Energy | None) -> Draws:
 
 
 def _to_rows(law: Law, values: Any, space: Energy | None) -> Float[Array, "n d"]:
+    if not isinstance(values, dict):
+        table, values = values, as_array(law.name, values)
+        if space is not None and values is not table:  # a table, which says what its columns are
+            return space.flatten(table)
     if space is None:
         if isinstance(values, dict):
             raise TypeError(f"{law.name} is a dict, and nothing says in which order: pass one array of rows (N, D).")

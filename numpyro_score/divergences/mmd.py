@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.divergences.estimates import Divergence
+from numpyro_score.divergences.kernels import KernelName, check_kernel, profile
 from numpyro_score.divergences.law import draw, read_pair, thin
 from numpyro_score.divergences.pairs import PairSums, median_distance, pair_sums
 from numpyro_score.losses.base import positive
@@ -18,15 +20,21 @@ __all__ = ["mmd"]
 
 
 def mmd(
-    p: Any, q: Any, rng_key: Key | None = None, *, bandwidth: float | None = None, num_samples: int = 4000
+    p: Any,
+    q: Any,
+    rng_key: Key | None = None,
+    *,
+    bandwidth: float | None = None,
+    kernel: KernelName = "gaussian",
+    num_samples: int = 4000,
 ) -> Divergence:
     r"""The squared maximum mean discrepancy, :math:`E\,k(x,x') + E\,k(y,y') - 2 E\,k(x,y)`, x, x' from p, y, y' from q.
 
-    k is the Gaussian kernel exp(−‖x − y‖²/(2ℓ²)), for which it is zero if and only if p is q [Gretton et al. 2012,
-    eq. 3]. It needs rows alone. Unbiased at a given bandwidth, for independent rows, and so negative at times; the
-    chains of draws from `sample` are thinned until their rows all but are independent. The standard error has the
-    terms of first and second order of Hoeffding's decomposition; where p is q it is too large, by less than √2, and the
-    law of the value is not normal, so that value and error make no test.
+    k is by default the Gaussian kernel exp(−‖x − y‖²/(2ℓ²)), for which it is zero if and only if p is q [Gretton et
+    al. 2012, eq. 3]. It needs rows alone. Unbiased at a given bandwidth, for independent rows, and so negative at
+    times; the chains of draws from `sample` are thinned until their rows all but are independent. The standard error
+    has the terms of first and second order of Hoeffding's decomposition; where p is q it is too large, by less than √2,
+    and the law of the value is not normal, so that value and error make no test.
 
     Costs (N + M)² kernels; the matrix of pairs is never held. Rows are in the coordinates of
     :meth:`~numpyro_score.Energy.flatten`.
@@ -36,7 +44,8 @@ def mmd(
             :func:`~numpyro_score.fisher_divergence`.
         q: the same.
         rng_key: a key, where draws are needed.
-        bandwidth: ℓ; the median distance between rows of both if not given.
+        bandwidth: ℓ; the median distance between rows of both if not given, :func:`~numpyro_score.median_distance`.
+        kernel: "gaussian", or "imq", (1 + ‖x − y‖²/ℓ²)^{-1/2}, which sees more of far rows.
         num_samples: how many draws of a law, before thinning.
 
     Raises:
@@ -50,6 +59,7 @@ def mmd(
         >>> abs(found.value - 2 * 3**-0.5 * (1 - 2.718281828 ** (-1 / 6))) < 5 * found.stderr < 0.1
         True
     """
+    check_kernel("mmd", kernel)
     if bandwidth is not None:
         positive("mmd", "bandwidth", bandwidth)
     p, q = read_pair("mmd", p, q, needs="")
@@ -62,19 +72,19 @@ def mmd(
     length = median_distance(jnp.concatenate([x, y])) if bandwidth is None else jnp.asarray(bandwidth, x.dtype)
     if not length > 0:
         raise ValueError("Half of the rows are equal, so that there is no scale: give mmd a bandwidth.")
-    value, stderr = map(float, mmd_statistic(x, y, length))
+    value, stderr = map(float, mmd_statistic(x, y, length, kernel))
     return Divergence(value, stderr, float(min(len(x), len(y))))
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="kernel")
 def mmd_statistic(
-    x: Float[Array, "n d"], y: Float[Array, "m d"], bandwidth: Float[Array, ""]
+    x: Float[Array, "n d"], y: Float[Array, "m d"], bandwidth: Float[Array, ""], kernel: str = "gaussian"
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The unbiased squared discrepancy of independent rows, and its standard error."""
     n, m = len(x), len(y)
-    a, b = (x / bandwidth,), (y / bandwidth,)
-    xx, yy = (pair_sums(_gaussian, rows, rows, distinct=True) for rows in (a, b))
-    xy, yx = pair_sums(_gaussian, a, b), pair_sums(_gaussian, b, a)
+    a, b, of_rows = (x / bandwidth,), (y / bandwidth,), partial(_of_rows, kernel)
+    xx, yy = (pair_sums(of_rows, rows, rows, distinct=True) for rows in (a, b))
+    xy, yx = pair_sums(of_rows, a, b), pair_sums(of_rows, b, a)
     within_x, within_y, across = _mean(xx, n - 1), _mean(yy, m - 1), _mean(xy, m)
     value = within_x + within_y - 2 * across
 
@@ -104,5 +114,5 @@ def _interaction(rows: PairSums, columns: PairSums, others: int, others_of_colum
     )
 
 
-def _gaussian(row: tuple[Array], rows: tuple[Array]) -> Float[Array, "m"]:
-    return jnp.exp(-0.5 * jnp.sum((row[0] - rows[0]) ** 2, axis=-1))
+def _of_rows(kernel: str, row: tuple[Array], rows: tuple[Array]) -> Float[Array, "m"]:
+    return profile(kernel, jnp.sum((row[0] - rows[0]) ** 2, axis=-1)).value

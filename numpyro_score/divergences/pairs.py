@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_score.energy import AnyArray
+
 __all__ = ["PairSums", "median_distance", "pair_sums"]
 
 _ENTRIES = 2**22  # numbers held at once
@@ -53,8 +55,11 @@ def pair_sums(
 
 
 @partial(jax.jit, static_argnames="most")
-def median_distance(x: Float[Array, "n d"], most: int = 500) -> Float[Array, ""]:
-    """The median distance between rows, of about `most` that are evenly spaced in the order given."""
+def median_distance(x: Float[AnyArray, "n d"], most: int = 500) -> Float[Array, ""]:
+    """The median distance between rows (N, D), of about `most` that are evenly spaced in the order given.
+
+    What :func:`~numpyro_score.mmd` and :func:`~numpyro_score.kernel_stein_discrepancy` take for their bandwidth.
+    """
     x = x[:: -(-len(x) // most)]
     i, j = jnp.triu_indices(len(x), 1)
     return jnp.median(jnp.linalg.norm(x[i] - x[j], axis=-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
 from numpyro_score.divergences.discrete_stein import discrete_rows, discrete_stein_kernel
+from numpyro_score.divergences.kernels import KernelName, check_kernel, profile
 from numpyro_score.divergences.law import check_rows, draw, read_pair, refuse_rows, thin
 from numpyro_score.divergences.pairs import median_distance, pair_sums
 from numpyro_score.energy import Energy, base_constraint
@@ -20,7 +22,7 @@ from numpyro_score.losses.base import at_least_one, positive
 from numpyro_score.normaliser.coordinates import from_free, to_free
 from numpyro_score.random import Key, as_key
 
-__all__ = ["SteinTest", "closed_sites", "kernel_stein_discrepancy", "stein_kernel", "stein_statistic"]
+__all__ = ["SteinTest", "has_stein_kernel", "kernel_stein_discrepancy", "spheres_of", "stein_kernel", "stein_statistic"]
 
 
 class SteinTest(NamedTuple):
@@ -39,6 +41,7 @@ def kernel_stein_discrepancy(
     rng_key: Key,
     *,
     bandwidth: float | None = None,
+    kernel: KernelName = "imq",
     num_samples: int = 4000,
     num_bootstrap: int = 1000,
 ) -> SteinTest:
@@ -47,7 +50,7 @@ def kernel_stein_discrepancy(
     .. math:: \mathrm{KSD}^2 = E_{x,x'\sim p}\, h(x, x'), \quad
               h = s\cdot s'\, k + s\cdot\nabla_{x'} k + s'\cdot\nabla_x k + \mathrm{tr}\,\nabla_x\nabla_{x'} k,
 
-    with s the score of q and the inverse multiquadric kernel k = (1 + ‖x − x'‖²/ℓ²)^{-1/2}, for which the discrepancy
+    with s the score of q and, by default, the inverse multiquadric kernel k = (1 + ‖x − x'‖²/ℓ²)^{-1/2}, for which it
     controls convergence where the tails of q are light enough [Gorham & Mackey 2017; Liu, Lee & Jordan 2016;
     Chwialkowski, Strathmann & Gretton 2016]. It needs the score of q alone and rows of p. Zero if and only if p is q,
     for laws whose scores have second moments.
@@ -61,7 +64,10 @@ def kernel_stein_discrepancy(
 
     Scores of separated modes hardly depend on the modes' weights, and neither does the discrepancy. On bounded supports
     and simplices it is taken in the free coordinates of `biject_to`, where the density vanishes at infinity and the
-    identity behind it holds; spheres and circles are refused.
+    identity behind it holds. On the unit sphere in R^d, and circles as spheres in R², distances are those in R^d, the
+    gradients of the kernel are projected on the tangent spaces, P = I − xxᵀ, and b = Ps − (d − 1)x takes the place of
+    s: for fields P g the divergence on the sphere is tr P∇g − (d − 1) x·g, and its mean with s·Pg is zero under q
+    [Barp, Oates, Porcu & Girolami 2022; Xu & Matsuda 2020].
 
     Discrete data have ratios r_d(x) = q(x^{d−})/q(x) in the place of the score, with x^{d±} one step higher or lower in
     number d, on a cycle where values are finite [Yang, Liu, Rao & Neville 2018, whose operator this is there]:
@@ -78,14 +84,17 @@ def kernel_stein_discrepancy(
             :func:`~numpyro_score.fisher_divergence`.
         q: an energy, a fit or a distribution; only its score is needed.
         rng_key: a key for the bootstrap, and for draws of p.
-        bandwidth: ℓ; the median distance between rows of p if not given, and 1 for discrete data.
+        bandwidth: ℓ; the median distance between rows of p if not given, :func:`~numpyro_score.median_distance`, and 1
+            for discrete data.
+        kernel: "imq", the one above, or "gaussian", exp(−‖x − x'‖²/(2ℓ²)), which sees less of far rows. Discrete data
+            have one of their own.
         num_samples: how many draws of p, before thinning.
         num_bootstrap: B.
 
     Raises:
         TypeError, ValueError: if q is rows; laws of different data; fewer than four rows; rows out of q's support or on
-            its boundary, and scores that are not finite, with the rows.
-        NotImplementedError: on spheres and circles, naming the site, and for rows of discrete and continuous numbers.
+            its boundary, and scores that are not finite, with the rows; an unknown kernel.
+        NotImplementedError: in a `Domain`, naming the site, and for rows of discrete and continuous numbers.
 
     Example:
         >>> import jax, numpyro.distributions as dist
@@ -96,10 +105,12 @@ def kernel_stein_discrepancy(
     """
     owner = "kernel_stein_discrepancy"
     num_bootstrap = at_least_one(owner, "num_bootstrap", num_bootstrap)
+    check_kernel(owner, kernel)
     if bandwidth is not None:
         positive(owner, "bandwidth", bandwidth)
     p, q = read_pair(owner, p, q)
-    _refuse_closed(q.energy)
+    if not has_stein_kernel(q.energy):
+        raise NotImplementedError(f"{owner} has no kernel that vanishes at the boundary of a Domain: use mmd.")
     if 0 < len(q.energy.discrete_columns) < q.energy.dim:
         raise NotImplementedError(
             f"{owner} has no kernel for rows of discrete and continuous numbers: test each given the other, by "
@@ -115,14 +126,16 @@ def kernel_stein_discrepancy(
         pieces = discrete_rows(q.energy, rows, length)
         refuse_rows("ratio of q at a neighbour", pieces.lower_ratio)
         return _test(discrete_stein_kernel, pieces, length, 1.0, key, num_bootstrap)
-    u, scores = _free_scores(q.energy, rows)
+    spheres = spheres_of(q.energy)
+    u, scores = _free_scores(q.energy, rows, spheres=spheres)
     refuse_rows("free coordinate, on the boundary of the support,", u)
     refuse_rows("score of q", scores)
     length = median_distance(u) if bandwidth is None else jnp.asarray(bandwidth, u.dtype)
     if not length > 0:
         raise ValueError(f"Half of the rows of p are equal, so that there is no scale: give {owner} a bandwidth.")
     # In units of ℓ, where h has those of a squared score.
-    return _test(stein_kernel, (u / length, length * scores), length, float(length) ** -2, key, num_bootstrap)
+    of_pair = stein_kernel(kernel, spheres)
+    return _test(of_pair, (u / length, length * scores), length, float(length) ** -2, key, num_bootstrap)
 
 
 def _test(
@@ -135,6 +148,9 @@ def _test(
             f"{float(jnp.abs(jnp.stack(rows[1:3])).max()):.3g} in units of the bandwidth."
         )
     return SteinTest(unit * value, unit * stderr, pvalue, len(rows[0]), float(bandwidth))
+
+
+Spheres = tuple[tuple[int, int], ...]  # the columns that begin one, and its dimension d
 
 
 @partial(jax.jit, static_argnames=("kernel", "num_bootstrap"))
@@ -166,39 +182,74 @@ def stein_statistic(
     return value, jnp.sqrt(variance), pvalue
 
 
-def stein_kernel(row: tuple[Array, Array], rows: tuple[Array, Array]) -> Float[Array, "m"]:
-    """H for the kernel (1 + ‖x − x'‖²)^{-1/2}, of a row and its score against all."""
+@functools.cache  # so that equal settings are one function, and compile once
+def stein_kernel(kernel: str, spheres: Spheres = ()) -> Callable[..., Array]:
+    """H of a row and its score against all, (M,), for a kernel by name."""
+    return partial(_stein_kernel, kernel, spheres)
+
+
+def _stein_kernel(
+    kernel: str, spheres: Spheres, row: tuple[Array, Array], rows: tuple[Array, Array]
+) -> Float[Array, "m"]:
+    """H of a row and its score against all, in units of the bandwidth; on spheres b in the place of the score.
+
+    With u = x − y and P, Q the projections at x and y, ∇_x k = 2φ'u, ∇_y k = −2φ'u and ∇_x∇_yᵀ k = −2φ'I − 4φ''uuᵀ.
+    """
     (x, s), (y, t) = row, rows
     away = x - y
-    squared = jnp.sum(away**2, axis=-1)
-    root = jax.lax.rsqrt(1 + squared)
-    return root * (jnp.sum(s * t, -1) + root**2 * (jnp.sum((s - t) * away, -1) + x.size - 3 * squared * root**2))
+    phi = profile(kernel, jnp.sum(away**2, axis=-1))
+    at_x, at_y, trace = away, away, x.size + jnp.zeros(len(y), x.dtype)  # Pu, Qu and tr PQ
+    for start, d in spheres:
+        columns = slice(start, start + d)
+        normal_x = x[columns] / jnp.linalg.norm(x[columns])
+        normal_y = y[:, columns] / jnp.linalg.norm(y[:, columns], axis=-1, keepdims=True)
+        u, cosine = away[:, columns], normal_y @ normal_x
+        at_x = at_x.at[:, columns].set(u - (u @ normal_x)[:, None] * normal_x)
+        at_y = at_y.at[:, columns].set(u - jnp.sum(u * normal_y, -1, keepdims=True) * normal_y)
+        trace += cosine**2 - 2
+    first = jnp.sum(s * at_y, -1) - jnp.sum(t * at_x, -1) + trace
+    return phi.value * jnp.sum(s * t, -1) - 2 * phi.first * first - 4 * phi.second * jnp.sum(at_x * at_y, -1)
 
 
-@jax.jit
-def _free_scores(energy: Energy, x: Float[Array, "n d"]) -> tuple[Float[Array, "n p"], Float[Array, "n p"]]:
-    """Free coordinates of rows, and the score of their law."""
+@partial(jax.jit, static_argnames="spheres")
+def _free_scores(
+    energy: Energy, x: Float[Array, "n d"], spheres: Spheres = ()
+) -> tuple[Float[Array, "n p"], Float[Array, "n p"]]:
+    """Free coordinates of rows, spheres in R^d, and the score of their law, on spheres b = Ps − (d − 1)x."""
     scores = energy.score(x)
-    if energy.flat:
+    if energy.flat and not spheres:
         return x, scores
     u = to_free(energy, x)
     (_, log_jacobian), pull = jax.vjp(lambda u: from_free(energy, u), u)
-    return u, pull((scores, jnp.ones_like(log_jacobian)))[0]
+    pulled = pull((scores, jnp.ones_like(log_jacobian)))[0]
+    for start, d in spheres:
+        columns = slice(start, start + d)
+        radius = jnp.linalg.norm(u[:, columns], axis=-1, keepdims=True)
+        normal, slope = u[:, columns] / radius, radius * pulled[:, columns]  # the way there divides by the radius
+        tangent = slope - jnp.sum(slope * normal, -1, keepdims=True) * normal
+        u, pulled = u.at[:, columns].set(normal), pulled.at[:, columns].set(tangent - (d - 1) * normal)
+    return u, pulled
 
 
-def _refuse_closed(energy: Energy) -> None:
-    if closed := closed_sites(energy):
-        raise NotImplementedError(
-            f"kernel_stein_discrepancy has no kernel on the support of site '{closed[0]}', a sphere, circle or Domain: "
-            "use fisher_divergence or mmd."
-        )
+def has_stein_kernel(energy: Energy) -> bool:
+    """Whether there is a kernel on the support of the data: in a domain none vanishes at the boundary."""
+    return all(a.support.kind != "domain" for a in energy.arrays)
 
 
-def closed_sites(energy: Energy) -> list[str]:
-    """Sites on spheres and circles, where the kernel is none, and in domains, at whose boundary it does not vanish."""
-    return [
-        a.name
-        for a in energy.arrays
-        if a.support.kind in ("sphere", "domain")
-        or isinstance(base_constraint(energy.supports[a.name]), type(constraints.circular))
-    ]
+def spheres_of(energy: Energy) -> Spheres:
+    """Where in the free coordinates there are spheres, circles among them, and their dimensions d."""
+    found: list[tuple[int, int]] = []
+    start = 0
+    for a, block in zip(energy.arrays, energy.blocks, strict=True):
+        width, size = block.stop - block.start, block.size
+        if isinstance(base_constraint(energy.supports[a.name]), type(constraints.circular)):
+            width, size = 2 * width, 2
+        elif a.support.kind in ("simplex", "flat simplex"):
+            start += width // size * (size - 1)
+            continue
+        elif a.support.kind != "sphere":
+            start += width
+            continue
+        found += [(start + k, size) for k in range(0, width, size)]
+        start += width
+    return tuple(found)

@@ -4,8 +4,9 @@ Everything else of the package knows a model through :class:`Energy` and the nam
 shows; none of its modules is imported from outside.
 """
 
-from numpyro_score.energy.arguments import check_arguments, join_arrays, split_arrays, takes_keyword
+from numpyro_score.energy.arguments import join_arrays, split_arrays, takes_keyword
 from numpyro_score.energy.base import AnyArray, layouts_kept
+from numpyro_score.energy.binding import rows_given
 from numpyro_score.energy.check import evaluate_for_check
 from numpyro_score.energy.dependence import (
     coarsest_rounding,
@@ -23,24 +24,28 @@ from numpyro_score.energy.layout import rows_first
 from numpyro_score.energy.relaxation import relaxed
 from numpyro_score.energy.score_terms import curl, score_factor
 from numpyro_score.energy.supports import RowWeight, base_constraint, base_law, distances, innermost, make_frame
+from numpyro_score.energy.tables import NO_LABELS, Labels, as_array, read_arguments
+from numpyro_score.energy.tempered import tempered
 from numpyro_score.energy.text import numbered, plural, rows_text
 from numpyro_score.energy.trace import Parameters, Sealed, Site
 from numpyro_score.energy.values import check_rows
 
 __all__ = [
+    "NO_LABELS",
     "AnyArray",
     "Domain",
     "Energy",
     "Kink",
+    "Labels",
     "Parameters",
     "RowWeight",
     "Sealed",
     "Site",
+    "as_array",
     "ball",
     "base_constraint",
     "base_law",
     "by_device",
-    "check_arguments",
     "check_rows",
     "coarsest_rounding",
     "curl",
@@ -63,12 +68,15 @@ __all__ = [
     "part",
     "plural",
     "polygon",
+    "read_arguments",
     "relaxed",
     "rows_first",
+    "rows_given",
     "rows_text",
     "score_factor",
     "split_arrays",
     "sum_by_device",
     "takes_keyword",
+    "tempered",
     "varying_outputs",
 ]

@@ -62,7 +62,7 @@ def check_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         TypeError: for generators, lists in the place of data, and arrays that hold no numbers.
         ValueError: for data without rows or columns.
     """
-    names = _positional(model)
+    names = positional(model)
     given = {**{(names[i] if i < len(names) else f"args[{i}]"): v for i, v in enumerate(args)}, **kwargs}
     for name, value in given.items():
         check_argument(name, value)
@@ -82,13 +82,13 @@ def named_arrays(model: Callable[..., Any], static: Static) -> tuple[dict[str, i
     treedef, rest = static
     index = iter(range(len(rest)))
     args, kwargs = jax.tree.unflatten(treedef, [next(index) if v is _ARRAY else None for v in rest])
-    positional = _positional(model)
-    named = {(positional[i] if i < len(positional) else f"args[{i}]"): v for i, v in enumerate(args)}
-    first = next(iter(named), positional[0] if positional and positional[0] in kwargs else None)
+    names = positional(model)
+    named = {(names[i] if i < len(names) else f"args[{i}]"): v for i, v in enumerate(args)}
+    first = next(iter(named), names[0] if names and names[0] in kwargs else None)
     return {k: v for k, v in {**named, **kwargs}.items() if isinstance(v, int)}, first
 
 
-def _positional(model: Callable[..., Any]) -> list[str]:
+def positional(model: Callable[..., Any]) -> list[str]:
     """The names of the arguments that the model takes by position."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in inspect.signature(model).parameters.values() if p.kind in kinds]

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_score.energy.arguments import check_arguments, is_given, join_arrays, split_arrays
+from numpyro_score.energy.arguments import is_given, join_arrays, split_arrays
 from numpyro_score.energy.layout import Layout
+from numpyro_score.energy.tables import NO_LABELS, Labels, column_names, read_arguments
 from numpyro_score.energy.trace import Recorder, run_model
 from numpyro_score.placement import Places, places_of
 from numpyro_score.printed import name_of
@@ -49,6 +50,8 @@ class ModelAtValues:
     What :class:`Energy` is before its data are found and its density is taken.
     """
 
+    labels: Labels = NO_LABELS  # of the columns of data that came as tables; in old pickles there are none
+
     def __init__(self, model: Callable[..., Any], params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if not isinstance(params, Mapping):
             kind = type(self).__name__
@@ -71,15 +74,21 @@ class ModelAtValues:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         places: Places | None = None,
+        labels: Labels = NO_LABELS,
     ) -> M:
         """The energy inside a run of the model: on the rows its plates drew, with a key for its random numbers.
 
-        `places` are those of the arrays among the arguments, where they are traced and cannot tell.
+        `places` are those of the arrays among the arguments, where they are traced and cannot tell; `labels` those of
+        tables that were turned into arrays before.
         """
         new = object.__new__(cls)
         new._set(model, params, plates, rng_key, data, args, kwargs)
         new._places = new._places if places is None else places
-        return new
+        return new.labelled(labels)
+
+    def labelled(self: M, labels: Labels) -> M:
+        """The same with what tables say of the data's columns, where there were any."""
+        return self._replace(labels=labels.of_columns(self._layout)) if labels.axes else self
 
     def _set(
         self,
@@ -91,7 +100,7 @@ class ModelAtValues:
         args: Any,
         kwargs: Any,
     ) -> None:
-        check_arguments(model, args, kwargs)
+        args, kwargs, labels = read_arguments(model, args, kwargs)
         self.model, self.params = model, params
         self._arrays, self._static = split_arrays((args, kwargs))
         self._places = places_of(self._arrays)
@@ -101,6 +110,7 @@ class ModelAtValues:
         self._pinned: dict[str, Any] = {}  # observed sites given another value
         self._rng_key = rng_key  # what `numpyro.prng_key()` in the model draws from
         self._layout = self._known_layout()
+        self.labels = labels.of_columns(self._layout)
 
     def _replace(self: M, **changes: Any) -> M:
         new = object.__new__(type(self))
@@ -123,14 +133,15 @@ class ModelAtValues:
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Parameters and arrays are leaves; the model, its other arguments and the layout are static."""
         children = (self.params, self._arrays, self._plates, self._pinned, self._rng_key)
-        return children, (self.model, self._static, self._choice, self._layout, self._places, self._axes)
+        static = (self.model, self._static, self._choice, self._layout, self._places, self._axes, self.labels)
+        return children, static
 
     @classmethod
     def tree_unflatten(cls: type[M], aux: tuple[Any, ...], children: tuple[Any, ...]) -> M:
         """The inverse of :meth:`tree_flatten`."""
         new = object.__new__(cls)
         new.params, new._arrays, new._plates, new._pinned, new._rng_key = children
-        new.model, new._static, new._choice, new._layout, new._places, new._axes = aux
+        new.model, new._static, new._choice, new._layout, new._places, new._axes, new.labels = aux
         return new
 
     @property
@@ -145,6 +156,11 @@ class ModelAtValues:
     def with_params(self: M, params: dict[str, Any]) -> M:
         """The same density at other values of the given sites, of the same shapes."""
         return self._replace(params={**self.params, **params})
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the numbers of one datum in the sites' own units: columns of a table, else x[0], x[1] and so on."""
+        return column_names(self._layout.arrays, self.labels)
 
     @property
     def dtype(self) -> Any:

@@ -8,16 +8,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpyro.distributions import constraints
 
-from numpyro_score.energy.arguments import (
-    join_arrays,
-    split_arrays,
-    takes_keyword,
-)
 from numpyro_score.energy.base import AnyArray, ModelAtValues
+from numpyro_score.energy.binding import data_arguments, rebound
 from numpyro_score.energy.layout import (
     DataArray,
     by_name,
@@ -28,8 +23,9 @@ from numpyro_score.energy.layout import (
     sum_rows,
 )
 from numpyro_score.energy.supports import Block, can_be_outside, outside
+from numpyro_score.energy.tables import as_rows
 from numpyro_score.energy.trace import term_log_prob
-from numpyro_score.energy.values import check_argument, check_rows
+from numpyro_score.energy.values import check_rows
 from numpyro_score.placement import Spread, places_of
 
 __all__ = ["BoundModel"]
@@ -200,8 +196,9 @@ class BoundModel(ModelAtValues):
         """
         values, columns = by_name(self._layout, values), []
         for a in self._layout.arrays:
-            check_rows(a.name, values[a.name])
-            value = jnp.asarray(values[a.name], self.dtype)
+            value = as_rows(a, values[a.name], self.labels)
+            check_rows(a.name, value)
+            value = jnp.asarray(value, self.dtype)
             check_row_shape(a, value.shape)
             value = a.support.to_coordinates(value)
             columns.append(rows_first(value, a.row_axes))
@@ -224,47 +221,33 @@ class BoundModel(ModelAtValues):
         return found
 
     def bind(self: M, **kwargs: Any) -> M:
-        """The same density with other keyword arguments of the model, e.g. a noise level or covariates.
+        """The same density with other arguments of the model by name, e.g. a noise level or covariates.
 
         Raises:
             TypeError: if the model takes no such argument.
             TypeError, ValueError: if the model fails with it, naming its shape.
         """
-        for name, value in kwargs.items():
-            check_argument(name, value)
-            if not takes_keyword(self.model, name):
-                raise TypeError(
-                    f"The model takes no keyword '{name}': add it with a default, e.g. def model(x, {name}=1.0)."
-                )
-        args, old = join_arrays(self._arrays, self._static)
-        arrays, static = split_arrays((args, {**old, **kwargs}))
-        new = self._replace(_arrays=arrays, _static=static, _places=places_of(arrays))
-        try:
-            new._layout = new._read_layout()
-        except (TypeError, ValueError) as error:  # the model's own, which need not know what is new to it
-            given = [f"{k} of shape {np.shape(v)}" for k, v in kwargs.items() if hasattr(v, "shape")]
-            rule = f"an argument of rows is as a rule of shape ({self.num_rows},) with one value for each row, or () "
-            rule += "with one for all."
-            if not given:
-                given = [f"{k} = {v!r}" for k, v in kwargs.items()]
-                rule = "pass what the model computes with."
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"The model cannot be evaluated with {', '.join(given)}: {rule} {error}") from error
-        return new
+        return rebound(self, kwargs)
 
-    def at(self: M, x: Float[AnyArray, "n d"]) -> M:
-        """The same density with `x` as its data; another number of rows needs :attr:`resizable`."""
+    def at(self: M, x: Float[AnyArray, "n d"], **arguments: Any) -> M:
+        """The same density with `x` as its data; another number of rows needs :attr:`resizable`.
+
+        Rows with covariates go with theirs: `energy.at(x, z=z)` for a model of x and z, in any number.
+        """
         check_rows("x", x)
         x = jnp.asarray(x, self.dtype)
         n = x.shape[0]
         if x.shape != (n, self.dim):
             raise ValueError(f"x has shape {x.shape}, but a row has {self.dim} numbers: pass (n, {self.dim}).")
-        if n != self.num_rows and not self.resizable:
+        any_rows = self.resizable or (arguments and all(len(a.row_axes) == 1 for a in self.arrays))
+        if n != self.num_rows and not any_rows:
             raise ValueError(
                 f"The model has {self.num_rows} rows and cannot take {n}: pass the data as an argument and let the "
-                "plate follow its length, e.g. numpyro.plate('data', len(x))."
+                "plate follow its length, e.g. numpyro.plate('data', len(x)); rows go with covariates, at(x, z=z)."
             )
         values = self.unflatten(x)
+        if arguments:
+            return rebound(self, {**data_arguments(self, values), **arguments})
         layout = self._layout.with_rows(n)
         arrays, pinned, plates = list(self._arrays), dict(self._pinned), dict(self._plates)
         for a in layout.arrays:

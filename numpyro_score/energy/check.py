@@ -15,6 +15,7 @@ from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.devices import by_device
 from numpyro_score.energy.layout import DataArray, Layout, row_weights
 from numpyro_score.energy.remedies import on_boundary, outside_remedy
+from numpyro_score.energy.tables import refuse_whole_columns
 from numpyro_score.energy.text import first_marked, rows_text
 from numpyro_score.operators import full_precision, value_score
 from numpyro_score.placement import fetch
@@ -42,6 +43,7 @@ def _faults(layout: Layout) -> list[tuple[int, str]]:
 
 def check(energy: BoundModel, evaluate: Callable[[Any], Any] | None = None) -> None:
     """See `Energy.check`; `evaluate` is a compiled :func:`evaluate_for_check`."""
+    refuse_whole_columns(energy.labels, energy.arrays)
     found = run_compiled(evaluate_for_check, energy) if evaluate is None else evaluate(energy)
     if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(found)):
         raise TypeError(
@@ -100,11 +102,21 @@ def _refuse(energy: BoundModel, what: int, name: str, bad: Any, names: str) -> N
         remedy = outside_remedy(name, array.support.kind, support, values)
         raise ValueError(f"Data '{name}' lie outside of the support of the site in {rows_text(bad)}: {remedy}.")
     if what == _MISSING:
+        values = fetch(energy.data[first_marked(bad)])
+        columns = [f"'{c}'" for c in _seen_in(energy, ~np.isfinite(values).all(0))]
+        where = f" of {'column' if len(columns) == 1 else 'columns'} {', '.join(columns)}" if columns else ""
         raise ValueError(
-            f"Data {names} have NaN or infinity in {rows_text(bad)}: correct them or, if values are missing at "
+            f"Data {names} have NaN or infinity in {rows_text(bad)}{where}: correct them or, if values are missing at "
             "random, drop these rows or mask them with handlers.mask."
         )
     _refuse_failing(energy, bad, names)
+
+
+def _seen_in(energy: BoundModel, marked: np.ndarray) -> list[str]:
+    """The columns of a table that are marked, (D,); none of what was no table."""
+    if not energy.labels.axes or len(energy.column_names) != len(marked):
+        return []
+    return [name for name, yes in zip(energy.column_names, marked, strict=True) if yes][:8]
 
 
 def _refuse_failing(energy: BoundModel, failing: Any, names: str) -> NoReturn:

@@ -9,8 +9,10 @@ from numpyro_score.inference.loop import NonFiniteLossError
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
 from numpyro_score.inference.posterior import generalized_bayes
 from numpyro_score.inference.result import ScoreMatchingResult
+from numpyro_score.inference.robust import Windham, windham
 from numpyro_score.inference.saved import load
 from numpyro_score.inference.score_matching import ScoreMatching
+from numpyro_score.inference.summary import Summary
 
 __all__ = [
     "AdversarialDynamicsEmbedding",
@@ -24,9 +26,12 @@ __all__ = [
     "NonFiniteLossError",
     "ScoreMatching",
     "ScoreMatchingResult",
+    "Summary",
+    "Windham",
     "adjust_draws",
     "default_optimizer",
     "generalized_bayes",
     "load",
     "optax_optimizer",
+    "windham",
 ]

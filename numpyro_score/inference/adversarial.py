@@ -16,7 +16,7 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.util import transform_fn
 
-from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, split_arrays
+from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, read_arguments, split_arrays
 from numpyro_score.flows.dynamics import Trajectory, as_pytree
 from numpyro_score.flows.fit import FlowFunction, LearnedFlow, build_flow, flow_params, flow_step
 from numpyro_score.generalized import LOSS_SITE, point_guide, prior_model
@@ -227,9 +227,9 @@ class AdversarialDynamicsEmbedding(Compiling):
         num_steps = check_num_steps(self.num_steps if num_steps is None else num_steps)
         rng_key = as_key(0 if rng_key is None else rng_key, RUN)
         check_keywords(self.run, self.model, kwargs)
+        args, kwargs, labels = read_arguments(self.model, args, kwargs)
         args, kwargs = label_auto((args, kwargs))
-        state = init_state
-        if state is None or self._svi.constrain_fn is None:
+        if (state := init_state) is None or self._svi.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = replicate(strongly_typed(state if init_state is None else init_state), (args, kwargs))
         arrays, static = split_arrays((args, kwargs))
@@ -251,7 +251,7 @@ class AdversarialDynamicsEmbedding(Compiling):
         state, terms, interrupted = run_steps(advance, state, num_steps, progress_bar, error, kept)
         params = self.get_params(state)
         sample = self._energy(params, state.rng_key, args, kwargs)
-        energy = Energy.bound_to(self.model, sample.params, {}, None, self.data, args, kwargs)
+        energy = Energy.bound_to(self.model, sample.params, {}, None, self.data, args, kwargs, labels=labels)
         flow = build_flow(self._flow_of(energy), state.flow_params, energy.log_density)
         return AdversarialResult(
             params,

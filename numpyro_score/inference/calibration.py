@@ -12,9 +12,10 @@ import numpy as np
 from numpyro.infer.autoguide import AutoDelta
 
 from numpyro_score.energy import Sealed
-from numpyro_score.inference.result import Fitter, ScoreMatchingResult
+from numpyro_score.inference.fitter import Fitter
+from numpyro_score.inference.result import ScoreMatchingResult
 
-__all__ = ["CalibratedRate", "calibrated_fit"]
+__all__ = ["CalibratedRate", "calibrated_fit", "rate_of_fit"]
 
 _MAX_FITS = 5
 _TOLERANCE = 0.02  # of β: 1% of the width of an interval
@@ -106,3 +107,16 @@ def _same(old: Any, new: Any) -> bool:
     if isinstance(old, np.ndarray):
         return isinstance(new, np.ndarray) and old.dtype == new.dtype and np.array_equal(old, new)
     return old is new or (not isinstance(old, jax.Array) and type(old) is type(new) and bool(old == new))
+
+
+def rate_of_fit(
+    make: Callable[..., Any],
+    model: Callable[..., Any],
+    loss: Any,
+    data: str | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> float:
+    """The β that a point fit of the model to these arguments leads to; `make` is the class of the fit."""
+    svi = make(model, loss=loss, learning_rate="calibrated", data=data)
+    return svi.run(jax.random.key(0), *args, progress_bar=False, **kwargs).learning_rate

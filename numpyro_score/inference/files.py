@@ -172,6 +172,7 @@ def save_fit(fit: Any, path: str | os.PathLike[str]) -> None:
         "losses": arrays.put(fit.losses),
         "interrupted": fit.interrupted,
         "cost": None if fit.cost is None else fit.cost._asdict(),
+        "labels": fit.labels.encode(),
         "data": arrays.encode((fit.args, fit.kwargs), "arguments") if fit.has_data else None,
     }
     by_first(partial(_write, path, head, arrays))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from numpyro_score.energy import split_arrays
+from numpyro_score.energy import as_array, split_arrays
 
 __all__ = ["END", "Batch", "Prefetched", "Source"]
 
@@ -207,7 +207,8 @@ class Prefetched:
     def _move(self, item: Any, position: str | None) -> Batch:
         args = item if isinstance(item, tuple) else (item,)
         number = self._source.number - 1
-        if not isinstance(item, tuple | jax.Array | np.ndarray):
+        args = tuple(as_array(f"batch {number}", v) for v in args)
+        if not isinstance(item, tuple) and not isinstance(args[0], jax.Array | np.ndarray):
             raise TypeError(
                 f"Batch {number} is a {type(item).__name__}: give an array, or a tuple of the model's arguments, "
                 "e.g. (np.asarray(item),)."

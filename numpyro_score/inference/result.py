@@ -5,26 +5,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from numpyro.infer import Predictive, init_to_value
-from numpyro.infer.autoguide import AutoDelta, AutoGuide
+from numpyro.infer import init_to_value
+from numpyro.infer.autoguide import AutoDelta
 
 from numpyro_score.arviz import as_arviz
-from numpyro_score.energy import Energy
+from numpyro_score.energy import NO_LABELS, Energy, Labels, read_arguments
 from numpyro_score.inference.absent import Absent
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.export import NormalisedDensity, fit_groups
 from numpyro_score.inference.files import save_fit
+from numpyro_score.inference.fitter import Fitter, objectives_of
+from numpyro_score.inference.guides import draw_latents, medians
 from numpyro_score.inference.pickling import without_observed
-from numpyro_score.losses import Loss
+from numpyro_score.inference.summary import Summary, number_names, summarise
+from numpyro_score.labels import site_dims
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser import LogPartition
 from numpyro_score.printed import values_with_errors
@@ -44,28 +47,9 @@ from numpyro_score.uncertainty import (
     stderr_of,
 )
 
-__all__ = ["Fitter", "ScoreMatchingResult"]
+__all__ = ["ScoreMatchingResult"]
 
 Function = Callable[[dict[str, Any]], Any]
-
-
-@runtime_checkable
-class Fitter(Protocol):
-    """What a result needs to know of the :class:`~numpyro_score.ScoreMatching` that made it."""
-
-    score_model: Callable[..., Any]
-    score_loss: Loss
-    learning_rate: Any
-    data: str | None
-    prior: Callable[..., Any]  # the model's parameters alone
-    trace_prior: Callable[[dict[str, Any], tuple[Any, ...], dict[str, Any]], dict[str, Any]]  # its sites at values
-    guide: Any
-
-    def at_learning_rate(self, learning_rate: float) -> Fitter:
-        """The same with another β."""
-
-    def point(self) -> Fitter:
-        """The same with a point estimate for a guide."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +65,7 @@ class ScoreMatchingResult:
         interrupted: whether Ctrl-C ended the fit early.
         cost: seconds, memory and evaluations of the density that the run took.
         of_batches: the curvature of more rows than `args` holds, see :meth:`over_batches`.
+        labels: names of the axes and columns of tables among the model's arguments.
     """
 
     params: dict[str, Any]
@@ -92,6 +77,12 @@ class ScoreMatchingResult:
     interrupted: bool = False
     cost: FitCost | None = None
     of_batches: Curvature | None = None
+    labels: Labels = NO_LABELS
+
+    def __post_init__(self) -> None:
+        if self.has_data:  # which may be tables, where `dataclasses.replace` gives it
+            arguments = read_arguments(self.svi.score_model, self.args, self.kwargs)
+            self.__dict__.update(zip(("args", "kwargs", "labels"), arguments, strict=True) if arguments[2].axes else ())
 
     def __repr__(self) -> str:
         # Standard errors only where they are there: a printed form neither computes for long nor fails.
@@ -117,16 +108,16 @@ class ScoreMatchingResult:
         """The same fit without the model's arguments, e.g. to keep many fits, or to pass one on.
 
         :attr:`estimates`, `params`, `state` and `losses` stay. What needs the data raises ValueError: :attr:`energy`,
-        standard errors, influence, draws. `dataclasses.replace(fit, args=(x,), kwargs={...})` gives them back. Guides
-        that hold the density itself, as `AutoLaplaceApproximation`, keep its data.
+        errors, draws. `dataclasses.replace(fit, args=(x,), kwargs={...})` gives them back. Guides that hold the density
+        itself, as `AutoLaplaceApproximation`, keep its data.
         """
         if not self.has_data:
             return self
-        args: Any = Absent("args") if self.args else ()
-        kwargs: Any = Absent("kwargs") if self.kwargs else {}
+        absent: dict[str, Any] = {"args": Absent("args") if self.args else ()}
+        absent["kwargs"] = Absent("kwargs") if self.kwargs else {}
         svi = copy.copy(self.svi)
         svi.guide = without_observed(svi.guide)
-        new = replace(self, svi=svi, args=args, kwargs=kwargs)
+        new = replace(self, svi=svi, **absent)
         new.__dict__["estimates"] = self.estimates  # which the model's sites are needed for
         return new
 
@@ -158,9 +149,8 @@ class ScoreMatchingResult:
         """Starts NumPyro's MCMC at the fit: `NUTS(generalized_bayes(model, loss), init_strategy=fit.init_strategy)`.
 
         NumPyro's `init_to_value` with the :attr:`estimates`: every chain starts there, so that none is caught in
-        a mode of little mass; R-hat then says nothing of modes far from the fit. Param sites are no part of a
-        posterior: MCMC holds them at the initial values that the model gives. To hold them at those of the fit, write
-        `handlers.substitute(generalized_bayes(model, loss), fit.params)`.
+        a mode of little mass; R-hat then says nothing of modes far from the fit. MCMC holds param sites at the initial
+        values that the model gives; `handlers.substitute(generalized_bayes(model, loss), fit.params)` at the fit's.
         """
         return init_to_value(values=self.estimates)
 
@@ -169,7 +159,44 @@ class ScoreMatchingResult:
         """The model bound to :attr:`estimates`, on all rows of its data."""
         mutable = {k: s["value"] for k, s in self.sites.items() if s["type"] == "mutable"}
         params = {**self.estimates, **mutable}
-        return Energy.bound_to(self.svi.score_model, params, {}, None, self.svi.data, self.args, self.kwargs)
+        svi = self.svi
+        energy = Energy.bound_to(svi.score_model, params, {}, None, svi.data, self.args, self.kwargs)
+        return energy.labelled(self.labels)
+
+    def summary(
+        self,
+        level: float = 0.95,
+        *,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+    ) -> Summary:
+        """The fit as a table, one row for each number; names are those of ArviZ.
+
+        Columns: `estimate`; `stderr`, as :meth:`stderr`; `z`, the estimate in standard errors, missing where the site's
+        constraint leaves zero out; the ends of an interval, `2.5%` and `97.5%`, normal in unconstrained space, as draws
+        of :meth:`sample_posterior`; `distance` of the minimum, in standard errors (of a simplex or matrix, that of the
+        coordinate furthest away). Deterministic sites are there, too. Where errors are missing, a sentence says why.
+
+        Args:
+            level: of the intervals.
+            coords: labels along axes, {name: labels}, as in :meth:`to_arviz`.
+            dims: names of axes, {site: [name, ...]}, likewise. Those of plates are the plates' without.
+
+        Returns:
+            A `pandas.DataFrame` that prints as text, and in notebooks as HTML.
+        """
+        return summarise(self, level, coords, dims)
+
+    @cached_property
+    def number_names(self) -> dict[str, list[str]]:
+        """Names of the numbers of the estimates, by variable as in ArviZ."""
+        return number_names(self)
+
+    @property
+    def axes(self) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """Coords and dims that are known from tables and plates."""
+        coords, dims = self.labels.as_coords(self.energy.arrays)
+        return coords, {**site_dims(self.sites), **dims}
 
     def covariance(self) -> Float[Array, "p p"]:
         """The sandwich covariance H⁻¹SH⁻¹ of the estimates, (P, P), in unconstrained space.
@@ -252,7 +279,7 @@ class ScoreMatchingResult:
         rng_key, n = as_key(rng_key), at_least_one("sample_posterior", "n", n)
         if self.is_point:
             return self.with_deterministic(self.coordinates.draw(rng_key, self.curvature.covariance, n))
-        draws = self._draw_from_guide(rng_key, n)
+        draws = draw_latents(self.svi.guide, rng_key, n, self.params, self.args, self.kwargs)
         params = {k: v for k, v in self.estimates.items() if k not in draws}
         return self.with_deterministic(draws | jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *jnp.shape(v))), params))
 
@@ -283,7 +310,8 @@ class ScoreMatchingResult:
         """Everything about the fit as ArviZ data; see :func:`~numpyro_score.to_arviz`."""
         rng_key = as_key(0 if rng_key is None else rng_key)
         num_samples = at_least_one("to_arviz", "num_samples", num_samples)
-        return as_arviz(fit_groups(self, rng_key, num_samples, log_partition), coords, dims)
+        groups = fit_groups(self, rng_key, num_samples, log_partition)
+        return as_arviz(groups, coords, dims, *self.axes)
 
     def save(self, path: str | os.PathLike[str], *, data: bool = True) -> None:
         """Writes the fit to a new directory, from which :func:`~numpyro_score.load` reads it in later versions too.
@@ -302,24 +330,7 @@ class ScoreMatchingResult:
 
     @cached_property
     def _latents(self) -> dict[str, Any]:
-        guide = self.svi.guide
-        if isinstance(guide, AutoGuide) and type(guide).median is not AutoGuide.median:
-            names = [k for k, s in guide.prototype_trace.items() if s["type"] == "sample" and not s["is_observed"]]
-            if not names:
-                return {}
-            median = guide.median(self.params)
-            return {k: median[k] for k in names}
-        return {k: jnp.median(v, axis=0) for k, v in self._draw_from_guide(jax.random.key(0), 1000).items()}
-
-    def _draw_from_guide(self, rng_key: Array, n: int) -> dict[str, Array]:
-        """Draws of the latent sites, (n, ...)."""
-        guide = self.svi.guide
-        if not isinstance(guide, AutoGuide):
-            return Predictive(guide, params=self.params, num_samples=n)(rng_key, *self.args, **self.kwargs)
-        draws = guide.sample_posterior(rng_key, self.params, *self.args, sample_shape=(n,), **self.kwargs)
-        # An autoguide also returns the deterministic sites of its model.
-        latents = {k for k, s in guide.prototype_trace.items() if s["type"] == "sample"}
-        return {k: v for k, v in draws.items() if k in latents}
+        return medians(self.svi.guide, self.params, self.args, self.kwargs)
 
     @cached_property
     def sites(self) -> dict[str, Any]:
@@ -355,22 +366,15 @@ class ScoreMatchingResult:
             SandwichError: as :meth:`covariance`; for hierarchies, whose groups batches do not show.
             ValueError: for no batch, or more rows in batches than `num_rows`.
         """
+        self._refuse_batches("over_batches")
         if num_rows is not None:
             num_rows = at_least_one("over_batches", "num_rows", num_rows)
-        at = self._objective
-
-        def objectives() -> Iterator[Objective]:
-            for i, batch in enumerate(batches):
-                args = jax.tree.map(jnp.asarray, batch if isinstance(batch, tuple) else (batch,))
-                energy = Energy.bound_to(self.svi.score_model, at.energy.params, {}, None, self.svi.data, args, {})
-                key = jax.random.fold_in(at.rng_key, i)
-                yield Objective.of(energy, self.coordinates, at.loss, at.learning_rate, at.prior, args, {}, key)
-
-        return replace(self, of_batches=curvature_of_batches(objectives(), num_rows))
+        objectives = objectives_of(self._objective, self.svi, self.coordinates, batches)
+        return replace(self, of_batches=curvature_of_batches(objectives, num_rows))
 
     def _refuse_batches(self, what: str) -> None:
         if self.of_batches is not None:
-            raise SandwichError(f"{what} is of rows in memory: take the fit that over_batches was called on.")
+            raise SandwichError(f"{what} is of rows in memory: take the fit that over_batches or windham was given.")
 
     @cached_property
     def _objective(self) -> Objective:

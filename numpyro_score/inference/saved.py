@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_score.energy import Labels
 from numpyro_score.inference.arguments import named_leaves
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.files import Arrays, read
@@ -103,7 +105,9 @@ def load(
         raise ValueError(_MISMATCH.format(path=path))
     cost = None if head["cost"] is None else FitCost(**head["cost"])
     losses = np.asarray(arrays.get(head["losses"]))
-    return ScoreMatchingResult(params, state, losses, svi, args, kwargs, head["interrupted"], cost)
+    fit = ScoreMatchingResult(params, state, losses, svi, args, kwargs, head["interrupted"], cost)
+    # Those of the file, unless the arguments given again are tables, which bring their own.
+    return fit if fit.labels.axes else replace(fit, labels=Labels.decode(head.get("labels")))
 
 
 _MISMATCH = (

@@ -21,7 +21,7 @@ from numpyro.infer.util import transform_fn
 from numpyro.optim import Minimize
 
 from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minimise
-from numpyro_score.energy import Energy, check_arguments, evaluate_for_check, join_arrays, layouts_kept, split_arrays
+from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, layouts_kept, read_arguments, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
 from numpyro_score.inference.arguments import (
     InitParams,
@@ -35,7 +35,7 @@ from numpyro_score.inference.arguments import (
 )
 from numpyro_score.inference.arrival import warn_at_end
 from numpyro_score.inference.batches import FromBatches
-from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit
+from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit, rate_of_fit
 from numpyro_score.inference.checkpoint import Checkpoint
 from numpyro_score.inference.cost import evaluations_per_row, with_cost
 from numpyro_score.inference.failure import explain
@@ -200,7 +200,8 @@ class ScoreMatching(Compiling, FromBatches, SVI):
                 message names the site and the remedy.
         """
         check_keywords(self.init, self.score_model, kwargs)
-        check_arguments(self.score_model, args, kwargs)
+        args, kwargs, labels = read_arguments(self.score_model, args, kwargs)
+        check = partial(self._check, labels)
         rng_key, found, init_params = as_key(rng_key), None, as_floats(init_params)
         args, kwargs = label_auto((args, kwargs))
         refuse_not_pickled(self.optim)
@@ -211,11 +212,11 @@ class ScoreMatching(Compiling, FromBatches, SVI):
             refuse_unknown(init_params, transforms)
             check_inside(init_params, {k: t.codomain for k, t in transforms.items()})
             self.constrain_fn = partial(transform_fn, transforms)
-            self._check(energy)
+            check(energy)
         else:
             # The loss does not change which parameters there are, and evaluating it here would compile it once more.
             structure = SVI(
-                prior_model(self.score_model, self.data, loss=self.score_loss, inspect_energy=self._check),
+                prior_model(self.score_model, self.data, loss=self.score_loss, inspect_energy=check),
                 self.guide,
                 self.optim,
                 self.loss,
@@ -254,7 +255,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
 
         Args:
             rng_key: a key for the starting point and the loss's random numbers; `jax.random.key(0)` if not given.
-            *args: the model's arguments.
+            *args: the model's arguments: arrays, or tables of pandas, polars and xarray.
             num_steps: steps of this run, instead of the object's `num_steps`.
             progress_bar: whether to show one.
             stable_update: skip steps whose loss or parameters are not finite, instead of stopping; their losses are
@@ -292,24 +293,26 @@ class ScoreMatching(Compiling, FromBatches, SVI):
             return calibrated_fit(self, run, init_state=init_state, init_params=init_params)
         rng_key = as_key(0 if rng_key is None else rng_key, RUN)
         check_keywords(self.run, self.score_model, kwargs)
-        check_arguments(self.score_model, args, kwargs)
+        given = args, kwargs
+        args, kwargs, labels = read_arguments(self.score_model, *given)
         args, kwargs = label_auto((args, kwargs))
+        result = partial(ScoreMatchingResult, svi=self, args=args, kwargs=kwargs, labels=labels)
         arrays, static = split_arrays((args, kwargs))
         require_common("run", arrays)
         if init_state is None or self.constrain_fn is None:
-            state = self.init(rng_key, *args, init_params=init_params, **kwargs)
+            state = self.init(rng_key, *given[0], init_params=init_params, **given[1])
         state = init_state if init_state is not None else state
         check_memory(state, self.score_loss, self._mutable)
         check_state(state.optim_state, self.average)
         start = int(state.optim_state[0])
         state = self._laid_out(strongly_typed(state), (args, kwargs))
         if self._default_optim and self._default_guide:
-            initial = ScoreMatchingResult(self.get_params(state), state, np.zeros(0), self, args, kwargs)
+            initial = result(self.get_params(state), state, np.zeros(0))
             try:
                 state, loss = self._solve(initial)
                 if self.average is not None:
                     raise ValueError(NOTHING_TO_AVERAGE)
-                return ScoreMatchingResult(self.get_params(state), state, np.array([loss]), self, args, kwargs)
+                return result(self.get_params(state), state, np.array([loss]))
             except FlatObjectiveError as error:
                 warnings.warn(f"{error} The optimiser finds one of many minima.", stacklevel=3)
             except ClosedFormError:
@@ -320,7 +323,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
 
         def non_finite(failing: Any, last: Any, step: int, losses: np.ndarray) -> NonFiniteLossError:
             params = self.constrain_fn(current_params(self.optim, failing.optim_state))
-            cause = explain(ScoreMatchingResult(params, failing, np.zeros(0), self, args, kwargs))
+            cause = explain(result(params, failing, np.zeros(0)))
             return NonFiniteLossError(
                 f"The loss is {losses[-1]} at step {step}: {cause}. The last finite state is in the exception's "
                 "`state`; a smaller step size, other init_params or stable_update=True may help.",
@@ -333,7 +336,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite, kept)
         if not interrupted:
             warn_at_end(self, state, losses, self._shape[1])
-        return ScoreMatchingResult(self.get_params(state), state, losses, self, args, kwargs, interrupted=interrupted)
+        return result(self.get_params(state), state, losses, interrupted=interrupted)
 
     def _solve(self, start: ScoreMatchingResult) -> tuple[Any, float]:
         """The `SVIState` at the minimum of a quadratic objective, and the objective there; `start` is anywhere."""
@@ -361,7 +364,8 @@ class ScoreMatching(Compiling, FromBatches, SVI):
             return None
         return evaluations_per_row(self.score_loss, fit.energy, self._shape[1])
 
-    def _check(self, energy: Energy) -> None:
+    def _check(self, labels: Any, energy: Energy) -> None:
+        energy = energy.labelled(labels)
         self._shape = energy.dim, energy.num_rows  # of a step's data
         if energy.is_concrete:
             energy.check(self._evaluate)
@@ -392,9 +396,5 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         return svi
 
 
-def calibrated_rate(
-    model: Callable[..., Any], loss: Loss, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> float:
-    """The β that a point fit of the model to these arguments leads to."""
-    svi = ScoreMatching(model, loss=loss, learning_rate="calibrated", data=data)
-    return svi.run(jax.random.key(0), *args, progress_bar=False, **kwargs).learning_rate
+calibrated_rate = partial(rate_of_fit, ScoreMatching)
+"""From a model, a loss, what its data are, and its arguments, to the β that a point fit leads to."""

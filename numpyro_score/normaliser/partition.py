@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, rows_given
 from numpyro_score.normaliser.ais import ais
 from numpyro_score.normaliser.bridge import nce
 from numpyro_score.normaliser.coordinates import free_dim, has_domain
@@ -16,7 +17,7 @@ from numpyro_score.normaliser.enumeration import MAX_STATES, enumeration, num_st
 from numpyro_score.normaliser.flow import flow
 from numpyro_score.normaliser.quadrature import MAX_DIM, quadrature
 from numpyro_score.normaliser.smc import smc
-from numpyro_score.normaliser.source import Source, density_of
+from numpyro_score.normaliser.source import Source, density_of, with_density
 from numpyro_score.random import Key, as_key
 
 __all__ = ["LogPartition", "log_partition"]
@@ -58,8 +59,13 @@ class LogPartition(NamedTuple):
 
 
 def log_partition(
-    energy: Source, method: str | None = None, rng_key: Key | None = None, **settings: Any
-) -> LogPartition:
+    energy: Source,
+    method: str | None = None,
+    rng_key: Key | None = None,
+    *,
+    given: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
     r"""The log normaliser :math:`\log Z = \log \int \exp f(x)\,dx` of one row of a model.
 
     The measure dx is the one in which NumPyro's `log_prob` are densities, so that f − log Z is a `log_prob`: Lebesgue
@@ -80,10 +86,14 @@ def log_partition(
     mass that is far from all of them.
 
     Args:
-        energy: an energy or a fit. All rows must have one density.
+        energy: an energy or a fit. All rows must have one density, unless `given` says which.
         method: by default quadrature where it can, else SMC; of discrete data enumeration where it can, else "ais".
         rng_key: a key, for methods that draw.
+        given: for a density given covariates, p(x | z), their values by the names of the model's arguments, M of each.
         **settings: of the method.
+
+    Returns:
+        A :class:`LogPartition`; with `given` a list of M, which is computed once for rows that are alike.
 
     Raises:
         TypeError: for a model with a :func:`~numpyro_score.score_factor`, and without a key where one is needed.
@@ -110,6 +120,8 @@ def log_partition(
         )
     if method is not None and method not in METHODS:
         raise ValueError(f"log_partition has no method '{method}': use one of {', '.join(map(repr, METHODS))}.")
+    if given is not None:
+        return _each(rows_given(with_density(energy), given), method, rng_key, settings)
     energy = density_of(energy)
     chosen = _method(energy, method)
     if rng_key is None and chosen not in ("quadrature", "enumeration"):
@@ -147,3 +159,16 @@ def _method(energy: Energy, method: str | None) -> str:
             f"{', '.join(map(repr, these))}."
         )
     return method
+
+
+def _each(
+    energies: list[Energy], method: str | None, rng_key: Key | None, settings: dict[str, Any]
+) -> list[LogPartition]:
+    """Log Z of each, with one computation for those that are alike."""
+    found: dict[Any, LogPartition] = {}
+    keys = [None] * len(energies) if rng_key is None else list(jax.random.split(as_key(rng_key), len(energies)))
+    alike = [tuple(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(e)) for e in energies]
+    for energy, key, values in zip(energies, keys, alike, strict=True):
+        if values not in found:
+            found[values] = log_partition(energy, method, key, **settings)
+    return [found[values] for values in alike]

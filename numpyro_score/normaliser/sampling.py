@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,12 +18,12 @@ from numpyro.infer import MCMC, NUTS
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_score.arviz import as_arviz, dataset, sample_stats
-from numpyro_score.energy import Energy, lattice_density, num_values
+from numpyro_score.energy import Energy, lattice_density, num_values, rows_given
 from numpyro_score.kernels import DiscreteKernel, Gibbs, GibbsWithGradients
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import free_log_density, from_free, has_domain, row_to_data, to_free
 from numpyro_score.normaliser.mixing import mixed
-from numpyro_score.normaliser.source import Source, density_of
+from numpyro_score.normaliser.source import Source, density_of, with_density
 from numpyro_score.normaliser.tails import check_counts
 from numpyro_score.placement import check_sharding
 from numpyro_score.random import Key, as_key
@@ -45,6 +46,7 @@ def sample(
     num_warmup: int = 1000,
     progress_bar: bool = False,
     sharding: jax.sharding.NamedSharding | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Any:
     """Draws data from an energy by MCMC, in the sites' own shapes.
 
@@ -67,6 +69,8 @@ def sample(
             compile once.
         sharding: over which devices to split the chains, e.g. `NamedSharding(mesh, PartitionSpec("chains"))`; of the
             data if the fit's are spread over several, one of the same devices.
+        given: for a density given covariates, p(x | z), their values by the names of the model's arguments, M of each:
+            `given={"z": z}`. The draws are then M rows for each, (chain, draw, given, ...), from chains of their own.
 
     Returns:
         ArviZ data, an `InferenceData` (ArviZ 0.23) or a `DataTree` (1.x), with the groups
@@ -83,6 +87,7 @@ def sample(
 
     Warns:
         UserWarning: if an R-hat is above 1.01, or what chance makes of 400 or more effective draws; after divergences.
+            It says what to try.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -107,6 +112,8 @@ def sample(
             f"functools.partial({name}, step_size=0.1)."
         )
     key = as_key(rng_key, "write sample(fit, jax.random.key(0), 1000)")
+    if given is not None:
+        return _sample_given(energy, key, kernel, num_samples, num_chains, num_warmup, given)
     energy = density_of(energy)
     kernel = kernel_for(energy, kernel)
     check_counts(energy)
@@ -115,10 +122,6 @@ def sample(
         raise ValueError("sample has no progress bar for chains on several devices: write progress_bar=False.")
     run = run_chains if progress_bar else _compiled_chains
     x, stats = run(energy, key, kernel, num_samples, num_chains, num_warmup, progress_bar, sharding)
-    if not jnp.isfinite(x).all():
-        raise ValueError(
-            "Draws are not finite: the density is not normalisable, or the kernel's step size is too large."
-        )
     return _to_arviz(energy, x, stats)
 
 
@@ -144,6 +147,42 @@ def kernel_for(energy: Energy, kernel: Kernel | None) -> Kernel:
     return kernel
 
 
+def _sample_given(
+    source: Source,
+    rng_key: Array,
+    kernel: Kernel | None,
+    num_samples: int,
+    num_chains: int,
+    num_warmup: int,
+    given: Mapping[str, Any],
+) -> Any:
+    """Draws of rows with densities of their own, in chains side by side."""
+    start = with_density(source)
+    kernel = kernel_for(start, kernel)
+    energies = rows_given(start, given)
+    usable, weights = start.usable()
+    start_key, run_key = jax.random.split(rng_key)
+    shape = (len(energies), num_chains)
+    chance = (weights != 0).astype(weights.dtype)
+    rows = jax.random.choice(start_key, usable.data, shape, p=chance)  # of the data, whatever their covariates
+    for energy in (energies[0], energies[-1]):
+        energy.check()
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *energies)
+    keys = jax.random.split(run_key, len(energies))
+    x, stats = _chains_given(stacked, keys, rows, kernel, num_samples, num_chains, num_warmup)
+    return _to_arviz(energies[0], jnp.moveaxis(x, 0, 2), {k: jnp.moveaxis(v, 0, 2) for k, v in stats.items()}, start)
+
+
+@partial(jax.jit, static_argnames=("kernel", "num_samples", "num_chains", "num_warmup"))
+def _chains_given(
+    energies: Energy, keys: Array, rows: Array, kernel: Kernel, num_samples: int, num_chains: int, num_warmup: int
+) -> tuple[Float[Array, "m chain draw d"], dict[str, Array]]:
+    def run(energy: Energy, key: Array, rows: Array) -> tuple[Array, dict[str, Array]]:
+        return run_chains(energy, key, kernel, num_samples, num_chains, num_warmup, rows=rows)
+
+    return jax.vmap(run)(energies, keys, rows)
+
+
 def run_chains(
     energy: Energy,
     rng_key: Array,
@@ -153,11 +192,16 @@ def run_chains(
     num_warmup: int,
     progress_bar: bool = False,
     sharding: jax.sharding.NamedSharding | None = None,
+    rows: Float[Array, "chain d"] | None = None,
 ) -> tuple[Float[Array, "chain draw d"], dict[str, Array]]:
-    """Rows that chains draw, and the kernel's statistics, (chain, draw) each; pure unless there is a bar."""
+    """Rows that chains draw, and the kernel's statistics, (chain, draw) each; pure unless there is a bar.
+
+    They start at `rows`, of the data if not given.
+    """
     start_key, free_key, run_key = jax.random.split(rng_key, 3)
-    usable, weights = energy.usable()
-    rows = jax.random.choice(start_key, usable.data, (num_chains,), p=(weights != 0).astype(weights.dtype))
+    if rows is None:
+        usable, weights = energy.usable()
+        rows = jax.random.choice(start_key, usable.data, (num_chains,), p=(weights != 0).astype(weights.dtype))
     u = to_free(energy, rows, rng_key=free_key)
     keys = run_key[None] if num_chains == 1 else jax.random.split(run_key, num_chains)  # as MCMC would
 
@@ -201,19 +245,55 @@ _compiled_chains = jax.jit(
 )
 
 
-def _to_arviz(energy: Energy, x: Float[Array, "chain draw d"], stats: dict[str, Array]) -> Any:
-    values = jax.vmap(jax.vmap(partial(row_to_data, energy)))(x)
-    draws = dataset(values, ("chain", "draw"))
-    groups = {"posterior": draws, "sample_stats": dataset(sample_stats(stats), ("chain", "draw"))}
+def _to_arviz(
+    energy: Energy, x: Float[Array, "chain draw *given d"], stats: dict[str, Array], start: Energy | None = None
+) -> Any:
+    """As ArviZ data; `start` is the energy of the data where draws are of rows that were given covariates."""
+    if not jnp.isfinite(x).all():
+        raise ValueError(
+            "Draws are not finite: the density is not normalisable, or the kernel's step size is too large."
+        )
+    axes = ("chain", "draw") if start is None else ("chain", "draw", "given")
+    of_row = partial(row_to_data, energy)
+    for _ in axes:
+        of_row = jax.vmap(of_row)
+    draws = dataset(of_row(x), axes)
+    groups = {"posterior": draws, "sample_stats": dataset(sample_stats(stats), axes)}
     if x.shape[1] > 3:
         groups |= {"r_hat": az.rhat(draws), "ess": az.ess(draws)}
-        highest = max(float(v.max(skipna=False)) for v in groups["r_hat"].values())
         if not mixed(groups["r_hat"], groups["ess"], _MAX_R_HAT):
-            warnings.warn(f"The largest R-hat is {highest:.3g}: run longer chains, or more warmup.", stacklevel=3)
+            warnings.warn(_not_mixed(groups["r_hat"], x), stacklevel=3 if start is None else 4)
     # Paths that leave a domain end there, as divergences; the draws are no worse for it.
     if (count := int(np.sum(stats.get("diverging", 0)))) and not has_domain(energy):
         warnings.warn(
-            f"{count} of {x.shape[0] * x.shape[1]} transitions diverged, and draws may miss narrow places.",
-            stacklevel=3,
+            f"{count} of {math.prod(x.shape[:-1])} transitions diverged, and draws may miss narrow places: try smaller "
+            "steps, kernel=functools.partial(NUTS, target_accept_prob=0.95), or look whether the density is "
+            "normalisable there, by log_partition.",
+            stacklevel=3 if start is None else 4,
         )
-    return as_arviz({**groups, "observed_data": dataset(energy.unflatten(energy.data), ())})
+    start = energy if start is None else start
+    groups["observed_data"] = dataset(start.unflatten(start.data), ())
+    own_coords, own_dims = start.labels.as_coords(start.arrays)
+    return as_arviz(groups, own_coords=own_coords, own_dims=own_dims)
+
+
+def _not_mixed(r_hat: Any, x: Float[Array, "chain draw *given d"]) -> str:
+    """What is seen of chains that have not mixed, and what to try."""
+    worst = {str(k): float(v.max(skipna=False)) for k, v in r_hat.data_vars.items()}
+    site = max(worst, key=lambda k: np.inf if np.isnan(worst[k]) else worst[k])
+    found = f"The largest R-hat is {worst[site]:.3g}, in site '{site}'"
+    chains = np.asarray(x, np.float64).reshape(*x.shape[:2], -1)
+    if chains.shape[0] == 1:
+        return f"{found}, of one chain: draw num_chains=4 to see whether they agree."
+    between, within = chains.mean(1).std(0), chains.std(1).mean(0)
+    if np.any(between > 1.5 * within):
+        return (
+            f"{found}, and the chains stay in places of their own, as between modes far apart: their shares cannot be "
+            "told from such draws. More warmup hardly helps; log_partition(fit, 'smc', rng_key=key) tempers between "
+            "modes, and a model of many noise levels draws from all (diffuse)."
+        )
+    return (
+        f"{found}: run longer chains, num_samples={4 * x.shape[1]}, or more warmup, num_warmup=...; "
+        "if that does not help, scale the columns of the data to like spreads, or use "
+        "kernel=functools.partial(NUTS, dense_mass=True) where they are correlated."
+    )

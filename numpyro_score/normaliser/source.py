@@ -12,7 +12,7 @@ from jaxtyping import Array
 from numpyro_score.energy import Energy
 from numpyro_score.normaliser.coordinates import Chart, to_free
 
-__all__ = ["Fitted", "Source", "density_of", "fitted_moments", "free_data", "one_density"]
+__all__ = ["Fitted", "Source", "density_of", "fitted_moments", "free_data", "one_density", "with_density"]
 
 
 @runtime_checkable
@@ -34,6 +34,22 @@ def one_density(source: Source) -> Energy:
         TypeError: if the source is neither an energy nor a fit, or has a score but no density.
         ValueError: if rows have densities of their own.
     """
+    energy = with_density(source)
+    if energy.num_rows > 1 and not energy.resizable:
+        raise ValueError(
+            f"The model's {energy.num_rows} rows may differ in density (covariates, bounds by row, or a plate of fixed "
+            "size), and each has its own normaliser: say which, e.g. by given={'z': z} in sample and log_partition, or "
+            "bind it to one row, e.g. Energy(model, params, x[:1], z[:1])."
+        )
+    return energy
+
+
+def with_density(source: Source) -> Energy:
+    """The energy of a source, if it has values; rows may have densities of their own.
+
+    Raises:
+        TypeError: if the source is neither an energy nor a fit, or has a score but no density.
+    """
     energy = source if isinstance(source, Energy) else getattr(source, "energy", None)
     if not isinstance(energy, Energy):
         raise TypeError(f"Expected an Energy or a fit, got {type(source).__name__}.")
@@ -41,11 +57,6 @@ def one_density(source: Source) -> Energy:
         raise TypeError(
             f"Site '{energy.score_terms[0]}' is a score_factor, whose density is unknown: declare an energy "
             "with numpyro.factor."
-        )
-    if energy.num_rows > 1 and not energy.resizable:
-        raise ValueError(
-            f"The model's {energy.num_rows} rows may differ in density (covariates, bounds by row, or a plate of fixed "
-            "size), and each has its own normaliser: bind it to one row, e.g. Energy(model, params, x[:1], z[:1])."
         )
     return energy
 

@@ -89,8 +89,8 @@ def require_plane(owner: str, energy: Energy) -> None:
 
 def row_columns(energy: Energy) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names of the D coordinates of rows, and the rows of some weight: (D,), (N, D) and their weights (N,)."""
-    names: list[str] = []
-    for a in energy.arrays:
+    names = energy.column_names if all(a.support.kind != "other" for a in energy.arrays) else []
+    for a in energy.arrays if not names else ():
         label = f"unconstrained {a.name}" if a.support.kind == "other" else a.name
         shape = a.support.coordinate_shape(a.shape)
         names += numbered(label, tuple(s for i, s in enumerate(shape) if i not in a.row_axes))

@@ -103,6 +103,12 @@ def solved_at_once(fit: ScoreMatchingResult) -> bool:
     return len(fit.losses) == 1 and int(fit.state.optim_state[0]) == 0
 
 
+def _names(fit: ScoreMatchingResult, site: str, shape: tuple[int, ...]) -> list[str]:
+    """Names of the numbers of a variable of that shape: of a site, or of what is computed from several."""
+    names, own = numbered(site, shape), fit.number_names.get(site, [])
+    return own if len(own) == len(names) else names
+
+
 def plot_influence(
     fit: ScoreMatchingResult, *, of: Callable[[dict[str, Any]], Any] | None = None, ax: Any = None
 ) -> Any:
@@ -135,10 +141,10 @@ def plot_influence(
     axes.vlines(np.arange(n), 0, largest, color=GREY, linewidth=0.6)
     axes.plot(np.arange(n), largest, "o", color=BLUE, markersize=3, label="rows")
     axes.axhline(n**-0.5, color=BLACK, linestyle="--", linewidth=1, label=f"equal shares, 1/√{n}")
-    most = np.argsort(-largest)[:3]
+    most, arrays = np.argsort(-largest)[:3], fit.energy.arrays
     for row in most:
-        axes.annotate(str(row), (row, largest[row]), (3, 2), textcoords="offset points")
-    named = "\n".join(f"row {row}: {names[parameter[row]]}" for row in most)
+        axes.annotate(fit.labels.row_name(int(row), arrays), (row, largest[row]), (3, 2), textcoords="offset points")
+    named = "\n".join(f"row {fit.labels.row_name(int(row), arrays)}: {names[parameter[row]]}" for row in most)
     axes.text(0.02, 0.97, named, transform=axes.transAxes, va="top")
     axes.set(xlabel="row", ylabel="largest influence, in standard errors", title="Influence of rows")
     axes.set_ylim(0, 1.45 * largest.max())  # the names and the legend are above the rows
@@ -153,7 +159,7 @@ def shares(
     names, columns = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(fit.influence(of)):
         site = jax.tree_util.keystr(path, simple=True, separator=".") or "of"
-        names += numbered(site, leaf.shape[1:])
+        names += _names(fit, site, leaf.shape[1:])
         columns.append(np.asarray(leaf, np.float64).reshape(len(leaf), -1))
     signed = np.concatenate(columns, axis=1)
     influence = np.abs(signed)

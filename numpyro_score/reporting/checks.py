@@ -106,7 +106,9 @@ def _parameter_names(fit: ScoreMatchingResult) -> list[str]:
     """Names of the unconstrained coordinates, (P,)."""
     leaves = jax.tree_util.tree_leaves_with_path(fit.coordinates.unravel(fit.coordinates.position))
     sites = ((jax.tree_util.keystr(path, simple=True, separator="."), np.shape(leaf)) for path, leaf in leaves)
-    return [name for site, shape in sites for name in numbered(site, shape)]
+    own = fit.number_names
+    found = ((numbered(site, shape), own.get(site, [])) for site, shape in sites)
+    return [name for plain, named in found for name in (named if len(named) == len(plain) else plain)]
 
 
 def _trend(fit: Fit) -> tuple[str, ...]:
@@ -165,7 +167,8 @@ def _influence(fit: ScoreMatchingResult) -> tuple[str, str]:
     row, parameter = np.unravel_index(np.argmax(share), share.shape)
     largest, (verdict, pvalue) = share[row, parameter], row_verdict(share[:, parameter] * signs[:, parameter])
     percent = short(100 * largest**2)
-    found = f"row {row} moves {names[parameter]} by {largest:.2g} standard errors, {percent}% of its variance"
+    name = fit.labels.row_name(int(row), fit.energy.arrays)
+    found = f"row {name} moves {names[parameter]} by {largest:.2g} standard errors, {percent}% of its variance"
     if largest**2 <= 0.25:
         return f"{found}.", verdict
     if verdict == "good":

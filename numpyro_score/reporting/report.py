@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import math
-import os
-import platform
 import warnings
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from numpyro_score.comparison import Comparison
 from numpyro_score.divergences.columns import data_columns, sample_columns
 from numpyro_score.energy import numbered, plural
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
@@ -32,8 +27,9 @@ from numpyro_score.plots.fits import loss_of, solved_at_once
 from numpyro_score.printed import name_of, settings
 from numpyro_score.random import Key, as_key
 from numpyro_score.reporting.checks import Check, check_all, converged
-from numpyro_score.reporting.page import Markup, page, picture, table, tag
-from numpyro_score.version import __version__
+from numpyro_score.reporting.comparison import comparison_page
+from numpyro_score.reporting.page import Markup, page, table, tag
+from numpyro_score.reporting.parts import draw, machine, or_reason
 
 __all__ = ["report"]
 
@@ -43,8 +39,8 @@ _FIRST, _MOST = 10, 500  # numbers in the table of the first screen, and in that
 _WORDS = {"good": "✓ good", "look": "! look at this", "bad": "✗ bad", "unknown": "? not known"}
 
 
-def report(fit: Fit, path: str | Path, *, rng_key: Key | None = None, num_samples: int = 1000) -> Path:
-    """Writes all there is to know about a fit to one HTML file.
+def report(fit: Fit | Comparison, path: str | Path, *, rng_key: Key | None = None, num_samples: int = 1000) -> Path:
+    """Writes all there is to know about a fit, or a comparison of fits, to one HTML file.
 
     The first screen says what was fitted and by which loss, whether it converged, the estimates with their standard
     errors, and the checks that bear on trust: the gradient and the trend of the loss at the end, the eigenvalues of the
@@ -52,9 +48,12 @@ def report(fit: Fit, path: str | Path, *, rng_key: Key | None = None, num_sample
     beside those of the data, and R-hat of the draws. Below are pictures, tables, versions and the machine. What cannot
     be computed is reported with its reason. The file needs no script, no other file and no network.
 
+    Of a comparison the page has the orders under KL and under Fisher, the table with its errors, what each row of it
+    means, and the pictures of both orders.
+
     Args:
         fit: a fit of :class:`~numpyro_score.ScoreMatching` or
-            :class:`~numpyro_score.AdversarialDynamicsEmbedding`.
+            :class:`~numpyro_score.AdversarialDynamicsEmbedding`, or what :func:`~numpyro_score.compare` returned.
         path: the file to write; one that is there is replaced.
         rng_key: a key for the draws of the model and the test; `jax.random.key(0)` if not given.
         num_samples: draws of the model by each of four chains of :func:`~numpyro_score.sample`; 0 to leave them out,
@@ -64,7 +63,7 @@ def report(fit: Fit, path: str | Path, *, rng_key: Key | None = None, num_sample
         The path.
 
     Raises:
-        TypeError: for anything but a fit.
+        TypeError: for anything but a fit or a comparison.
         ValueError: for fewer than four `num_samples`, but not zero.
         ImportError: without Matplotlib, `pip install numpyro-score[plots]`.
 
@@ -81,19 +80,24 @@ def report(fit: Fit, path: str | Path, *, rng_key: Key | None = None, num_sample
         >>> "Yes: the objective is quadratic in the parameters and was solved in closed form" in text
         True
     """
-    if not isinstance(fit, ScoreMatchingResult | AdversarialResult):
-        raise TypeError(f"report takes a fit, got {type(fit).__name__}.")
+    if not isinstance(fit, ScoreMatchingResult | AdversarialResult | Comparison):
+        raise TypeError(f"report takes a fit or a comparison, got {type(fit).__name__}.")
     if num_samples < 4 and num_samples != 0:  # R-hat needs four
         raise ValueError(f"report needs a num_samples of at least 4, or 0 for no draws, got {num_samples}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("report needs Matplotlib: pip install 'numpyro-score[plots]'.")
+    path = Path(path)
+    if isinstance(fit, Comparison):
+        text = comparison_page(fit)
+        path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+        return path
     sample_key, check_key = jax.random.split(as_key(0 if rng_key is None else rng_key))
     # What is warned of on the way is part of the report.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         samples: Any = "none were drawn, as num_samples is 0."
         if num_samples:
-            samples = _or_reason(lambda: sample(fit.energy, sample_key, num_samples))
+            samples = or_reason(lambda: sample(fit.energy, sample_key, num_samples))
         checks = check_all(fit, samples, check_key)
         errors = _errors(fit)
         body = _body(fit, samples, checks, errors)
@@ -101,17 +105,8 @@ def report(fit: Fit, path: str | Path, *, rng_key: Key | None = None, num_sample
     if said:
         body.append(tag("h2", "Warnings on the way"))
         body.append(tag("ul", *(tag("li", text) for text in said)))
-    path = Path(path)
     path.write_text(page(f"Fit of {_name(fit)}", *body), encoding="utf-8", errors="xmlcharrefreplace")
     return path
-
-
-def _or_reason(make: Callable[[], Any]) -> Any:
-    """What a function returns, or the sentence with which it refuses."""
-    try:
-        return make()
-    except (TypeError, ValueError, NotImplementedError) as error:
-        return str(error)
 
 
 def _body(fit: Fit, samples: Any, checks: list[Check], errors: Any) -> list[Markup]:
@@ -140,7 +135,7 @@ def _body(fit: Fit, samples: Any, checks: list[Check], errors: Any) -> list[Mark
         if len(rows) > _MOST:
             body.append(tag("p", f"The first {_MOST} of {len(rows)} numbers.", class_="note"))
     body += [tag("h2", "Data and draws"), _moments(fit, samples)]
-    return [*body, tag("h2", "Cost, versions and machine"), table(("", ""), _cost(fit) + _machine())]
+    return [*body, tag("h2", "Cost, versions and machine"), table(("", ""), _cost(fit) + machine())]
 
 
 # -- the answers -----------------------------------------------------------------------------------
@@ -205,12 +200,15 @@ def _errors(fit: Fit) -> Any:
     """Standard errors by site, or the reason why there are none."""
     if isinstance(fit, AdversarialResult):
         return "the gradient of this fit is that of a bound, through draws of the flow."
-    return _or_reason(fit.stderr)
+    return or_reason(fit.stderr)
 
 
 def _estimate_rows(fit: Fit, errors: Any) -> list[tuple[str, str, str]]:
     found = {} if isinstance(errors, str) else dict(_numbers(errors))
-    return [(name, *_with_error(value, found.get(name))) for name, value in _numbers(fit.estimates)]
+    labels = {} if isinstance(fit, AdversarialResult) else fit.number_names
+    names = [n for site in labels.values() for n in site]
+    rows = [(name, *_with_error(value, found.get(name))) for name, value in _numbers(fit.estimates)]
+    return [(n, *row[1:]) for n, row in zip(names, rows, strict=True)] if names else rows
 
 
 def _with_error(value: float, error: float | None) -> tuple[str, str]:
@@ -240,32 +238,19 @@ def _pictures(fit: Fit, samples: Any) -> list[Markup]:
     energy, wide = fit.energy, isinstance(fit, AdversarialResult)
     found = []
     if isinstance(fit, AdversarialResult) or not solved_at_once(fit):
-        found.append(_draw("Objective by step", lambda ax: plot_losses(fit, ax=ax), (1, 1 + wide), 6.0 + 6.0 * wide))
+        found.append(draw("Objective by step", lambda ax: plot_losses(fit, ax=ax), (1, 1 + wide), 6.0 + 6.0 * wide))
     smooth = not len(energy.discrete_columns)
     if energy.dim <= 2 and energy.has_density and smooth:
-        found.append(_draw("Data and fitted density", lambda ax: plot_density(energy, ax=ax)))
+        found.append(draw("Data and fitted density", lambda ax: plot_density(energy, ax=ax)))
     if energy.dim == 2 and smooth:
-        found.append(_draw("Score field over the data", lambda ax: plot_score_field(energy, ax=ax)))
+        found.append(draw("Score field over the data", lambda ax: plot_score_field(energy, ax=ax)))
     if not isinstance(samples, str):
         side = min(5, len(data_columns(energy)[0]))
         caption = "Data against draws of the model" + (", the first five columns" if side < energy.dim else "")
-        found.append(
-            _draw(caption, lambda ax: plot_marginals(energy, samples, ax=ax), (side, side), 2.0 * max(side, 3))
-        )
+        found.append(draw(caption, lambda ax: plot_marginals(energy, samples, ax=ax), (side, side), 2.0 * max(side, 3)))
     if isinstance(fit, ScoreMatchingResult):
-        found.append(_draw("Influence of rows", lambda ax: plot_influence(fit, ax=ax)))
+        found.append(draw("Influence of rows", lambda ax: plot_influence(fit, ax=ax)))
     return found
-
-
-def _draw(caption: str, plot: Callable[[Any], Any], shape: tuple[int, int] = (1, 1), width: float = 6.0) -> Markup:
-    from matplotlib.figure import Figure  # not Pyplot's, which would keep it
-
-    figure = Figure(figsize=(width, max(4.2, 0.8 * width * shape[0] / shape[1])), layout="constrained")
-    axes = figure.subplots(*shape, squeeze=False)
-    reason = _or_reason(lambda: plot(axes))
-    if isinstance(reason, str):
-        return tag("p", f"{caption}: not drawn. {reason}", class_="note")
-    return picture(figure, caption, broad=width > 6)
 
 
 def _moments(fit: Fit, samples: Any) -> Markup:
@@ -296,16 +281,3 @@ def _cost(fit: Fit) -> list[tuple[str, str]]:
     if cost.peak_memory is not None:
         found.append(("peak memory", f"{cost.peak_memory / 2**20:,.0f} MiB of the device, by the whole process so far"))
     return found
-
-
-def _machine() -> list[tuple[str, str]]:
-    packages = ("jax", "jaxlib", "numpyro", "optax", "arviz", "numpy")
-    devices = jax.devices()
-    return [
-        ("numpyro-score", __version__),
-        ("packages", ", ".join(f"{name} {version(name)}" for name in packages)),
-        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("device", f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform}), {os.cpu_count()} CPU cores"),
-        ("precision", str(jnp.result_type(float))),
-        ("written", datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")),
-    ]

@@ -12,16 +12,28 @@ from numpyro_score.uncertainty.objective import (
     prior_terms,
     site_blocks,
 )
-from numpyro_score.uncertainty.sandwich import ARRIVED, MAX_PARAMETERS, Curvature, curvature
+from numpyro_score.uncertainty.sandwich import (
+    ARRIVED,
+    MAX_PARAMETERS,
+    NOT_CONVERGED,
+    Curvature,
+    check_rows,
+    check_size,
+    curvature,
+    require_curved,
+)
 
 __all__ = [
     "ARRIVED",
     "MAX_PARAMETERS",
+    "NOT_CONVERGED",
     "Curvature",
     "Objective",
     "Parametrisation",
     "SandwichError",
     "calibrated_learning_rate",
+    "check_rows",
+    "check_size",
     "curvature",
     "curvature_of_batches",
     "diagonal_stderr",
@@ -30,6 +42,7 @@ __all__ = [
     "nested_terms",
     "norm_of_columns",
     "prior_terms",
+    "require_curved",
     "site_blocks",
     "stderr_from",
     "stderr_of",

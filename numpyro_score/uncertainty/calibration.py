@@ -25,6 +25,11 @@ def calibrated_learning_rate(curvature: Curvature) -> float:
     Raises:
         SandwichError: if H is not positive definite, or S is singular.
     """
+    if np.isnan(curvature.loss_hessian).any():
+        raise SandwichError(
+            "A robust fit is the root of an equation and the minimum of no objective, so no learning rate is "
+            "calibrated: take the fit that windham was given."
+        )
     p = len(curvature.size)
     counts = (curvature.size > 0) | (np.diag(curvature.loss_hessian) != 0)
     h, size = curvature.loss_hessian[np.ix_(counts, counts)], curvature.size[counts]

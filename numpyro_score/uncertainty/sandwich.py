@@ -22,6 +22,7 @@ from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichErr
 __all__ = [
     "ARRIVED",
     "MAX_PARAMETERS",
+    "NOT_CONVERGED",
     "Curvature",
     "check_rows",
     "check_size",
@@ -33,6 +34,8 @@ __all__ = [
     "used_rows",
     "warn_if_not_converged",
 ]
+
+NOT_CONVERGED = "The fit has not converged"
 
 MAX_PARAMETERS = 2000
 """Above this many parameters the dense (P, P) matrices are not formed."""
@@ -247,7 +250,7 @@ def warn_if_not_converged(objective: Objective, distance: dict[str, Any]) -> Non
     # The draws that a loss with chains settles on are others than those of the fit, with noise that no key shows.
     if furthest[name] > (3.0 if hasattr(objective.loss, "settle") else ARRIVED):
         warnings.warn(
-            f"The fit has not converged: the minimum is {furthest[name]:.2g} standard errors away in site '{name}'. "
+            f"{NOT_CONVERGED}: the minimum is {furthest[name]:.2g} standard errors away in site '{name}'. "
             "Take more steps, or another optimiser such as optax.lbfgs().",
             stacklevel=5,
         )
