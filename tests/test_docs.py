@@ -28,7 +28,8 @@ def test_every_public_name_is_in_the_reference_once():
         for block in re.findall(r"\.\. names::\n\n(.*?)```", path.read_text(), flags=re.DOTALL):
             listed += block.split()
     assert len(listed) == len(set(listed))
-    assert {name for name in listed if "." not in name} == set(numpyro_score.__all__)
+    # The module of models has a page of its own.
+    assert {name for name in listed if "." not in name} == set(numpyro_score.__all__) - {"models"}
 
 
 def test_every_example_is_in_the_gallery():
