@@ -51,9 +51,18 @@ format: $(VENV)/.extra-dev
 types: $(VENV)/.extra-dev
 	$(RUN) mypy
 
-docs: $(VENV)/.extra-docs
-	$(RUN) sphinx -W --keep-going --quiet -b html docs docs/_build/html
-	$(RUN) sphinx -W --keep-going --no-color -b doctest docs docs/_build/doctest
+docs/_build:
+	mkdir -p $@
+
+# The examples in the text, and beside them the pages with the tutorials. What is found wrong is shown at the end.
+docs: $(VENV)/.extra-docs | docs/_build
+	$(RUN) sphinx -W --keep-going --no-color -D nb_execution_mode=off -D suppress_warnings=myst-nb.lexer \
+	    -b examples docs docs/_build/examples >docs/_build/examples.log 2>&1 & examples=$$!; \
+	$(RUN) sphinx -W --keep-going --quiet -b html docs docs/_build/html; html=$$?; \
+	wait $$examples; examples=$$?; \
+	if [ $$examples = 0 ]; then grep "executed in" docs/_build/examples.log; else cat docs/_build/examples.log; fi; \
+	[ $$html = 0 ] && [ $$examples = 0 ]
+	$(RUN) pytest -q -p no:cacheprovider docs/check_site.py
 
 wheel: $(VENV)/.extra-dev
 	rm -rf dist

@@ -1,0 +1,47 @@
+"""Tutorials as notebooks to take along: each page links to its own, outputs and all, and to Colab."""
+
+from pathlib import Path
+
+import nbformat
+from myst_nb.sphinx_ import NbMetadataCollector
+from sphinx.util import logging
+
+HEADER = """<div class="notebook-links"><a class="download" download href="{here}">Download this notebook</a>{colab}</div>"""
+COLAB = """ <a class="colab" href="{}">Open it in Colab</a>"""
+FIRST = """*Needs numpyro-score and what its examples use: `pip install 'numpyro-score[examples]'`. Until the first release,
+that is `pip install '.[examples]'` in a copy of the repository.*"""
+logger = logging.getLogger(__name__)
+
+
+def executed(env):
+    """Names of pages with cells that ran, and how many seconds each took."""
+    return {name: data["exec_data"] for name, data in NbMetadataCollector.get_doc_data(env).items() if "exec_data" in data}
+
+
+def add_links(app, pagename, templatename, context, doctree):
+    """Below the title."""
+    if pagename in executed(app.env) and app.builder.name == "html":
+        name = f"{pagename}.ipynb"
+        path = app.config.repository and app.config.repository.removeprefix("https://github.com/")
+        colab = COLAB.format(f"https://colab.research.google.com/github/{path}/blob/{app.config.published}/{name}")
+        links = HEADER.format(here=name.rpartition("/")[-1], colab=colab if path else "")
+        before, title, after = context["body"].partition("</h1>")
+        context["body"] = before + title + links + after
+
+
+def write(app, exception):
+    """The notebooks beside the pages, and on the terminal what ran."""
+    if exception is None and app.builder.name == "html":
+        for name, data in sorted(executed(app.env).items()):
+            book = nbformat.read(Path(app.outdir).parent / "jupyter_execute" / f"{name}.ipynb", as_version=4)
+            book.cells.insert(0, nbformat.v4.new_markdown_cell(FIRST))
+            nbformat.write(book, Path(app.outdir) / f"{name}.ipynb")
+            print(f"{name}: {sum(cell.cell_type == 'code' for cell in book.cells)} cells, executed in {data['runtime']:.0f} s")
+
+
+def setup(app):
+    app.add_config_value("repository", None, "html", [str])
+    app.add_config_value("published", "gh-pages", "html", [str])
+    app.connect("html-page-context", add_links)
+    app.connect("build-finished", write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
