@@ -16,7 +16,9 @@ import pytest
 
 SITE = Path(__file__).parent / "_build" / "html"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-TUTORIALS = ["first_fit"]
+TUTORIALS = [
+    "first_fit", "regression", "hierarchies", "two_moons", "kl_and_fisher", "diffusion_prior", "to_the_cluster"
+]  # fmt: skip
 PHONE = 390  # pixels
 
 
