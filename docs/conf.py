@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import os
 import sys
-import tomllib
 import typing
 from pathlib import Path
 
@@ -30,11 +29,10 @@ author = "the numpyro-score developers"
 copyright = "2026, the numpyro-score developers"
 release = numpyro_score.__version__
 
-# Where the source is, as pyproject.toml says: then the tutorials have links to Colab, which finds the notebooks that
-# `make docs` wrote on the branch that the pages are published from.
-urls = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"].get("urls", {})
-repository = urls.get("Repository")
-published = "gh-pages"
+# owner/name on GitHub, whose runners say it: then the tutorials have links to Colab, which opens the notebooks from a
+# branch of that repository where .github/workflows/docs.yml puts them.
+repository = os.environ.get("GITHUB_REPOSITORY")
+notebook_branch = "notebooks"
 
 extensions = [
     "myst_nb",

@@ -1,6 +1,6 @@
-"""Makes the pictures of diagnostics.md, in docs/images: python docs/pictures.py [NAME ...].
+"""Makes the pictures of diagnostics.md and the small ones of gallery.md, in docs/images: python docs/pictures.py [NAME ...].
 
-That of the report needs Chromium.
+That of the report needs Chromium. The small ones, NAME "thumbs", are cut from examples/results.
 """
 
 import functools
@@ -125,6 +125,34 @@ def save_report(path):
         shrink(shot, path)
 
 
+# Of the pictures of examples, the part to show: left, top, right, bottom, in shares of the whole.
+THUMBS = {
+    "change_point": (0, 0, 0.6, 1),
+    "digits": (0, 0, 0.55, 0.5),
+    "kl_vs_fisher": (0, 0, 0.5, 0.6),
+    "langevin_gaussian": (0.33, 0, 1, 1),
+    "natural_image_filters": (0.0, 0, 0.7, 0.6),
+    "noise_levels": (0, 0, 0.55, 0.55),
+    "quickstart": (0, 0, 0.55, 1),
+    "toy_densities": (0, 0.53, 1, 0.72),
+    "truncated_graph": (0, 0, 0.66, 0.5),
+    "two_moons": (0, 0, 0.6, 1),
+}
+
+
+def save_thumbs():
+    """Pictures of 480 by 300 pixels, white where the part has another shape."""
+    folder = IMAGES / "thumbs"
+    folder.mkdir(exist_ok=True)
+    for name, part in THUMBS.items():
+        whole = Image.open(IMAGES.parent.parent / "examples" / "results" / f"{name}.png").convert("RGB")
+        cut = whole.crop([round(share * size) for share, size in zip(part, 2 * whole.size, strict=True)])
+        cut.thumbnail((480, 300))
+        canvas = Image.new("RGB", (480, 300), "white")
+        canvas.paste(cut, ((480 - cut.width) // 2, (300 - cut.height) // 2))
+        canvas.quantize(128).save(folder / f"{name}.png", optimize=True)
+
+
 def shrink(source, path):
     """128 colours are enough for plots and text."""
     Image.open(source).convert("RGB").quantize(128).save(path, optimize=True)
@@ -132,7 +160,10 @@ def shrink(source, path):
 
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
-    for name in sys.argv[1:] or [*PICTURES, "report"]:
+    for name in sys.argv[1:] or [*PICTURES, "report", "thumbs"]:
+        if name == "thumbs":
+            save_thumbs()
+            continue
         path = IMAGES / f"{name}.png"
         if name == "report":
             save_report(path)

@@ -227,9 +227,10 @@ def wine_table(found):
 # -- the report ---------------------------------------------------------------------------------
 
 
+@matplotlib.rc_context({"font.size": 14})
 def picture(modes, right, wines, path):
     """Fisher along noise for the modes, both objectives of a moved model, and the fits of the wines."""
-    figure, ((a, b), below) = plt.subplots(2, 2, figsize=(12, 8), height_ratios=[2, 1], layout="constrained")
+    figure, ((a, b), below) = plt.subplots(2, 2, figsize=(14, 9.5), height_ratios=[3, 2], layout="constrained")
     for r in modes:
         along = r["along"]
         a.plot(along.times, along.times * along.fisher, label=f"modes at ±{r['half']:g}")
@@ -239,9 +240,9 @@ def picture(modes, right, wines, path):
     for r, color in zip(right, plt.cm.viridis(np.linspace(0, 0.85, len(right))), strict=True):
         for values, style in zip(r["moved"].T, ("--", "-"), strict=True):
             b.plot(OFFSETS, values, style, color=color, label=f"df {r['df']:g}" if style == "-" else None)
-    b.set(xlabel="the model is moved by", ylabel="divergence", ylim=(0, 3))
+    b.set(xlabel="the model is moved by", ylabel="divergence", yscale="log", ylim=(0.02, 40))
     b.set_title("Student's t: Fisher (solid) and KL (dashed)")
-    b.legend()
+    b.legend(loc="lower right", ncols=2)
     plot_comparison(wines, ax=below)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -79,27 +79,27 @@ def ellipse(covariance, radius=2.0):
     return radius * np.linalg.cholesky(covariance) @ np.stack([np.cos(angle), np.sin(angle)])
 
 
-@matplotlib.rc_context({"font.size": 12})
+@matplotlib.rc_context({"font.size": 16})
 def picture(warm, cold, draws, step_size, path):
     """Trajectories over contours of the density, and draws within the ellipses of two standard deviations."""
-    side = np.linspace(-5.5, 5.5, 121)
+    side = np.linspace(-5.0, 5.0, 121)
     grid = np.stack(np.meshgrid(side, side), axis=-1)
     density = np.exp(-0.5 * np.einsum("...i,ij,...j", grid, PRECISION, grid))
-    figure, axes = plt.subplots(1, 3, figsize=(16, 6.2), sharex=True, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5.9), sharex=True, sharey=True, layout="constrained")
     for a, paths, title in zip(axes, (warm, cold), ("temperature 1", "temperature 0"), strict=False):
         a.contour(side, side, density, levels=8, cmap="Greys", linewidths=1)
         for start, p in zip(STARTS, paths, strict=True):
             p = np.vstack([start, p])
             a.plot(*p.T, lw=0.9, marker=".", ms=3)
             a.plot(*start, "ko", ms=6)
-        a.set_title(f"SGLD, {title}, {len(paths[0])} steps from the dots")
+        a.set_title(f"SGLD, {title}, {len(paths[0])} steps")
     axes[2].scatter(*draws[:3000].T, s=4, alpha=0.3, color="tab:blue", linewidths=0, label="draws")
     axes[2].plot(*ellipse(COVARIANCE), "k", lw=2, label="target, 2 sd")
     axes[2].plot(*ellipse(law_of_sgld(step_size)), "tab:red", lw=2, ls="--", label=f"law at h = {step_size}, 2 sd")
     axes[2].legend(loc="upper left")
     axes[2].set_title("One draw of each chain")
     for a in axes:
-        a.set(xlim=(-5.5, 5.5), ylim=(-5.5, 5.5), aspect="equal", xlabel="$x_1$")
+        a.set(xlim=(-5, 5), ylim=(-5, 5), aspect="equal", xlabel="$x_1$")
     axes[0].set_ylabel("$x_2$")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -115,7 +115,7 @@ def main(output: Path, num_chains: int) -> str:
         f"SGLD, h = {fine}": (last_draws(SGLD(model, step_size=fine), num_chains, keys[1]), law_of_sgld(fine)),
         f"MALA, h = {coarse}": (last_draws(MALA(model, step_size=coarse), num_chains, keys[2]), COVARIANCE),
     }
-    warm = run(SGLD(model, step_size=fine), STARTS, 0, 150, keys[3])
+    warm = run(SGLD(model, step_size=fine), STARTS, 0, 60, keys[3])
     cold = run(SGLD(model, step_size=fine, temperature=0.0), STARTS, 0, 150, keys[4])
     picture(warm, cold, rows[f"SGLD, h = {coarse}"][0], coarse, output / "langevin_gaussian.png")
     text = "\n".join([

@@ -180,6 +180,7 @@ def methods(num_steps):
 SIDE = np.linspace(-4.0, 4.0, 401)
 CELLS = jnp.asarray(np.stack(np.meshgrid(SIDE, SIDE, indexing="ij"), axis=-1), float)
 BANDWIDTHS = ("median", 0.1)
+VIEW = 2.6  # what the picture shows, up, down and to both sides
 
 
 @jax.jit
@@ -240,21 +241,30 @@ def table(results) -> list[str]:
     return lines
 
 
+@matplotlib.rc_context({"font.size": 14})
 def picture(data, results, path):
-    """A row for each set: the data, and the density of each fit."""
+    """A row for each set: the data, and the density of each fit, on one scale for the row.
+
+    Where less than half of a fit's mass is in the panel, the panel says how much.
+    """
     methods = [line["method"] for line in next(iter(results.values()))]
     size = (1.6 * (len(methods) + 1), 1.6 * len(results) + 0.3)
     figure, axes = plt.subplots(len(results), len(methods) + 1, figsize=size, squeeze=False, layout="constrained")
     for row, (name, found) in zip(axes, results.items(), strict=True):
         row[0].scatter(*np.asarray(data[name]).T, s=1, alpha=0.3, linewidths=0, color="tab:blue")
         row[0].set_ylabel(name)
-        top = np.quantile(np.exp(found[0]["on grid"]), 0.995)
+        top = np.median([np.quantile(np.exp(result["on grid"]), 0.995) for result in found])
         for a, result in zip(row[1:], found, strict=True):
-            a.imshow(np.exp(result["on grid"]).T, origin="lower", extent=(-4, 4, -4, 4), cmap="magma", vmax=top)
+            density = np.exp(result["on grid"]).T
+            a.imshow(density, origin="lower", extent=(-4, 4, -4, 4), cmap="magma", vmin=0, vmax=top)
+            seen = density[np.ix_(abs(SIDE) < VIEW, abs(SIDE) < VIEW)].sum() * (SIDE[1] - SIDE[0]) ** 2
+            if seen < 0.5:
+                text = f"{1 - seen:.0%} of its\nmass is\noutside"
+                a.text(0.5, 0.5, text, color="white", ha="center", va="center", transform=a.transAxes)
     for a, title in zip(axes[0], ("data", *methods), strict=True):
-        a.set_title(title, fontsize=10)
+        a.set_title(title)
     for a in axes.flat:
-        a.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal")
+        a.set(xlim=(-VIEW, VIEW), ylim=(-VIEW, VIEW), xticks=[], yticks=[], aspect="equal")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

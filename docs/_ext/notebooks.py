@@ -22,9 +22,9 @@ def add_links(app, pagename, templatename, context, doctree):
     """Below the title."""
     if pagename in executed(app.env) and app.builder.name == "html":
         name = f"{pagename}.ipynb"
-        path = app.config.repository and app.config.repository.removeprefix("https://github.com/")
-        colab = COLAB.format(f"https://colab.research.google.com/github/{path}/blob/{app.config.published}/{name}")
-        links = HEADER.format(here=name.rpartition("/")[-1], colab=colab if path else "")
+        where = f"https://colab.research.google.com/github/{app.config.repository}/blob/{app.config.notebook_branch}"
+        colab = COLAB.format(f"{where}/{name}") if app.config.repository else ""
+        links = HEADER.format(here=name.rpartition("/")[-1], colab=colab)
         before, title, after = context["body"].partition("</h1>")
         context["body"] = before + title + links + after
 
@@ -41,7 +41,7 @@ def write(app, exception):
 
 def setup(app):
     app.add_config_value("repository", None, "html", [str])
-    app.add_config_value("published", "gh-pages", "html", [str])
+    app.add_config_value("notebook_branch", "notebooks", "html", [str])
     app.connect("html-page-context", add_links)
     app.connect("build-finished", write)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
