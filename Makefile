@@ -19,7 +19,7 @@ help:
 	@echo "make lint         check style with ruff"
 	@echo "make format       apply ruff's fixes and formatting"
 	@echo "make types        check types with mypy"
-	@echo "make docs         build the documentation and run the examples in it"
+	@echo "make docs         build the documentation, and run its tutorials and examples"
 	@echo "make wheel        build what is released into dist/, and try it in an empty environment"
 	@echo "make clean        remove everything the targets above made"
 	@echo
