@@ -1,4 +1,7 @@
-"""Whether the pages in docs/_build/html work, in a browser where there is one. `make docs` runs it after the build."""
+"""Whether the pages in docs/_build/html work, in a browser where there is one, and the script that one of them shows.
+
+`make docs` runs it after the build.
+"""
 
 import functools
 import http.server
@@ -6,12 +9,15 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
+import numpy as np
 import pytest
 
 SITE = Path(__file__).parent / "_build" / "html"
@@ -74,7 +80,32 @@ def test_nothing_is_loaded_from_elsewhere():
 
 def test_every_name_leads_to_the_reference():
     """A role such as {func}`~numpyro_score.sample` that finds nothing is shown as code, and no warning says so."""
-    assert not [(name, place) for name, page in pages().items() for place in page.dangling if not name.startswith("api/")]
+    dangling = {name: page.dangling for name, page in pages().items() if not name.startswith("api/")}
+    assert not any(dangling.values()), dangling
+
+
+def test_script_for_many_machines(tmp_path):
+    """That of howto/devices, in two processes of this machine: the first prints the estimates of all rows."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    text = (SITE.parents[1] / "howto" / "fit.py").read_text()
+    assert text.count("12345") == 1
+    (tmp_path / "fit.py").write_text(text.replace("12345", str(port)))
+    for rank in range(2):
+        rows = np.random.default_rng(rank).uniform(-1, 1, (200, 2))
+        np.save(tmp_path / f"part-{rank}.npy", rows.astype(np.float32))
+    jobs = [
+        subprocess.Popen([sys.executable, "fit.py", str(rank)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        printed = [job.communicate(timeout=200)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert ["'k': Array(" in text for text in printed] == [True, False]
 
 
 # -- in a browser ----------------------------------------------------------------------------------------
@@ -92,7 +123,8 @@ async function open(url, width) {
   return frame;
 }
 function wide(inside, width) {  // what sticks out, of what does not scroll in a box of its own
-  const scrolls = e => e && e !== inside.body && (getComputedStyle(e).overflowX !== "visible" || scrolls(e.parentElement));
+  const clips = e => getComputedStyle(e).overflowX !== "visible";
+  const scrolls = e => e && e !== inside.body && (clips(e) || scrolls(e.parentElement));
   return [...inside.body.querySelectorAll("*")].filter(e => {
     const box = e.getBoundingClientRect();
     return box.width > 0 && box.right > width + 1 && box.left < width && !scrolls(e.parentElement);
@@ -120,7 +152,8 @@ async function search(word) {
   const frame = await open("/search.html?q=" + encodeURIComponent(word), 1200);
   const summary = () => frame.contentDocument.querySelector("#search-results .search-summary");
   for (let i = 0; i < 100 && !/found|did not match/i.test(summary()?.textContent || ""); i++) await wait(100);
-  const found = [...frame.contentDocument.querySelectorAll("#search-results li > a")].map(a => new URL(a.href).pathname.slice(1));
+  const links = [...frame.contentDocument.querySelectorAll("#search-results li > a")];
+  const found = links.map(a => new URL(a.href).pathname.slice(1));
   frame.remove();
   return found;
 }
@@ -132,9 +165,10 @@ async function search(word) {
 })();
 </script></body>"""
 
+# What is searched for, and the page that should be found.
 WORDS = {
-    "save": "save", "resume": "resume", "GPU": "gpu", "missing": "missing", "covariates": "regression",
-    "standard errors": "uncertainty", "sample": "sampling",
+    "save": "howto/save", "resume": "howto/resume", "GPU": "howto/gpu", "missing": "howto/missing",
+    "hierarchy": "tutorials/hierarchies", "kernel": "kernels", "ISM": "api/losses",
 }  # fmt: skip
 
 
@@ -142,8 +176,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
         if self.path != "/walk.html":
             return super().do_GET()
-        lines = {"PAGES": list(pages()), "WORDS": list(WORDS), "PHONE": PHONE}
-        text = WALK.replace("<script>", "<script>" + "".join(f"const {k} = {json.dumps(v)};\n" for k, v in lines.items()))
+        given = {"PAGES": list(pages()), "WORDS": list(WORDS), "PHONE": PHONE}
+        lines = [f"const {name} = {json.dumps(value)};\n" for name, value in given.items()]
+        text = WALK.replace("<script>", "<script>" + "".join(lines))
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.end_headers()
@@ -174,7 +209,7 @@ def walked(tmp_path_factory):
         folder = tmp_path_factory.mktemp("browser")
         with (folder / "log").open("w") as log:
             browser = subprocess.Popen(
-                [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+                [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
                  "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", f"--user-data-dir={folder / 'profile'}",
                  "--window-size=1280,900", "--remote-debugging-port=0",
                  f"http://127.0.0.1:{server.server_port}/walk.html"], stderr=log,
@@ -211,7 +246,9 @@ def test_tutorials_show_what_they_printed(walked, name):
     page = walked[0]["pages"][f"tutorials/{name}.html"]
     assert page["outputs"] > 5 and page["cells"] >= page["outputs"]
     book = json.loads((SITE / "tutorials" / f"{name}.ipynb").read_text())
-    assert all(cell["execution_count"] for cell in book["cells"] if cell["cell_type"] == "code")
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)
+    assert str(SITE.parents[2]) not in json.dumps(book)  # no folders of this machine
 
 
 @pytest.mark.parametrize("word", WORDS)

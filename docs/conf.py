@@ -19,8 +19,16 @@ flags = "--xla_backend_optimization_level=1"
 if importlib.metadata.version("jax").startswith("0.10."):
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", flags)
-# ArviZ 0.23 announces ArviZ 1.0 on import, once a day.
-os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:arviz")
+# How the tutorials' processes show warnings: without the folders of this machine, and without two that are not ours.
+startup = HERE / "_build" / "ipython" / "profile_default" / "startup" / "warnings_of_tutorials.py"
+startup.parent.mkdir(parents=True, exist_ok=True)
+startup.write_text(
+    "import warnings\n"
+    "warnings.formatwarning = lambda message, category, *place: f'{category.__name__}: {message}\\n'\n"
+    "warnings.filterwarnings('ignore', message='IProgress not found')\n"
+    "warnings.filterwarnings('ignore', message=r'\\s*ArviZ is undergoing', category=FutureWarning)\n"
+)
+os.environ["IPYTHONDIR"] = str(startup.parents[2])
 
 import numpyro_score  # noqa: E402
 

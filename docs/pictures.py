@@ -1,4 +1,4 @@
-"""Makes the pictures of diagnostics.md and the small ones of gallery.md, in docs/images: python docs/pictures.py [NAME ...].
+"""Makes the pictures of diagnostics.md, and the small ones of gallery.md: python docs/pictures.py [NAME ...].
 
 That of the report needs Chromium. The small ones, NAME "thumbs", are cut from examples/results.
 """

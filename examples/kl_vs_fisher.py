@@ -236,12 +236,13 @@ def picture(modes, right, wines, path):
         a.plot(along.times, along.times * along.fisher, label=f"modes at ±{r['half']:g}")
     a.set(xscale="log", xlabel="variance t of the noise", ylabel="t × Fisher divergence (the area is KL)")
     a.set_title("Exchanged weights: where KL comes from")
-    a.legend()
+    a.set_ylim(0, 0.37)
+    a.legend(loc="upper center", ncols=3, fontsize=12, columnspacing=1)
     for r, color in zip(right, plt.cm.viridis(np.linspace(0, 0.85, len(right))), strict=True):
         for values, style in zip(r["moved"].T, ("--", "-"), strict=True):
             b.plot(OFFSETS, values, style, color=color, label=f"df {r['df']:g}" if style == "-" else None)
     b.set(xlabel="the model is moved by", ylabel="divergence", yscale="log", ylim=(0.02, 40))
-    b.set_title("Student's t: Fisher (solid) and KL (dashed)")
+    b.set_title("Student's t: Fisher solid, KL dashed")
     b.legend(loc="lower right", ncols=2)
     plot_comparison(wines, ax=below)
     figure.savefig(path, dpi=110)

@@ -96,7 +96,7 @@ def picture(warm, cold, draws, step_size, path):
     axes[2].scatter(*draws[:3000].T, s=4, alpha=0.3, color="tab:blue", linewidths=0, label="draws")
     axes[2].plot(*ellipse(COVARIANCE), "k", lw=2, label="target, 2 sd")
     axes[2].plot(*ellipse(law_of_sgld(step_size)), "tab:red", lw=2, ls="--", label=f"law at h = {step_size}, 2 sd")
-    axes[2].legend(loc="upper left")
+    axes[2].legend(loc="lower right", fontsize=13, framealpha=0.9)
     axes[2].set_title("One draw of each chain")
     for a in axes:
         a.set(xlim=(-5, 5), ylim=(-5, 5), aspect="equal", xlabel="$x_1$")

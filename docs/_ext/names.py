@@ -1,4 +1,4 @@
-"""The directive `names`: a table of what is named, with first sentences and links, and then the documentation of each."""
+"""The directive `names`: a table of what is named, with first sentences, and then the documentation of each."""
 
 import importlib
 import inspect
@@ -32,7 +32,7 @@ class Names(SphinxDirective):
 
 # What the package's own parts ask of each other.
 INTERNAL = [
-    "advance", "check", "declare", "of_batches", "settle", "tree_flatten", "tree_unflatten",
+    "advance", "check", "declare", "of_batches", "rows_per_chunk", "settle", "tree_flatten", "tree_unflatten",
 ]  # fmt: skip
 
 

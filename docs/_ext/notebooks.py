@@ -4,18 +4,17 @@ from pathlib import Path
 
 import nbformat
 from myst_nb.sphinx_ import NbMetadataCollector
-from sphinx.util import logging
 
-HEADER = """<div class="notebook-links"><a class="download" download href="{here}">Download this notebook</a>{colab}</div>"""
-COLAB = """ <a class="colab" href="{}">Open it in Colab</a>"""
-FIRST = """*Needs numpyro-score and what its examples use: `pip install 'numpyro-score[examples]'`. Until the first release,
-that is `pip install '.[examples]'` in a copy of the repository.*"""
-logger = logging.getLogger(__name__)
+LINKS = """<div class="notebook-links"><a download href="{here}">Download this notebook</a>{colab}</div>"""
+COLAB = """ <a href="{}">Open it in Colab</a>"""
+FIRST = """*Needs numpyro-score and more: `pip install 'numpyro-score[examples,scale]' statsmodels`. Until the first
+release, that is `pip install '.[examples,scale]' statsmodels` in a copy of the repository.*"""
 
 
 def executed(env):
     """Names of pages with cells that ran, and how many seconds each took."""
-    return {name: data["exec_data"] for name, data in NbMetadataCollector.get_doc_data(env).items() if "exec_data" in data}
+    known = NbMetadataCollector.get_doc_data(env).items()
+    return {name: data["exec_data"] for name, data in known if "exec_data" in data}
 
 
 def add_links(app, pagename, templatename, context, doctree):
@@ -24,7 +23,7 @@ def add_links(app, pagename, templatename, context, doctree):
         name = f"{pagename}.ipynb"
         where = f"https://colab.research.google.com/github/{app.config.repository}/blob/{app.config.notebook_branch}"
         colab = COLAB.format(f"{where}/{name}") if app.config.repository else ""
-        links = HEADER.format(here=name.rpartition("/")[-1], colab=colab)
+        links = LINKS.format(here=name.rpartition("/")[-1], colab=colab)
         before, title, after = context["body"].partition("</h1>")
         context["body"] = before + title + links + after
 
@@ -36,7 +35,8 @@ def write(app, exception):
             book = nbformat.read(Path(app.outdir).parent / "jupyter_execute" / f"{name}.ipynb", as_version=4)
             book.cells.insert(0, nbformat.v4.new_markdown_cell(FIRST))
             nbformat.write(book, Path(app.outdir) / f"{name}.ipynb")
-            print(f"{name}: {sum(cell.cell_type == 'code' for cell in book.cells)} cells, executed in {data['runtime']:.0f} s")
+            cells = sum(cell.cell_type == "code" for cell in book.cells)
+            print(f"{name}: {cells} cells, executed in {data['runtime']:.0f} s")
 
 
 def setup(app):
