@@ -127,15 +127,15 @@ def save_report(path):
 
 # Of the pictures of examples, the part to show: left, top, right, bottom, in shares of the whole.
 THUMBS = {
-    "change_point": (0, 0, 0.6, 1),
-    "digits": (0, 0, 0.55, 0.5),
-    "kl_vs_fisher": (0, 0, 0.5, 0.6),
-    "langevin_gaussian": (0.33, 0, 1, 1),
-    "natural_image_filters": (0.0, 0, 0.7, 0.6),
-    "noise_levels": (0, 0, 0.55, 0.55),
-    "quickstart": (0, 0, 0.55, 1),
-    "toy_densities": (0, 0.53, 1, 0.72),
-    "truncated_graph": (0, 0, 0.66, 0.5),
+    "change_point": (0, 0, 0.41, 1),
+    "digits": (0.02, 0.17, 0.5, 0.55),
+    "kl_vs_fisher": (0.08, 0, 0.51, 0.58),
+    "langevin_gaussian": (0.36, 0, 1, 1),
+    "natural_image_filters": (0.33, 0, 0.67, 0.5),
+    "noise_levels": (0, 0, 0.57, 0.5),
+    "quickstart": (0.02, 0.05, 0.46, 0.8),
+    "toy_densities": (0, 0.575, 1, 0.718),
+    "truncated_graph": (0, 0, 0.66, 0.46),
     "two_moons": (0, 0, 0.6, 1),
 }
 
