@@ -214,7 +214,7 @@ def walked(tmp_path_factory):
                  "--window-size=1280,900", "--remote-debugging-port=0",
                  f"http://127.0.0.1:{server.server_port}/walk.html"], stderr=log,
             )  # fmt: skip
-            assert server.done.wait(240), (folder / "log").read_text()[-2000:]
+            assert server.done.wait(600), (folder / "log").read_text()[-2000:]
             browser.terminate()
             browser.wait(30)
         server.shutdown()
