@@ -34,9 +34,14 @@ def write(app, exception):
         for name, data in sorted(executed(app.env).items()):
             book = nbformat.read(Path(app.outdir).parent / "jupyter_execute" / f"{name}.ipynb", as_version=4)
             book.cells.insert(0, nbformat.v4.new_markdown_cell(FIRST))
+            cells = [cell for cell in book.cells if cell.cell_type == "code"]
+            for number, cell in enumerate(cells, 1):  # which the cache forgets
+                cell.execution_count = number
+                for output in cell.outputs:
+                    if "execution_count" in output:
+                        output.execution_count = number
             nbformat.write(book, Path(app.outdir) / f"{name}.ipynb")
-            cells = sum(cell.cell_type == "code" for cell in book.cells)
-            print(f"{name}: {cells} cells, executed in {data['runtime']:.0f} s")
+            print(f"{name}: {len(cells)} cells, executed in {data['runtime']:.0f} s")
 
 
 def setup(app):
