@@ -168,7 +168,7 @@ async function search(word) {
 # What is searched for, and the page that should be found.
 WORDS = {
     "save": "howto/save", "resume": "howto/resume", "GPU": "howto/gpu", "missing": "howto/missing",
-    "hierarchy": "tutorials/hierarchies", "kernel": "kernels", "ISM": "api/losses",
+    "hierarchy": "tutorials/hierarchies", "discrete": "discrete", "kernel": "kernels", "ISM": "api/losses",
 }  # fmt: skip
 
 
