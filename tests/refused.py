@@ -62,15 +62,6 @@ def nothing(n=4):
     numpyro.sample("a", dist.Normal())
 
 
-def only_labels(label):
-    with rows_plate(label):
-        numpyro.sample("label", dist.Bernoulli(0.3), obs=label)
-
-
-def only_labels_inside():
-    only_labels(np.array([0, 1, 1]))
-
-
 def site_and_labels(x, label):
     with rows_plate(x):
         y = site(x, 3)
@@ -132,9 +123,7 @@ REFUSED = {
     "outside the plate": (factor_outside, {}, X, "'energy'.*'rows'.* move it into the plate"),
     "rows outside": (rows_outside, {}, X, "'energy'.*'rows'.* move it into the plate"),
     "no factor": (no_factor, {}, X, "'x'.* use the value that numpyro.sample returns"),
-    "no data": (nothing, {"a": 0.0}, None, "no continuous data.* observe a site"),
-    "labels": (only_labels_inside, {}, None, "no continuous data.*label.* observe a site"),
-    "labels given": (only_labels, {}, LABELS, "label.*astype\\(float\\)|label.* observe a site"),
+    "no data": (nothing, {"a": 0.0}, None, "no data.* observe a site"),
     "latent in the plate": (latent_in_plate, {"z": X[:, 0]}, X, "'z'.*'rows'.* marginalise"),
     "data unused": (data_unused, {}, X, "'other'.*'rows'.* use the value.*move it out"),
     "integer site": (density(base_of), {"theta": 1.0}, INTEGERS, "'x'.*int.*x.astype\\(float\\)"),

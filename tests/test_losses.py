@@ -27,6 +27,7 @@ from models import (
     rugged,
     values,
 )
+from numpyro.distributions import constraints
 
 import numpyro_score.losses.ssm as ssm
 from numpyro_score import (
@@ -39,8 +40,12 @@ from numpyro_score import (
     PCD,
     SSM,
     ContinuousDSM,
+    DiscreteFisher,
     Energy,
     KLContraction,
+    Mixed,
+    PseudoLikelihood,
+    RatioMatching,
     geometric_levels,
     parzen_score,
 )
@@ -76,11 +81,17 @@ LEVELS = {  # pass the model a noise level
     "continuous DSM edm": ContinuousDSM(0.1, 5.0, "edm", stratified=False, sigma_data=1.0, antithetic=True),
     "continuous DSM own": ContinuousDSM(0.1, 5.0, jnp.sqrt),
 }
-ALL = {**LOSSES, **LIKELIHOOD, **LEVELS}
+DISCRETE = {  # of data in integers
+    "pseudo-likelihood": PseudoLikelihood(),
+    "ratio matching": RatioMatching(),
+    "discrete Fisher": DiscreteFisher("path"),
+    "mixed": Mixed(SSM(), PseudoLikelihood(), 0.5),
+}
+ALL = {**LOSSES, **LIKELIHOOD, **LEVELS, **DISCRETE}
 # Those of which another with the same code and one setting more is there; their slopes are tested below.
 PLAINER = {"SSM plain", "SSM gaussian", "DSM plain", "KL contraction", "continuous DSM own"}
 KINDS = {name: loss for name, loss in ALL.items() if name not in PLAINER}
-EXACT = (ISM, ESM)  # draw no random numbers
+EXACT = (ISM, ESM, PseudoLikelihood, RatioMatching, DiscreteFisher)  # draw no random numbers
 SLICED = {
     f"{law} {form}": SSM(projection=law, variance_reduced=form == "reduced")
     for law in LAWS
@@ -109,8 +120,24 @@ def at_levels(x, sigma=1.0):
         numpyro.factor("energy", rugged(theta, x) / (1 + sigma**2))
 
 
+def in_integers(x, values, mixed):
+    """:func:`rugged` of rows whose first numbers, or all, are integers."""
+    theta, whole = numpyro.param("theta"), x[:, :2] if mixed else x
+    whole = jnp.floor(2.6 * whole) % values - values // 2 + 1
+    support = constraints.boolean if values == 2 else constraints.integer_interval(1 - values // 2, values // 2)
+    with numpyro.plate("rows", len(x)):
+        z = numpyro.sample("z", dist.ImproperUniform(support, (), whole.shape[1:]), obs=whole)
+        if mixed:
+            z = jnp.concatenate([z, numpyro.sample("x", improper(1), obs=x[:, 2:])], axis=-1)
+        numpyro.factor("energy", 0.3 * rugged(theta, z))
+
+
 def rugged_energy(loss, theta, x):
     """The energy of :func:`rugged`, with what PCD and NCE would declare in a fit."""
+    if loss in DISCRETE.values():
+        return Energy(
+            in_integers, {"theta": theta}, x, 2 if isinstance(loss, RatioMatching) else 6, isinstance(loss, Mixed)
+        )
     if loss in LEVELS.values():
         return Energy(at_levels, {"theta": theta}, x)
     chains = {"x": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)}

@@ -15,9 +15,11 @@ from numpyro_score.energy.dependence import (
     varying_outputs,
 )
 from numpyro_score.energy.devices import by_device, sum_by_device
+from numpyro_score.energy.discrete import evaluations, log_ratios, part
 from numpyro_score.energy.energy import Energy
 from numpyro_score.energy.kinks import Kink, find_kink
 from numpyro_score.energy.layout import rows_first
+from numpyro_score.energy.relaxation import relaxed
 from numpyro_score.energy.score_terms import curl, score_factor
 from numpyro_score.energy.supports import base_constraint, base_law, innermost, make_frame
 from numpyro_score.energy.text import numbered, plural, rows_text
@@ -40,15 +42,19 @@ __all__ = [
     "curl",
     "depends_on_inputs",
     "evaluate_for_check",
+    "evaluations",
     "find_kink",
     "innermost",
     "is_constant",
     "is_quadratic",
     "join_arrays",
     "layouts_kept",
+    "log_ratios",
     "make_frame",
     "numbered",
+    "part",
     "plural",
+    "relaxed",
     "rows_first",
     "rows_text",
     "score_factor",

@@ -19,7 +19,7 @@ from numpyro_score.energy.arguments import (
     takes_keyword,
 )
 from numpyro_score.energy.base import AnyArray, ModelAtValues
-from numpyro_score.energy.dependence import depends_on_inputs, numbers_per_row, treats_rows_alike
+from numpyro_score.energy.dependence import depends_on_data, numbers_per_row, treats_rows_alike
 from numpyro_score.energy.layout import (
     DataArray,
     Layout,
@@ -346,12 +346,13 @@ class BoundModel(ModelAtValues):
             found["shapes"] = {k: v.shape for k, v in log_probs.items()}
             return list(log_probs.values())
 
-        data = [jax.ShapeDtypeStruct(a.shape, self.dtype) for a in arrays]
+        data = [jax.ShapeDtypeStruct(a.shape, a.support.dtype or self.dtype) for a in arrays]
         jaxpr = jax.make_jaxpr(terms)(data, dynamic).jaxpr
-        is_data = [i < len(data) for i in range(len(jaxpr.invars))]
-        depends = dict(zip(found["shapes"], depends_on_inputs(jaxpr, is_data), strict=True))
+        depends = dict(
+            zip(found["shapes"], depends_on_data(jaxpr, [a.support.is_discrete for a in arrays]), strict=True)
+        )
         layout = assemble(arrays, found["sites"], found["shapes"], depends)
-        if any(a.support.kind == "box" for a in arrays):
+        if any(a.support.has_bounds for a in arrays):
 
             def bounds(params: Any, rest: dict[str, Any]) -> Any:
                 return self._replace(**rest, params=params, _layout=layout).bounds(layout.num_rows)

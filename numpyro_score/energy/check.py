@@ -184,6 +184,18 @@ def _by_row(energy: BoundModel) -> tuple[Array, Array, Array, Array]:
     return faults, change, jnp.where(used, jnp.abs(here), -1.0), there
 
 
+def _step_off(energy: BoundModel, x: Array) -> Array:
+    """Rows near x, as rows may all be equal; where there is a boundary or curvature a step would leave the support."""
+    if energy.flat:
+        return x + 1.0
+    columns = energy._layout.discrete_columns
+    if not len(columns):
+        return x
+    lower, upper = energy.bounds(len(x))
+    next_value = jnp.where((x + 1 > upper) | (x < lower), lower, x + 1)  # bounds of a row may be its own
+    return x.at[:, columns].set(next_value[:, columns])
+
+
 def _beside_others(energy: BoundModel, x: Array) -> tuple[Array, Array, Array]:
     """Log densities of rows, those where about half of them are others, and which these are, (N,) each."""
 
@@ -195,8 +207,7 @@ def _beside_others(energy: BoundModel, x: Array) -> tuple[Array, Array, Array]:
         rows = x if size == len(x) else jax.lax.dynamic_slice_in_dim(x, start, size)
         i = jnp.arange(size, dtype=jnp.uint32)
         changed = jnp.where(i < 2, i == 1, (i * np.uint32(2654435761)) >> 31 == 1)  # no period that a model may have
-        # Rows may all be equal; but where there is a boundary or curvature, a step off a row would leave the support.
-        others = jnp.roll(rows, 1, axis=0) + (1.0 if energy.flat else 0.0)
+        others = _step_off(energy, jnp.roll(rows, 1, axis=0))
         here, there = jax.lax.map(f, jnp.stack([rows, jnp.where(changed[:, None], others, rows)]))
         return here, there, changed
 

@@ -14,8 +14,11 @@ from jax import Array
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 __all__ = [
+    "agrees_on_floats",
     "coarsest_rounding",
+    "depends_on_data",
     "depends_on_inputs",
+    "has_constant_curvature",
     "is_constant",
     "is_quadratic",
     "numbers_per_row",
@@ -60,6 +63,72 @@ def is_quadratic(f: Callable[[Any], Any], x: Any) -> bool:
     curvature = _marks(jaxpr, [_SMOOTH] * n + [_NO] * n)
     slope = _marks(jax.make_jaxpr(jax.grad(f))(x).jaxpr, [_SMOOTH] * n)
     return not any(curvature) and _STEP not in slope
+
+
+def has_constant_curvature(f: Callable[[Array], Array], x: Any, columns: np.ndarray) -> bool:
+    """Whether f, (N, D) to (N,), is a quadratic in some columns, with second derivatives there that all x share.
+
+    As :func:`is_quadratic`, but f itself must not contain steps either.
+    """
+
+    def product(x: Array, v: Array) -> Array:
+        direction = jnp.zeros(x.shape, x.dtype).at[:, columns].set(v)
+        return jax.jvp(jax.grad(lambda x: f(x).sum()), (x,), (direction,))[1][:, columns]
+
+    if _STEP in _marks(jax.make_jaxpr(f)(x).jaxpr, [_SMOOTH]):
+        return False
+    v = jax.ShapeDtypeStruct((x.shape[0], len(columns)), x.dtype)
+    try:
+        jaxpr = jax.make_jaxpr(product)(x, v).jaxpr
+    except (ValueError, NotImplementedError):  # as in is_quadratic
+        return False
+    return not any(_marks(jaxpr, [_SMOOTH, _NO]))
+
+
+_MOVES = {"reshape", "broadcast_in_dim", "transpose", "squeeze", "slice", "concatenate", "expand_dims", "copy", "rev"}
+_SUMS = {"add", "sub", "mul", "neg", "integer_pow", "reduce_sum", "dot_general"}
+_ROW, _WHOLE = 1, 2
+
+
+def agrees_on_floats(f: Callable[[Array], Array], x: Any) -> bool:
+    """Whether f, which makes integers or truth values of x, is at integers the same function without that.
+
+    It is if these are moved, added and multiplied only, and then made floats. "No" may be said of others.
+    """
+    return _agrees(jax.make_jaxpr(f)(x).jaxpr, [_ROW])[0]
+
+
+def _agrees(jaxpr: Jaxpr, inputs: Sequence[int]) -> tuple[bool, list[int]]:
+    """Whether the integers made of the inputs are treated so, and which outputs are x (_ROW) or such (_WHOLE)."""
+    marks = {v: mark for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
+    for eqn in jaxpr.eqns:
+        into = [_NO if isinstance(v, Literal) else marks.get(v, _NO) for v in eqn.invars]
+        mark, name = max(into, default=_NO), eqn.primitive.name
+        if not mark:
+            continue
+        inner = [p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in _parts(eqn)]
+        if name in _CALLS and len(inner) == 1:
+            fine, out = _agrees(inner[0], into)
+            if not fine:
+                return False, []
+            marks.update({v: m for v, m in zip(eqn.outvars, out, strict=True) if m})
+            continue
+        dtypes = {v.aval.dtype for v, m in zip(eqn.invars, into, strict=True) if m == _WHOLE}  # type: ignore[attr-defined]
+        new = eqn.outvars[0].aval.dtype  # type: ignore[attr-defined]
+        if name in _MOVES or (name in ("gather", "dynamic_slice") and not any(into[1:])):
+            marks[eqn.outvars[0]] = mark
+        elif name == "convert_element_type" and (mark == _WHOLE or not jnp.issubdtype(new, jnp.inexact)):
+            if jnp.issubdtype(new, jnp.bool_) and mark == _WHOLE:
+                return False, []
+            if not jnp.issubdtype(new, jnp.inexact):
+                marks[eqn.outvars[0]] = _WHOLE
+        elif mark == _WHOLE:
+            if name not in _SUMS or any(jnp.issubdtype(d, jnp.bool_) for d in dtypes):
+                return False, []
+            marks[eqn.outvars[0]] = _WHOLE
+        elif not all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars):  # type: ignore[attr-defined]
+            return False, []
+    return True, [_NO if isinstance(v, Literal) else marks.get(v, _NO) for v in jaxpr.outvars]
 
 
 def is_constant(f: Callable[[Any], Any], x: Any) -> bool:
@@ -174,13 +243,24 @@ def _any(marks: Sequence[int]) -> int:
     return max(marks, default=_NO)
 
 
-def depends_on_inputs(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
-    """Which outputs of `jaxpr` vary with the marked inputs; comparisons do not count, calls mix all that goes in."""
+def depends_on_inputs(jaxpr: Jaxpr, inputs: Sequence[bool], *, discrete: bool = False) -> list[bool]:
+    """Which outputs of `jaxpr` vary with the marked inputs; calls mix all that goes in.
+
+    Comparisons count, and integers made of the inputs, only where these are `discrete`.
+    """
     tainted = {v for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
     for eqn in jaxpr.eqns:
         if any(not isinstance(v, Literal) and v in tainted for v in eqn.invars):
-            tainted.update(v for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact))  # type: ignore[attr-defined]
+            tainted.update(v for v in eqn.outvars if discrete or jnp.issubdtype(v.aval.dtype, jnp.inexact))  # type: ignore[attr-defined]
     return [not isinstance(v, Literal) and v in tainted for v in jaxpr.outvars]
+
+
+def depends_on_data(jaxpr: Jaxpr, is_discrete: Sequence[bool]) -> list[bool]:
+    """Which outputs vary with the data, the first inputs, each of which is discrete or not."""
+    rest = [False] * (len(jaxpr.invars) - len(is_discrete))
+    smoothly = depends_on_inputs(jaxpr, [not d for d in is_discrete] + rest)
+    at_all = depends_on_inputs(jaxpr, [*is_discrete, *rest], discrete=True)
+    return [a or b for a, b in zip(smoothly, at_all, strict=True)]
 
 
 def treats_rows_alike(trace: Callable[[int], ClosedJaxpr]) -> bool:

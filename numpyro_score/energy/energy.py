@@ -8,12 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score import operators
 from numpyro_score.energy.base import AnyArray
 from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.check import check
+from numpyro_score.energy.layout import Layout
+from numpyro_score.energy.relaxation import is_quadratic
 from numpyro_score.energy.values import check_rows
 
 __all__ = ["Energy"]
@@ -59,6 +62,22 @@ class Energy(BoundModel):
         [[-3.0, -6.0]]
     """
 
+    @property
+    def discrete_columns(self) -> np.ndarray:
+        """Which numbers of a row are discrete, (K,)."""
+        return self._layout.discrete_columns
+
+    @property
+    def is_quadratic(self) -> bool:
+        """Whether the log density is a quadratic of the discrete numbers, whose second derivatives all rows share."""
+        return self._layout.quadratic
+
+    def _read_layout(self) -> Layout:
+        layout = super()._read_layout()
+        if not len(layout.discrete_columns):
+            return layout
+        return layout._replace(quadratic=is_quadratic(self._replace(_layout=layout)))
+
     def log_density(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch"]:
         """The unnormalised log density f(x) of each row: (..., D) to (...).
 
@@ -75,7 +94,12 @@ class Energy(BoundModel):
         return self._over_rows(self.row_log_density, x)
 
     def score(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch d"]:
-        """The score ∇f(x) of each row: (..., D) to (..., D). Scale, mask and subsampling do not enter."""
+        """The score ∇f(x) of each row: (..., D) to (..., D). Scale, mask and subsampling do not enter.
+
+        Raises:
+            TypeError: for discrete data, which have none.
+        """
+        self.require_continuous()
         return self._over_rows(lambda y: operators.value_score(self.row_log_density, y)[1], x)
 
     def laplacian(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch"]:
@@ -88,10 +112,23 @@ class Energy(BoundModel):
         """The log density, its score and its Laplacian in one pass: (..., D) to ((...), (..., D), (...)).
 
         The value is NaN for a model with a :func:`~numpyro_score.score_factor`.
+
+        Raises:
+            TypeError: for discrete data.
         """
+        self.require_continuous()
         # The forward Laplacian differentiates values.
         of = functools.partial(operators.value_score_laplacian, self.row_log_density, forward=self.has_density)
         return self._over_rows(of, x)
+
+    def require_continuous(self, owner: str = "A score") -> None:
+        """Raises TypeError if some of the data are discrete, whose density has no derivatives."""
+        for a in self.arrays:
+            if a.support.is_discrete:
+                raise TypeError(
+                    f"{owner} needs derivatives in the data, and site '{a.name}' is discrete ({a.support.kind}): use "
+                    "PseudoLikelihood(), RatioMatching() or DiscreteFisher(), with Mixed(...) beside continuous sites."
+                )
 
     def _over_rows(self, f: Callable[..., Any], x: Any) -> Any:
         """Applies a function of (M, D) rows to x of any leading shape."""

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax.extend.core import Jaxpr
 from numpyro.distributions import constraints
 
 from numpyro_score.energy.dependence import depends_on_inputs
-from numpyro_score.energy.supports import Block, Shape, Support, base_constraint, limits, row_width
+from numpyro_score.energy.supports import Block, Shape, Support, base_constraint, innermost, limits, row_width
 from numpyro_score.energy.trace import Recorder, Site, is_factor, is_observed_sample, unwrap
 from numpyro_score.energy.values import check_precision
 
@@ -35,6 +36,11 @@ class DataArray(NamedTuple):
     row_axes: Shape  # the axes of `shape` that number the rows, outermost first
     support: Support = Support("real")
 
+    @property
+    def what(self) -> str:
+        """Its name in messages."""
+        return f"{'site' if self.is_site else 'argument'} '{self.name}'"
+
 
 class Layout(NamedTuple):
     """What is fixed about the data of a model, whatever its values."""
@@ -50,6 +56,7 @@ class Layout(NamedTuple):
     width: int = 1  # the most numbers for one row that an operation of the density gives
     numbers_per_row: int = 1  # that all its operations give together
     score_terms: tuple[str, ...] = ()  # terms whose derivative in the data is known, but not their value
+    quadratic: bool = False  # in discrete data, with second derivatives that are the same for all rows
 
     @property
     def num_rows(self) -> int:
@@ -75,6 +82,13 @@ class Layout(NamedTuple):
             blocks.append(Block(a.support.kind, start, stop, a.shape[-1] if a.shape else 1))
             start = stop
         return tuple(blocks)
+
+    @property
+    def discrete_columns(self) -> np.ndarray:
+        """Which numbers of a row are discrete, (K,)."""
+        pairs = zip(self.arrays, self.blocks, strict=True)
+        found = [np.arange(block.start, block.stop) for a, block in pairs if a.support.is_discrete]
+        return np.concatenate(found) if found else np.zeros(0, int)
 
     def with_rows(self, n: int) -> Layout:
         """The same layout for `n` rows; only the one row axis of a resizable model changes."""
@@ -105,67 +119,89 @@ def find_arrays(
         choice: the user's `data=`, a site or an argument.
     """
     observed = {k: s for k, s in recorder.sites.items() if is_observed_sample(s) and not is_factor(s)}
-    discrete = [k for k, s in observed.items() if s["fn"].support is not None and s["fn"].support.is_discrete]
-    sites = [k for k in observed if k not in discrete]
-    if choice is not None:
-        if choice in discrete:
-            raise ValueError(
-                f"Data site '{choice}' is discrete ({type(observed[choice]['fn']).__name__}): score matching "
-                "differentiates in the data, so name a continuous site."
-            )
-        if choice not in sites and choice not in argument_leaves:
-            known = ", ".join(f"'{n}'" for n in dict.fromkeys([*sites, *argument_leaves])) or "none"
-            raise ValueError(
-                f"data='{choice}' is neither a continuous observed site nor an array argument: use {known}."
-            )
-        sites = [choice] if choice in sites else []
-
-    arrays: list[DataArray] = []
-    values: list[Any] = []
+    sites = _choose_sites(recorder, observed, leaves, argument_leaves, first, choice)
     if not sites:
         name = choice if choice is not None else first
         if name is None or name not in argument_leaves:
-            seen = f"its observed sites {discrete} are discrete" if discrete else "nothing continuous is observed"
             raise ValueError(
-                f"The model has no continuous data ({seen}): observe a site, e.g. numpyro.sample('x', "
+                "The model has no data: observe a site, e.g. numpyro.sample('x', "
                 "dist.ImproperUniform(constraints.real_vector, (), (d,)), obs=x), or take the data as the first "
                 "positional argument."
             )
         leaf = argument_leaves[name]
-        arrays.append(DataArray(name, leaf, False, tuple(jnp.shape(leaves[leaf])), ()))
-        values.append(leaves[leaf])
+        arrays = [DataArray(name, leaf, False, tuple(jnp.shape(leaves[leaf])), ())]
+        values = [leaves[leaf]]
     else:
-        for name in sites:
-            value = observed[name]["value"]
+        arrays, values = [], [observed[name]["value"] for name in sites]
+        for name, value in zip(sites, values, strict=True):
             whole = recorder.origin(value)
             origin = next((i for i, v in enumerate(leaves) if v is whole), None)
-            support = _support_of(name, observed[name]["fn"].support)
+            support = _support_of(name, observed[name]["fn"].support, jnp.result_type(value))
             arrays.append(DataArray(name, origin, True, tuple(jnp.shape(value)), (), support))
-            values.append(value)
-
     for a, value in zip(arrays, values, strict=True):
-        kind = "site" if a.is_site else "argument"
-        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            floats = f"{a.name}.astype(float)"
-            if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
-                floats = f"np.stack([{a.name}.real, {a.name}.imag], -1)"
-            raise TypeError(
-                f"Data {kind} '{a.name}' holds {jnp.result_type(value)} values: score matching differentiates in "
-                f"the data, so pass floats, e.g. {floats}."
-            )
-        check_precision(f"Data {kind} '{a.name}'", a.name, jnp.result_type(value))
+        _check_type(a, jnp.result_type(value))
         if 0 in a.shape:
-            raise ValueError(
-                f"Data {kind} '{a.name}' is empty, of shape {a.shape}: pass at least one row of one number."
-            )
+            raise ValueError(f"Data {a.what} is empty, of shape {a.shape}: pass at least one row of one number.")
     return arrays
 
 
-def _support_of(name: str, constraint: constraints.Constraint) -> Support:
+def _choose_sites(
+    recorder: Recorder,
+    observed: Trace,
+    leaves: Sequence[Any],
+    argument_leaves: dict[str, int],
+    first: str | None,
+    choice: str | None,
+) -> list[str]:
+    """The observed sites that are the data; none where an argument is."""
+    if choice is not None:
+        if choice not in observed and choice not in argument_leaves:
+            known = ", ".join(f"'{n}'" for n in dict.fromkeys([*observed, *argument_leaves])) or "none"
+            raise ValueError(f"data='{choice}' is neither an observed site nor an array argument: use {known}.")
+        return [choice] if choice in observed else []
+    discrete = [k for k, s in observed.items() if s["fn"].support is not None and s["fn"].support.is_discrete]
+    # A discrete site without a law of its own is there to be data; one with a law may be a label.
+    improper = [k for k in discrete if isinstance(innermost(observed[k]["fn"]), dist.ImproperUniform)]
+    if sites := [k for k in observed if k not in discrete or k in improper]:
+        return sites
+    if discrete and first in argument_leaves:
+        value = leaves[argument_leaves[first]]
+        is_site = any(recorder.origin(s["value"]) is value for s in observed.values())
+        if not is_site and jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            return []
+    return discrete
+
+
+def _check_type(a: DataArray, dtype: Any) -> None:
+    """Raises TypeError for data in numbers that their support does not have, or that are too coarse."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"Data {a.what} holds {dtype} values: pass floats, e.g. np.stack([{a.name}.real, {a.name}.imag], -1)."
+        )
+    if not a.support.is_discrete and not jnp.issubdtype(dtype, jnp.floating):
+        discrete = "constraints.boolean" if jnp.issubdtype(dtype, jnp.bool_) else "constraints.integer_interval(0, k)"
+        raise TypeError(
+            f"Data {a.what} holds {dtype} values: score matching differentiates in the data, so pass floats, e.g. "
+            f"{a.name}.astype(float), or, if they are discrete, observe a site that says so, e.g. "
+            f"numpyro.sample('{a.name}', dist.ImproperUniform({discrete}, (), (d,)), obs={a.name})."
+        )
+    check_precision(f"Data {a.what}", a.name, dtype)
+
+
+def _support_of(name: str, constraint: constraints.Constraint, dtype: Any) -> Support:
+    kept = None
+    if not jnp.issubdtype(dtype, jnp.inexact):  # small integers would wrap around in the model
+        kept = "bool" if jnp.issubdtype(dtype, jnp.bool_) else str(jnp.result_type(int))
     try:
-        return Support.of(constraint)
+        return Support.of(constraint, kept)
     except (NotImplementedError, TypeError) as error:
         kind = type(base_constraint(constraint)).__name__.strip("_").lower()
+        if constraint.is_discrete:
+            raise NotImplementedError(
+                f"Data site '{name}' has support {kind}, whose points have no neighbours that differ in one number: "
+                "give the site a product of sets, such as constraints.boolean or constraints.integer_interval(low, "
+                "high), or count the sampled units in plates of their own."
+            ) from error
         raise NotImplementedError(
             f"Data site '{name}' has support {kind}, for which NumPyro has no map to the real line: transform the data "
             "in the model, and observe a real site."
@@ -211,10 +247,10 @@ def rows_first(value: jax.Array, row_axes: Shape) -> jax.Array:
 def coordinate_bounds(sites: Trace, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Bounds of the coordinates of each row, (N, D) each; infinite where there are none."""
     boxes = [
-        limits(sites[a.name]["fn"].support) if a.support.kind == "box" else (-jnp.inf, jnp.inf) for a in layout.arrays
+        limits(sites[a.name]["fn"].support) if a.support.has_bounds else (-jnp.inf, jnp.inf) for a in layout.arrays
     ]
     shapes = tuple(
-        (a.shape, a.row_axes) if a.support.kind == "box" else ((layout.num_rows, block.stop - block.start), (0,))
+        (a.shape, a.row_axes) if a.support.has_bounds else ((layout.num_rows, block.stop - block.start), (0,))
         for a, block in zip(layout.arrays, layout.blocks, strict=True)
     )
     return _spread(boxes, shapes)
@@ -234,7 +270,7 @@ def _spread(boxes: list[tuple[Any, Any]], shapes: tuple[tuple[Shape, Shape], ...
 def refuse_moving_bounds(arrays: Sequence[DataArray], jaxpr: Jaxpr, num_params: int) -> None:
     """Raises if the bounds that `jaxpr` computes vary with its first inputs, the parameters."""
     if any(depends_on_inputs(jaxpr, [i < num_params for i in range(len(jaxpr.invars))])):
-        name = next(a.name for a in arrays if a.support.kind == "box")
+        name = next(a.name for a in arrays if a.support.has_bounds)
         raise ValueError(
             f"The bounds of data site '{name}' depend on a parameter, which score matching cannot estimate: make them "
             "constants or arguments."

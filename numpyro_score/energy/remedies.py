@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 from numpyro.distributions import constraints
 
-from numpyro_score.energy.supports import base_constraint
+from numpyro_score.energy.supports import DISCRETE, base_constraint
 
 __all__ = ["on_boundary", "outside_remedy"]
 
@@ -31,6 +31,8 @@ def outside_remedy(name: str, kind: str, constraint: constraints.Constraint, val
     value, base = np.asarray(value, np.float64), base_constraint(constraint)
     if not np.isfinite(value).all():
         return "there are NaN or infinity among them, so correct or mask these rows with handlers.mask"
+    if kind in DISCRETE:
+        return _not_whole(name, kind, constraint, value)
     if kind == "sphere":
         return _off_one(
             name,
@@ -57,6 +59,28 @@ def outside_remedy(name: str, kind: str, constraint: constraints.Constraint, val
     if "ordered" in ordered and (np.diff(value, axis=-1) >= 0).all() and (np.diff(value, axis=-1) == 0).any():
         return "there are ties in rows that are to increase strictly: undo the rounding that made them"
     return f"correct these values, or give the site the support that they have ({ordered} does not hold them)"
+
+
+def _not_whole(name: str, kind: str, constraint: constraints.Constraint, value: np.ndarray) -> str:
+    """Of values that are not among the integers of their support."""
+    fractions = value[value != value.round()]
+    if fractions.size:
+        return (
+            f"there are values such as {fractions.flat[0]:.4g} among them, which are no integers: round them if they "
+            "are counts or categories in another type, or give the site a continuous support"
+        )
+    if kind == "binary":
+        if set(np.unique(value)) <= {-1.0, 1.0}:
+            return f"these are spins: write (1 + {name}) / 2, and 2 * x - 1 in the model"
+        return (
+            f"values from {value.min():.4g} to {value.max():.4g} are not 0 and 1: write e.g. {name} > 0, or give the "
+            "site the support constraints.integer_interval(low, high)"
+        )
+    lower, upper = (np.asarray(getattr(base_constraint(constraint), b, i), np.float64) for b, i in _ENDS)
+    return (
+        f"values from {value.min():.4g} to {value.max():.4g} lie beyond {_interval(lower, upper)}: correct them, or "
+        "give the site the support that they have"
+    )
 
 
 _ENDS = (("lower_bound", -np.inf), ("upper_bound", np.inf))

@@ -14,6 +14,8 @@ symmetric matrix A(x) and a drift b(x):
 | simplex, as z = √x on the sphere | √h P | P∇h − (d−1) h z | Scealy & Wood 2022 |
 
 Other supports are mapped to the real line first, by NumPyro's `biject_to`, with the log Jacobian added to f.
+
+Discrete data have no gradient; what takes its place is in `energy/discrete.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array
 from numpyro.distributions import biject_to, constraints
@@ -33,17 +36,24 @@ from numpyro_score.operators import Frame
 Shape = tuple[int, ...]
 Weight = Callable[[Array], Array]
 
+DISCRETE = ("binary", "levels", "counts")
+"""The kinds of discrete support: 0 and 1, the integers of an interval, and all integers from a least one on."""
+
 
 class Support(NamedTuple):
     """The support of one array of data: static and hashable."""
 
-    kind: str  # "real", "box", "sphere", "simplex" or "other"
+    kind: str  # "real", "box", "sphere", "simplex", "other" or one of DISCRETE
     constraint: constraints.Constraint | None = None  # of the kind "other"
+    size: int | None = None  # the most values that a number of finite discrete data has; None if not known
+    dtype: str | None = None  # of discrete data, as the model sees them, unless they are floats
 
     @classmethod
-    def of(cls, constraint: constraints.Constraint) -> Support:
+    def of(cls, constraint: constraints.Constraint, dtype: str | None = None) -> Support:
         """Sorts a constraint into one of the kinds."""
         base = base_constraint(constraint)
+        if base.is_discrete:
+            return cls._of_discrete(base, dtype)
         # Densities on the circle are periodic, so that nothing is lost at the ends of the interval.
         if isinstance(base, type(constraints.real) | type(constraints.circular)):
             return cls("real")
@@ -55,6 +65,28 @@ class Support(NamedTuple):
             return cls("simplex")
         biject_to(constraint)  # raises NotImplementedError
         return cls("other", constraint)
+
+    @classmethod
+    def _of_discrete(cls, base: constraints.Constraint, dtype: str | None) -> Support:
+        if isinstance(base, type(constraints.boolean)):
+            return cls("binary", size=2, dtype=dtype)
+        if base.event_dim or not hasattr(base, "lower_bound"):  # a multinomial: no number changes alone
+            raise NotImplementedError
+        if not hasattr(base, "upper_bound"):
+            return cls("counts", dtype=dtype)
+        bounds = base.lower_bound, base.upper_bound
+        known = not any(isinstance(b, jax.core.Tracer) for b in bounds)
+        return cls("levels", size=int(np.max(np.subtract(*bounds[::-1]))) + 1 if known else None, dtype=dtype)
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether the data are integers."""
+        return self.kind in DISCRETE
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether each number has a least or a largest value."""
+        return self.kind == "box" or self.is_discrete
 
     def coordinate_shape(self, shape: Shape) -> Shape:
         """The shape of the coordinates of data of the given shape."""
@@ -72,6 +104,8 @@ class Support(NamedTuple):
         """Coordinates to data."""
         if self.kind == "simplex":
             return coordinates**2
+        if self.dtype is not None:
+            return coordinates.astype(self.dtype)
         return coordinates if self.constraint is None else biject_to(self.constraint)(coordinates)
 
     def log_jacobian(self, coordinates: Array, data: Array) -> Array | None:
@@ -107,6 +141,8 @@ def innermost(law: dist.Distribution) -> dist.Distribution:
 def limits(constraint: constraints.Constraint) -> tuple[Any, Any]:
     """Lower and upper bound, which broadcast to the data; infinite where there is none."""
     base = base_constraint(constraint)
+    if isinstance(base, type(constraints.boolean)):
+        return 0, 1
     return getattr(base, "lower_bound", -jnp.inf), getattr(base, "upper_bound", jnp.inf)
 
 

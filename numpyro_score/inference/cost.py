@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from numpyro_score.energy import Energy, part
 from numpyro_score.losses import (
     CD,
     DSM,
@@ -22,8 +23,12 @@ from numpyro_score.losses import (
     SSM,
     ContinuousDSM,
     DefaultLoss,
+    DiscreteFisher,
     KLContraction,
     Loss,
+    Mixed,
+    PseudoLikelihood,
+    RatioMatching,
 )
 
 __all__ = ["FitCost", "evaluations_per_row", "with_cost"]
@@ -39,7 +44,7 @@ class FitCost(NamedTuple):
     gradient_evaluations: float | None  # for each row of a step's data, in all steps; see `evaluations_per_row`
 
 
-def evaluations_per_row(loss: Loss, dim: int, num_rows: int) -> float | None:
+def evaluations_per_row(loss: Loss, energy: Energy, num_rows: int) -> float | None:
     """Evaluations of the log density in one step of a fit, for each row of the data in it.
 
     Counted as one each, at a point: a value, a score, and a second derivative along one direction. The gradient in
@@ -52,16 +57,22 @@ def evaluations_per_row(loss: Loss, dim: int, num_rows: int) -> float | None:
     - FSM: 2 M values, and one at the row itself if `sigma` is not given;
     - ESM: one score. KLContraction: M + 1 values. NCE: 1 + ν values;
     - CD: k scores along the chain, and two values; PCD: C chains for N rows, 1 + (k + 1) C / N. The one score more of a
-      Metropolis correction is not counted.
+      Metropolis correction is not counted;
+    - the losses for discrete data: what their method `evaluations` says.
 
     None for a loss that is not the package's.
+
+    Args:
+        loss: the loss.
+        energy: of a fit.
+        num_rows: N, of the data of a step.
     """
     if isinstance(loss, DefaultLoss):
-        loss = loss.of_dimension(dim)
+        loss = loss.of(energy)
     count: float
     match loss:
         case ISM():
-            count = dim + 2
+            count = energy.dim + 2
         case SSM():
             count = 1 + loss.num_projections
         case DSM():
@@ -81,6 +92,12 @@ def evaluations_per_row(loss: Loss, dim: int, num_rows: int) -> float | None:
             count = 2 + loss.num_steps
         case PCD():
             count = 1 + (loss.num_steps + 1) * loss.num_chains / num_rows
+        case PseudoLikelihood() | RatioMatching() | DiscreteFisher():
+            count = loss.evaluations(energy)
+        case Mixed():
+            smooth = evaluations_per_row(loss.continuous, part(energy, discrete=False), num_rows)
+            ratios = evaluations_per_row(loss.discrete, energy, num_rows)
+            return None if smooth is None or ratios is None else smooth + ratios
         case _:
             return None
     return float(count)

@@ -16,11 +16,26 @@ from numpyro_score.inference.files import Arrays, read
 from numpyro_score.inference.pickling import NotPickled
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.inference.score_matching import ScoreMatching
-from numpyro_score.losses import DSM, FSM, ISM, SSM, ContinuousDSM, DefaultLoss, KLContraction, Loss
+from numpyro_score.losses import (
+    DSM,
+    FSM,
+    ISM,
+    SSM,
+    ContinuousDSM,
+    DefaultLoss,
+    DiscreteFisher,
+    KLContraction,
+    Loss,
+    PseudoLikelihood,
+    RatioMatching,
+)
 
 __all__ = ["load"]
 
-_LOSSES: dict[str, Any] = {c.__name__: c for c in (DSM, FSM, ISM, SSM, ContinuousDSM, DefaultLoss, KLContraction)}
+_SETTINGS_TELL_ALL = (
+    DSM, FSM, ISM, SSM, ContinuousDSM, DefaultLoss, DiscreteFisher, KLContraction, PseudoLikelihood, RatioMatching,
+)  # fmt: skip
+_LOSSES: dict[str, Any] = {c.__name__: c for c in _SETTINGS_TELL_ALL}
 
 
 def load(

@@ -359,7 +359,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         searches = isinstance(self.optim, Minimize) or getattr(self.optim, "searches", False)
         if searches or isinstance(self.learning_rate, str) or int(fit.state.optim_state[0]) == 0:
             return None
-        return evaluations_per_row(self.score_loss, *self._shape)
+        return evaluations_per_row(self.score_loss, fit.energy, self._shape[1])
 
     def _check(self, energy: Energy) -> None:
         self._shape = energy.dim, energy.num_rows  # of a step's data

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy
-from numpyro_score.losses.base import check_settings
+from numpyro_score.losses.base import Loss, check_settings
+from numpyro_score.losses.discrete import DiscreteFisher, PseudoLikelihood
 from numpyro_score.losses.ism import ISM
+from numpyro_score.losses.mixed import Mixed
 from numpyro_score.losses.ssm import SSM
 
 __all__ = ["DefaultLoss"]
@@ -16,21 +18,31 @@ __all__ = ["DefaultLoss"]
 
 @dataclass(frozen=True)
 class DefaultLoss:
-    """:class:`~numpyro_score.ISM` up to 64 dimensions, and :class:`~numpyro_score.SSM` above."""
+    """:class:`~numpyro_score.ISM` up to 64 dimensions, and :class:`~numpyro_score.SSM` above.
+
+    For discrete data :class:`~numpyro_score.PseudoLikelihood`, and for counts :class:`~numpyro_score.DiscreteFisher`;
+    for rows of both :class:`~numpyro_score.Mixed` of the two.
+    """
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
-        return self.of_dimension(energy.dim)(energy, rng_key)
+        return self.of(energy)(energy, rng_key)
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """As of the loss chosen."""
-        return self.of_dimension(energy.dim).rows_per_chunk(energy)
+        return self.of(energy).rows_per_chunk(energy)  # type: ignore[attr-defined]
 
     def check(self, energy: Energy) -> None:
         """As of the loss chosen."""
-        check_settings(self.of_dimension(energy.dim), energy)
+        check_settings(self.of(energy), energy)
 
     @staticmethod
-    def of_dimension(dim: int) -> ISM | SSM:
-        """The loss for rows of so many numbers."""
-        return ISM() if dim <= 64 else SSM()
+    def of(energy: Energy) -> Loss:
+        """The loss for such rows."""
+        discrete = len(energy.discrete_columns)
+        smooth = ISM() if energy.dim - discrete <= 64 else SSM()
+        if not discrete:
+            return smooth
+        finite = all(a.support.size is not None for a in energy.arrays if a.support.is_discrete)
+        ratios: Loss = PseudoLikelihood() if finite else DiscreteFisher()
+        return ratios if discrete == energy.dim else Mixed(smooth, ratios)

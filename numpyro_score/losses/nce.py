@@ -174,6 +174,7 @@ class NCE:
         return jnp.where(inside, self.noise.log_prob(x), -jnp.inf)
 
     def _require_suitable(self, energy: Energy) -> None:
+        energy.require_continuous("NCE")
         require_equal_rows(energy, "NCE")
         for a in energy.arrays:
             if a.support.kind not in ("real", "box"):

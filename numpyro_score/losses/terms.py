@@ -62,7 +62,13 @@ LOSS_REMEDY = "use ISM or SSM, or transform the data to the real line in the mod
 
 
 def require_flat(energy: Energy, owner: str, remedy: str = LOSS_REMEDY) -> None:
-    """Raises NotImplementedError where the data have a boundary or curvature, which `owner` cannot respect."""
+    """Raises where the data are discrete, or have a boundary or curvature, which `owner` cannot respect.
+
+    Raises:
+        TypeError: for discrete data.
+        NotImplementedError: for the others.
+    """
+    energy.require_continuous(owner)
     for a in energy.arrays:
         if a.support.kind not in ("real", "other"):
             raise NotImplementedError(
@@ -96,6 +102,7 @@ def check_boundary_weight(owner: str, weight: Weight | None) -> None:
 
 def data_frame(energy: Energy, x: Array, boundary_weight: Weight | None) -> operators.Frame | None:
     """The frame (A, b) of the support at rows x (N, D); None on R^D, where A = I and b = 0."""
+    energy.require_continuous("This loss")
     if energy.flat:
         return None
     lower, upper = energy.bounds(x.shape[0])

@@ -95,7 +95,7 @@ def _scale_to_settled(axes: Any, *series: np.ndarray) -> None:
 def loss_of(fit: ScoreMatchingResult) -> Any:
     """The loss of a fit, the one chosen where none was given."""
     loss = fit.svi.score_loss
-    return loss.of_dimension(fit.energy.dim) if isinstance(loss, DefaultLoss) else loss
+    return loss.of(fit.energy) if isinstance(loss, DefaultLoss) else loss
 
 
 def solved_at_once(fit: ScoreMatchingResult) -> bool:
