@@ -49,7 +49,16 @@ from numpyro_score.inference import (
     generalized_bayes,
     load,
 )
-from numpyro_score.kernels import MALA, SGHMC, SGLD, cyclical_schedule, polynomial_schedule
+from numpyro_score.kernels import (
+    MALA,
+    SGHMC,
+    SGLD,
+    DiscreteLangevin,
+    Gibbs,
+    GibbsWithGradients,
+    cyclical_schedule,
+    polynomial_schedule,
+)
 from numpyro_score.losses import (
     CD,
     DSM,
@@ -108,9 +117,12 @@ __all__ = [
     "ContinuousDSM",
     "DenoisingGenerator",
     "DiscreteFisher",
+    "DiscreteLangevin",
     "EDMHeun",
     "Energy",
     "EnergyDistribution",
+    "Gibbs",
+    "GibbsWithGradients",
     "GradientSpread",
     "HamiltonianFlow",
     "KLContraction",

@@ -15,7 +15,7 @@ from numpyro_score.energy.dependence import (
     varying_outputs,
 )
 from numpyro_score.energy.devices import by_device, sum_by_device
-from numpyro_score.energy.discrete import evaluations, log_ratios, part
+from numpyro_score.energy.discrete import evaluations, lattice_density, log_ratios, num_values, part
 from numpyro_score.energy.energy import Energy
 from numpyro_score.energy.kinks import Kink, find_kink
 from numpyro_score.energy.layout import rows_first
@@ -48,9 +48,11 @@ __all__ = [
     "is_constant",
     "is_quadratic",
     "join_arrays",
+    "lattice_density",
     "layouts_kept",
     "log_ratios",
     "make_frame",
+    "num_values",
     "numbered",
     "part",
     "plural",

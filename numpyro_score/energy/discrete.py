@@ -6,7 +6,7 @@ normaliser.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from numpyro_score.energy.energy import Energy
 from numpyro_score.energy.relaxation import bare, relaxed
 
-__all__ = ["evaluations", "log_ratios", "part"]
+__all__ = ["evaluations", "lattice_density", "log_ratios", "num_values", "part"]
 
 _NUMBERS = 2**22  # that an operation of the density may give at once: 16 MB in float32
 
@@ -26,6 +26,33 @@ def part(energy: Energy, *, discrete: bool) -> Energy:
     layout = energy._layout
     arrays = tuple(a for a in layout.arrays if a.support.is_discrete == discrete)
     return energy._replace(_layout=layout._replace(arrays=arrays, resizable=False, quadratic=False))
+
+
+def num_values(energy: Energy) -> int | None:
+    """The most values that a discrete number of a row takes; None if there is no largest one, or it is not known."""
+    sizes = [a.support.size for a in energy.arrays if a.support.is_discrete]
+    known = [size for size in sizes if size is not None]
+    return max(known) if len(known) == len(sizes) else None
+
+
+def lattice_density(energy: Energy) -> Callable[[Array], Array]:
+    """The log density of rows inside of the support, (..., D) to (...), with the slope of :func:`relaxed`.
+
+    Where the model does not take real numbers, because it indexes by its data, the slope is zero.
+    """
+    exact, smooth = bare(energy), relaxed(energy)
+    if all(a.support.dtype is None for a in energy.arrays):
+        return exact.log_density
+    try:
+        jax.eval_shape(smooth.log_density, energy.data)
+    except (TypeError, IndexError):
+        return exact.log_density
+
+    def log_density(x: Array) -> Array:
+        guide = smooth.log_density(x)
+        return exact.log_density(x) + (guide - jax.lax.stop_gradient(guide))
+
+    return log_density
 
 
 def evaluations(energy: Energy, num_shifts: int) -> int:

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, lattice_density, num_values
 from numpyro_score.kernels.langevin import Chains, LogDensity
+from numpyro_score.kernels.lattice import Lattice
 from numpyro_score.losses.base import required, set_counts
 from numpyro_score.losses.terms import require_flat
 
-__all__ = ["CD", "ChainKernel", "check_kernel", "run_chains"]
+__all__ = ["CD", "ChainKernel", "check_kernel", "require_movable", "run_chains"]
 
 NO_OBJECTIVE = "its value is an energy gap and no objective, and only its gradient means anything"
 RUN_AWAY = (
@@ -61,13 +62,14 @@ class CD:
     Args:
         num_steps: k.
         kernel: an object whose `chains(log_density)` moves rows, e.g. a Langevin kernel. Its step size has the squared
-            units of the data.
+            units of the data. For discrete data Gibbs(), GibbsWithGradients() or DiscreteLangevin().
 
     Raises:
         ValueError: for num_steps below 1.
         TypeError: for a kernel that is a class, has no method `chains` or is not hashable; when called, for a model
             with a :func:`~numpyro_score.score_factor`, whose density is unknown.
-        NotImplementedError: when called, for data with a bounded or curved support.
+        NotImplementedError: when called, for data with a bounded or curved support, and rows that hold both discrete
+            and continuous numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optax
@@ -109,7 +111,7 @@ class CD:
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
-        require_flat(energy, "CD")
+        require_movable(energy, self.kernel, "CD")
         x = energy.data
         moved = run_chains(self.kernel, energy, x, rng_key, self.num_steps)
         after, before = energy.log_density(jnp.stack([moved, x]))
@@ -128,7 +130,7 @@ def run_chains(
     # The inputs are cut off so that no derivative of the chains is computed, the output in case that the model holds
     # parameters itself.
     energy, x = jax.lax.stop_gradient((energy, x))
-    chains = kernel.chains(energy.log_density)
+    chains = _chains(kernel, energy, x)
     keys = jax.random.split(rng_key, num_steps)
     state, _ = jax.lax.scan(lambda state, key: (chains.step(key, state), None), chains.init(x), keys[:-1])
     # The last step is apart: its score is not used, so that unadjusted chains take no gradient there.
@@ -138,10 +140,45 @@ def run_chains(
     return jax.lax.stop_gradient(jnp.where(moved, state.x, jnp.nan))
 
 
+def _chains(kernel: Any, energy: Energy, x: Array) -> Chains:
+    if not len(energy.discrete_columns):
+        return kernel.chains(energy.log_density)
+    low, high = energy.bounds(x.shape[-2])
+    return kernel.lattice_chains(Lattice(lattice_density(energy), low, high, num_values(energy)))
+
+
+def require_movable(energy: Energy, kernel: Any, owner: str) -> None:
+    """Raises unless the kernel moves such data.
+
+    Raises:
+        TypeError: for a kernel of real numbers and discrete data, or the reverse.
+        NotImplementedError: for rows of both, and for continuous data with a boundary or curvature.
+    """
+    discrete, name = len(energy.discrete_columns), type(kernel).__name__
+    if discrete and discrete < energy.dim:
+        raise NotImplementedError(
+            f"{owner} moves rows by one kernel, and these hold discrete and continuous numbers: use Mixed(ISM(), "
+            "PseudoLikelihood()), or condition on one of the sites with data='...'."
+        )
+    if discrete and not hasattr(kernel, "lattice_chains"):
+        raise TypeError(
+            f"{name} moves real numbers, and site '{energy.arrays[0].name}' is discrete "
+            f"({energy.arrays[0].support.kind}): write {owner}(kernel=Gibbs()), GibbsWithGradients() or "
+            "DiscreteLangevin(step_size=...)."
+        )
+    if not discrete:
+        if not hasattr(kernel, "chains"):
+            raise TypeError(
+                f"{name} moves integers, and {energy.arrays[0].what} is continuous: write "
+                f"{owner}(kernel=MALA(step_size=...))."
+            )
+        require_flat(energy, owner)
+
+
 def check_kernel(owner: str, kernel: Any) -> None:
     """Raises TypeError unless `kernel` can move the chains of a loss."""
     if inspect.isclass(kernel):
         raise TypeError(f"{owner} got the class {kernel.__name__} as kernel: write kernel={kernel.__name__}(...).")
-    if not callable(getattr(kernel, "chains", None)):
+    if not any(callable(getattr(kernel, method, None)) for method in ("chains", "lattice_chains")):
         raise TypeError(f"{owner} needs a kernel with a method chains(log_density), got {kernel!r}.")
     hash(kernel)  # a loss is a static argument of compiled functions

@@ -13,8 +13,7 @@ from numpyro.primitives import mutable
 
 from numpyro_score.energy import Energy
 from numpyro_score.losses.base import require_equal_rows, required, set_counts
-from numpyro_score.losses.cd import NO_OBJECTIVE, RUN_AWAY, ChainKernel, check_kernel, run_chains
-from numpyro_score.losses.terms import require_flat
+from numpyro_score.losses.cd import NO_OBJECTIVE, RUN_AWAY, ChainKernel, check_kernel, require_movable, run_chains
 
 __all__ = ["CHAINS_SITE", "PCD"]
 
@@ -57,7 +56,8 @@ class PCD:
         ValueError: for a setting out of range; when called, for a density that is not the same for all rows.
         TypeError: for a kernel that is a class, has no method `chains` or is not hashable; when called, for a model
             with a :func:`~numpyro_score.score_factor`, whose density is unknown.
-        NotImplementedError: when called, for data with a bounded or curved support.
+        NotImplementedError: when called, for data with a bounded or curved support, and rows that hold both discrete
+            and continuous numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -153,7 +153,6 @@ class PCD:
         turns = jnp.arange(self.num_chains) % jnp.maximum(jnp.sum(weights != 0), 1)
         return {"x": data[used[turns]]}
 
-    @staticmethod
-    def _require_suitable(energy: Energy) -> None:
-        require_flat(energy, "PCD")
+    def _require_suitable(self, energy: Energy) -> None:
+        require_movable(energy, self.kernel, "PCD")
         require_equal_rows(energy, "PCD")

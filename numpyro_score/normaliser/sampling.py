@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,8 @@ from numpyro.infer import MCMC, NUTS
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_score.arviz import as_arviz, dataset, sample_stats
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, lattice_density, num_values
+from numpyro_score.kernels import DiscreteKernel, Gibbs, GibbsWithGradients
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import free_log_density, from_free, row_to_data, to_free
 from numpyro_score.normaliser.mixing import mixed
@@ -37,7 +39,7 @@ def sample(
     rng_key: Key,
     num_samples: int,
     *,
-    kernel: Kernel = NUTS,
+    kernel: Kernel | None = None,
     num_chains: int = 4,
     num_warmup: int = 1000,
     progress_bar: bool = False,
@@ -54,7 +56,10 @@ def sample(
         rng_key: a key.
         num_samples: draws of each chain.
         kernel: a NumPyro kernel class such as NUTS, HMC or BarkerMH, or any function that makes a kernel from
-            `potential_fn=`. A function must be the same object at the next call to be compiled only once.
+            `potential_fn=`. A function must be the same object at the next call to be compiled only once. For discrete
+            data :class:`~numpyro_score.Gibbs`, :class:`~numpyro_score.GibbsWithGradients`,
+            :class:`~numpyro_score.DiscreteLangevin`, or a function that makes one from `potential_fn=`, `low=`, `high=`
+            and `num_values=`. By default NUTS, Gibbs, and GibbsWithGradients for counts.
         num_chains: chains, run side by side.
         num_warmup: steps of each chain that are thrown away.
         progress_bar: show NumPyro's progress bar. Every call then compiles anew; without, calls with the same shapes
@@ -102,6 +107,7 @@ def sample(
         )
     key = as_key(rng_key, "write sample(fit, jax.random.key(0), 1000)")
     energy = density_of(energy)
+    kernel = _kernel_for(energy, kernel)
     check_sharding("sample", "num_chains", sharding, (num_chains, energy.dim), jax.sharding.NamedSharding)
     if sharding is not None and progress_bar:
         raise ValueError("sample has no progress bar for chains on several devices: write progress_bar=False.")
@@ -112,6 +118,27 @@ def sample(
             "Draws are not finite: the density is not normalisable, or the kernel's step size is too large."
         )
     return _to_arviz(energy, x, stats)
+
+
+def _kernel_for(energy: Energy, kernel: Kernel | None) -> Kernel:
+    """The kernel, or the one for such data; raises where it is known not to move them."""
+    discrete = len(energy.discrete_columns)
+    if discrete and discrete < energy.dim:
+        raise NotImplementedError(
+            "sample moves rows by one kernel, and these hold discrete and continuous numbers: condition on one of the "
+            "sites with data='...', and draw them in turn."
+        )
+    if kernel is None:
+        finite = Gibbs if num_values(energy) is not None else GibbsWithGradients
+        return finite if discrete else NUTS
+    made = kernel.func if isinstance(kernel, partial) else kernel
+    if inspect.isclass(made) and issubclass(made, DiscreteKernel) != bool(discrete):
+        kind = "discrete" if discrete else "continuous"
+        instead = "Gibbs, GibbsWithGradients or DiscreteLangevin" if discrete else "NUTS"
+        raise TypeError(
+            f"{made.__name__} does not move the data of site '{energy.arrays[0].name}', which is {kind}: use {instead}."
+        )
+    return kernel
 
 
 def run_chains(
@@ -132,8 +159,14 @@ def run_chains(
     keys = run_key[None] if num_chains == 1 else jax.random.split(run_key, num_chains)  # as MCMC would
 
     def chains(energy: Energy, u: Array, keys: Array) -> tuple[Array, dict[str, Array]]:
+        if len(energy.discrete_columns):
+            f, (low, high) = lattice_density(energy), (bound[0] for bound in energy.bounds(1))
+            settings = dict(low=low, high=high, num_values=num_values(energy))
+        else:
+            f, settings = partial(free_log_density, energy), {}
+
         def new_kernel() -> Any:
-            return kernel(potential_fn=lambda u: -free_log_density(energy, u))
+            return kernel(potential_fn=lambda u: -f(u), **settings)
 
         state = jax.eval_shape(lambda: new_kernel().init(keys[0], num_warmup, u[0], (), {}))
         # Of the type: a kernel's property may need values, and there are none yet.
