@@ -15,7 +15,7 @@ from test_divergences import SCORE, chains, gaussian, on
 from numpyro_score import Energy, kernel_stein_discrepancy
 from numpyro_score.divergences.law import Draws, thin
 from numpyro_score.divergences.pairs import median_distance
-from numpyro_score.divergences.stein import stein_statistic
+from numpyro_score.divergences.stein import stein_kernel, stein_statistic
 
 FALSE_ALARM = 2e-5
 KEY = jax.random.key(0)
@@ -89,7 +89,8 @@ def run_tests(rows, key):
 
     def one(given):
         x, key = given
-        return stein_statistic(x, -x, median_distance(x), key, 200)
+        length = median_distance(x)
+        return stein_statistic(stein_kernel, (x / length, -length * x), key, 200)
 
     return jax.lax.map(one, (rows, jax.random.split(key, len(rows))), batch_size=50)
 

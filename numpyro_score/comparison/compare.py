@@ -252,6 +252,12 @@ def _energies(fits: Mapping[str, Fit], log_partition: dict[str, Any]) -> dict[st
         raise ValueError(f"log_partition has '{unknown[0]}', which is no fit: the fits are {sorted(fits)}.")
     energies = {k: fit if isinstance(fit, Energy) else fit.energy for k, fit in fits.items()}
     for name, energy in energies.items():
+        if len(energy.discrete_columns):
+            raise NotImplementedError(
+                f"compare ranks by the Hyvärinen score, which discrete data such as those of fit '{name}' do not have: "
+                "compare such fits by energy.log_density(x) - log_partition(energy).value on the new rows, and by "
+                "kernel_stein_discrepancy."
+            )
         if energy.num_rows > 1 and not energy.resizable:
             raise NotImplementedError(
                 f"Rows of fit '{name}' differ in density (covariates, or a plate of fixed size), so that each has its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
+from numpyro_score.divergences.discrete_stein import discrete_rows, discrete_stein_kernel
 from numpyro_score.divergences.law import check_rows, draw, read_pair, refuse_rows, thin
 from numpyro_score.divergences.pairs import median_distance, pair_sums
 from numpyro_score.energy import Energy, base_constraint
@@ -18,7 +20,7 @@ from numpyro_score.losses.base import at_least_one, positive
 from numpyro_score.normaliser.coordinates import from_free, to_free
 from numpyro_score.random import Key, as_key
 
-__all__ = ["SteinTest", "closed_sites", "kernel_stein_discrepancy", "stein_statistic"]
+__all__ = ["SteinTest", "closed_sites", "kernel_stein_discrepancy", "stein_kernel", "stein_statistic"]
 
 
 class SteinTest(NamedTuple):
@@ -61,6 +63,14 @@ def kernel_stein_discrepancy(
     and simplices it is taken in the free coordinates of `biject_to`, where the density vanishes at infinity and the
     identity behind it holds; spheres and circles are refused.
 
+    Discrete data have ratios r_d(x) = q(x^{d−})/q(x) in the place of the score, with x^{d±} one step higher or lower in
+    number d, on a cycle where values are finite [Yang, Liu, Rao & Neville 2018, whose operator this is there]:
+
+    .. math:: h = \sum_d r_d r'_d\, k(x, x') - r_d\, k(x, x'^{d+}) - r'_d\, k(x^{d+}, x') + k(x^{d+}, x'^{d+}),
+
+    with k the exponential of minus the share of numbers that differ, over ℓ; counts differ by |x − x'| in units of
+    their standard deviation.
+
     Costs N² kernels and N² B products, N rows and B replicates; the matrix of pairs is never held.
 
     Args:
@@ -68,14 +78,14 @@ def kernel_stein_discrepancy(
             :func:`~numpyro_score.fisher_divergence`.
         q: an energy, a fit or a distribution; only its score is needed.
         rng_key: a key for the bootstrap, and for draws of p.
-        bandwidth: ℓ; the median distance between rows of p if not given.
+        bandwidth: ℓ; the median distance between rows of p if not given, and 1 for discrete data.
         num_samples: how many draws of p, before thinning.
         num_bootstrap: B.
 
     Raises:
         TypeError, ValueError: if q is rows; laws of different data; fewer than four rows; rows out of q's support or on
             its boundary, and scores that are not finite, with the rows.
-        NotImplementedError: on spheres and circles, naming the site.
+        NotImplementedError: on spheres and circles, naming the site, and for rows of discrete and continuous numbers.
 
     Example:
         >>> import jax, numpyro.distributions as dist
@@ -90,36 +100,58 @@ def kernel_stein_discrepancy(
         positive(owner, "bandwidth", bandwidth)
     p, q = read_pair(owner, p, q)
     _refuse_closed(q.energy)
+    if 0 < len(q.energy.discrete_columns) < q.energy.dim:
+        raise NotImplementedError(
+            f"{owner} has no kernel for rows of discrete and continuous numbers: test each given the other, by "
+            "energies with data='...', the site."
+        )
     draw_key, key = jax.random.split(as_key(rng_key))
     rows = thin(draw(p, q, draw_key, num_samples))
     if len(rows) < 4:
         raise ValueError(f"{owner} needs at least four independent rows of p, got {len(rows)}.")
     check_rows(q.energy, rows)
+    if len(q.energy.discrete_columns):
+        length = jnp.asarray(1.0 if bandwidth is None else bandwidth, rows.dtype)
+        pieces = discrete_rows(q.energy, rows, length)
+        refuse_rows("ratio of q at a neighbour", pieces.lower_ratio)
+        return _test(discrete_stein_kernel, pieces, length, 1.0, key, num_bootstrap)
     u, scores = _free_scores(q.energy, rows)
     refuse_rows("free coordinate, on the boundary of the support,", u)
     refuse_rows("score of q", scores)
     length = median_distance(u) if bandwidth is None else jnp.asarray(bandwidth, u.dtype)
     if not length > 0:
         raise ValueError(f"Half of the rows of p are equal, so that there is no scale: give {owner} a bandwidth.")
-    value, stderr, pvalue = map(float, stein_statistic(u, scores, length, key, num_bootstrap))
-    if not np.isfinite([value, stderr]).all():
-        raise ValueError(f"{owner} overflows: the largest score is {float(jnp.abs(scores).max()):.3g}.")
-    return SteinTest(value, stderr, pvalue, len(rows), float(length))
+    # In units of ℓ, where h has those of a squared score.
+    return _test(stein_kernel, (u / length, length * scores), length, float(length) ** -2, key, num_bootstrap)
 
 
-@partial(jax.jit, static_argnames="num_bootstrap")
+def _test(
+    kernel: Callable[..., Array], rows: Any, bandwidth: Array, unit: float, rng_key: Array, num_bootstrap: int
+) -> SteinTest:
+    value, stderr, pvalue = map(float, stein_statistic(kernel, rows, rng_key, num_bootstrap))
+    if not np.isfinite([unit * value, unit * stderr]).all():
+        raise ValueError(
+            "kernel_stein_discrepancy overflows: the largest score, or ratio of q at a neighbour, is "
+            f"{float(jnp.abs(jnp.stack(rows[1:3])).max()):.3g} in units of the bandwidth."
+        )
+    return SteinTest(unit * value, unit * stderr, pvalue, len(rows[0]), float(bandwidth))
+
+
+@partial(jax.jit, static_argnames=("kernel", "num_bootstrap"))
 def stein_statistic(
-    x: Float[Array, "n d"],
-    scores: Float[Array, "n d"],
-    bandwidth: Float[Array, ""],
-    rng_key: Array,
-    num_bootstrap: int,
+    kernel: Callable[..., Array], rows: Any, rng_key: Array, num_bootstrap: int
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """The U-statistic, its standard error and its p-value, of independent rows and the scores there."""
-    n = len(x)
-    rows = (x / bandwidth, bandwidth * scores)
-    signs = jax.random.rademacher(rng_key, (n, num_bootstrap), x.dtype)
-    sums = pair_sums(_stein_kernel, rows, rows, signs, distinct=True)
+    """The U-statistic of h, its standard error and its p-value, of independent rows.
+
+    Args:
+        kernel: h of one row against all, (M,).
+        rows: a tuple of arrays with the rows first.
+        rng_key: a key.
+        num_bootstrap: replicates.
+    """
+    n, dtype = len(rows[0]), rows[0].dtype
+    signs = jax.random.rademacher(rng_key, (n, num_bootstrap), dtype)
+    sums = pair_sums(kernel, rows, rows, signs, distinct=True)
     pairs = n * (n - 1)
     value = sums.values.sum() / pairs
     replicates = jnp.sum(signs * sums.signed, axis=0) / pairs
@@ -131,10 +163,10 @@ def stein_statistic(
     variance = 2 * (2 * (n - 1) * spread - squares) / ((n - 2) * max(n - 3, 1))
     variance = jnp.maximum(variance, 2 * squares / pairs)
     pvalue = (1 + jnp.sum(replicates >= value)) / (num_bootstrap + 1)
-    return value / bandwidth**2, jnp.sqrt(variance) / bandwidth**2, pvalue
+    return value, jnp.sqrt(variance), pvalue
 
 
-def _stein_kernel(row: tuple[Array, Array], rows: tuple[Array, Array]) -> Float[Array, "m"]:
+def stein_kernel(row: tuple[Array, Array], rows: tuple[Array, Array]) -> Float[Array, "m"]:
     """H for the kernel (1 + ‖x − x'‖²)^{-1/2}, of a row and its score against all."""
     (x, s), (y, t) = row, rows
     away = x - y

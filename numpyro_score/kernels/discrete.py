@@ -97,8 +97,8 @@ class DiscreteKernel(MCMCKernel):
             raise ValueError(f"{name} has nothing to sample: write {name}(potential_fn, low=..., high=...).")
         if init_params is None:
             raise ValueError(
-                f"{name} needs init_params: write e.g. mcmc.run(key, init_params=...), integers of shape (d,), with one "
-                "row per chain if there are several."
+                f"{name} needs init_params: write e.g. mcmc.run(key, init_params=...), integers of shape (d,), with "
+                "one row per chain if there are several."
             )
         x = jnp.asarray(init_params, jnp.result_type(float))
         is_key = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
@@ -128,7 +128,7 @@ class DiscreteKernel(MCMCKernel):
 
     def _lattice(self) -> Lattice:
         potential, num_values = self.potential_fn, self.num_values
-        if num_values is None and np.isfinite(self.high).all():
+        if num_values is None and is_concrete(self.low, self.high) and np.isfinite(self.high).all():
             num_values = int(np.max(np.asarray(self.high) - np.asarray(self.low))) + 1
 
         def log_density(x: Array) -> Array:

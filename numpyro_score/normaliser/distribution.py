@@ -12,12 +12,11 @@ import numpyro.distributions as dist
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 from numpyro.distributions import constraints
-from numpyro.infer import NUTS
 
 from numpyro_score.energy import Energy
 from numpyro_score.normaliser.coordinates import as_events, data_to_row, num_draws, row_log_jacobian, row_to_data
 from numpyro_score.normaliser.partition import LogPartition
-from numpyro_score.normaliser.sampling import Kernel, run_chains
+from numpyro_score.normaliser.sampling import Kernel, kernel_for, run_chains
 from numpyro_score.normaliser.source import Source, density_of
 from numpyro_score.random import Key, as_key
 
@@ -75,7 +74,7 @@ class EnergyDistribution(dist.Distribution):
         energy: Source,
         log_partition: LogPartition | float | None = None,
         *,
-        kernel: Kernel = NUTS,
+        kernel: Kernel | None = None,
         num_warmup: int = 500,
         num_chains: int = 4,
         validate_args: bool | None = None,
@@ -93,7 +92,7 @@ class EnergyDistribution(dist.Distribution):
             raise ValueError(f"log_partition must be a finite number, got {value}.")
         self.log_partition = None if value is None else jnp.asarray(value, energy.dtype)
         self.log_partition_stderr = jnp.asarray(stderr, energy.dtype)
-        self.kernel, self.num_warmup, self.num_chains = kernel, num_warmup, num_chains
+        self.kernel, self.num_warmup, self.num_chains = kernel_for(energy, kernel), num_warmup, num_chains
         shape = jax.eval_shape(partial(self._event, energy), jnp.zeros(energy.dim, energy.dtype)).shape
         super().__init__((), shape, validate_args=validate_args)
 

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numpyro_score.energy import Energy
+from numpyro_score.normaliser.ais import ais
 from numpyro_score.normaliser.bridge import nce
 from numpyro_score.normaliser.coordinates import free_dim
+from numpyro_score.normaliser.enumeration import MAX_STATES, enumeration, num_states
 from numpyro_score.normaliser.flow import flow
 from numpyro_score.normaliser.quadrature import MAX_DIM, quadrature
 from numpyro_score.normaliser.smc import smc
@@ -23,7 +26,10 @@ METHODS: dict[str, Callable[..., tuple[float, float, dict[str, Any]]]] = {
     "smc": smc,
     "nce": nce,
     "flow": flow,
+    "enumeration": enumeration,
+    "ais": ais,
 }
+_DISCRETE = ("enumeration", "ais")
 
 
 class LogPartition(NamedTuple):
@@ -65,17 +71,23 @@ def log_partition(
     - "nce" where draws of the model are at hand: :func:`~numpyro_score.normaliser.nce`;
     - "flow", with a lower bound beside it: :func:`~numpyro_score.normaliser.flow`.
 
-    All methods find the mass from the energy's data; give it rows from where the mass is. None can see mass that is
-    far from all of them.
+    For discrete data the integral is a sum:
+
+    - "enumeration", up to 2²⁰ points: :func:`~numpyro_score.normaliser.enumeration`;
+    - "ais" for more, annealed importance sampling: :func:`~numpyro_score.normaliser.ais`.
+
+    All methods but enumeration find the mass from the energy's data; give it rows from where the mass is. None can see
+    mass that is far from all of them.
 
     Args:
         energy: an energy or a fit. All rows must have one density.
-        method: by default quadrature where it can, else SMC.
+        method: by default quadrature where it can, else SMC; of discrete data enumeration where it can, else "ais".
         rng_key: a key, for methods that draw.
         **settings: of the method.
 
     Raises:
         TypeError: for a model with a :func:`~numpyro_score.score_factor`, and without a key where one is needed.
+        NotImplementedError: for rows of discrete and continuous numbers.
         ValueError: for an unknown method; rows with densities of their own; and as the method says, among others if
             the density cannot be normalised.
 
@@ -99,9 +111,34 @@ def log_partition(
     if method is not None and method not in METHODS:
         raise ValueError(f"log_partition has no method '{method}': use one of {', '.join(map(repr, METHODS))}.")
     energy = density_of(energy)
-    chosen = method or ("quadrature" if free_dim(energy, "angles") <= MAX_DIM else "smc")
-    if rng_key is None and chosen != "quadrature":
+    chosen = _method(energy, method)
+    if rng_key is None and chosen not in ("quadrature", "enumeration"):
         raise TypeError(f"method='{chosen}' draws at random: pass rng_key=jax.random.key(...).")
     key = None if rng_key is None else as_key(rng_key)
     value, stderr, diagnostics = METHODS[chosen](energy, key, **settings)
     return LogPartition(value, stderr, chosen, diagnostics)
+
+
+def _method(energy: Energy, method: str | None) -> str:
+    """The method, or the one for such data; raises where it is not for them."""
+    discrete = len(energy.discrete_columns)
+    if discrete and discrete < energy.dim:
+        raise NotImplementedError(
+            "log_partition has no method for rows of discrete and continuous numbers: sum the discrete ones out of the "
+            "density with jax.nn.logsumexp, in a model of the continuous ones."
+        )
+    if method is None:
+        if discrete:
+            counts = any(a.support.kind == "counts" for a in energy.arrays)
+            few = energy.dim <= 2 if counts else num_states(energy) <= MAX_STATES
+            return "enumeration" if few else "ais"
+        return "quadrature" if free_dim(energy, "angles") <= MAX_DIM else "smc"
+    if (method in _DISCRETE) != bool(discrete):
+        kind, these = (
+            ("discrete", _DISCRETE) if discrete else ("continuous", [m for m in METHODS if m not in _DISCRETE])
+        )
+        raise ValueError(
+            f"method='{method}' is not for the {kind} data of site '{energy.arrays[0].name}': use "
+            f"{', '.join(map(repr, these))}."
+        )
+    return method

@@ -63,8 +63,9 @@ def partition_ratios(energy: Energy, draws: dict[str, Any], rng_key: Array, num_
 
     .. math:: \frac{Z(\theta)}{Z(\theta_0)} = \mathrm{E}_{x \sim p_{\theta_0}} \exp(f_\theta(x) - f_{\theta_0}(x)),
 
-    over rows x of the model at θ₀, drawn by NUTS. The ratio is unbiased up to the chains' mixing. Draws θ of a
-    posterior are O(N^{-1/2}) from a θ₀ among them, so that the error is of the order of √(P / NM) with M rows x.
+    over rows x of the model at θ₀, drawn by :func:`~numpyro_score.sample`. The ratio is unbiased up to the chains'
+    mixing. Draws θ of a posterior are O(N^{-1/2}) from a θ₀ among them, so that the error is of the order of √(P / NM)
+    with M rows x.
     Standard errors are those of batch means.
 
     Args:
@@ -81,7 +82,8 @@ def partition_ratios(energy: Energy, draws: dict[str, Any], rng_key: Array, num_
             normalisable.
     """
     energy = density_of(energy)
-    check_tails(energy, free_data(energy), draws)
+    if not len(energy.discrete_columns):
+        check_tails(energy, free_data(energy), draws)
     posterior = sample(energy, rng_key, num_samples)["posterior"]
     values = {k: jnp.asarray(v.values) for k, v in posterior.data_vars.items()}
     x = jax.vmap(jax.vmap(lambda row: data_to_row(energy, row)))(values)

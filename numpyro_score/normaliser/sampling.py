@@ -23,10 +23,11 @@ from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import free_log_density, from_free, row_to_data, to_free
 from numpyro_score.normaliser.mixing import mixed
 from numpyro_score.normaliser.source import Source, density_of
+from numpyro_score.normaliser.tails import check_counts
 from numpyro_score.placement import check_sharding
 from numpyro_score.random import Key, as_key
 
-__all__ = ["Kernel", "run_chains", "sample"]
+__all__ = ["Kernel", "kernel_for", "run_chains", "sample"]
 
 Kernel = Callable[..., Any]  # from potential_fn=... to an MCMCKernel
 
@@ -107,7 +108,8 @@ def sample(
         )
     key = as_key(rng_key, "write sample(fit, jax.random.key(0), 1000)")
     energy = density_of(energy)
-    kernel = _kernel_for(energy, kernel)
+    kernel = kernel_for(energy, kernel)
+    check_counts(energy)
     check_sharding("sample", "num_chains", sharding, (num_chains, energy.dim), jax.sharding.NamedSharding)
     if sharding is not None and progress_bar:
         raise ValueError("sample has no progress bar for chains on several devices: write progress_bar=False.")
@@ -120,7 +122,7 @@ def sample(
     return _to_arviz(energy, x, stats)
 
 
-def _kernel_for(energy: Energy, kernel: Kernel | None) -> Kernel:
+def kernel_for(energy: Energy, kernel: Kernel | None) -> Kernel:
     """The kernel, or the one for such data; raises where it is known not to move them."""
     discrete = len(energy.discrete_columns)
     if discrete and discrete < energy.dim:

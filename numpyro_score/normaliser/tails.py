@@ -14,7 +14,7 @@ from numpyro_score.energy import Energy, plural
 from numpyro_score.normaliser.coordinates import free_log_density, from_free, to_free
 from numpyro_score.operators import full_precision
 
-__all__ = ["check_tails"]
+__all__ = ["check_counts", "check_tails"]
 
 _NEAR = (30.0, 100.0, 300.0, 1e3, 3e3)  # scales of the data
 _RADII = np.concatenate([_NEAR, np.logspace(4, 36, 17)])  # as far as single precision goes
@@ -38,6 +38,33 @@ class Place(NamedTuple):
     centre: Float[Array, "p"]
     scale: Float[Array, "p"]
     rows: Float[Array, "m p"]
+
+
+def check_counts(energy: Energy) -> None:
+    """Refuses a law of counts whose probabilities do not fall like 1/x, or faster, from 10³ to 10⁶.
+
+    Along each count, with the others as in the first row that has a weight. It proves no density proper, nor another
+    improper: a law that falls from beyond 10⁶ on is refused as well.
+
+    Raises:
+        ValueError: for such a law.
+    """
+    if not any(a.support.kind == "counts" for a in energy.arrays):
+        return
+    x = energy.usable()[0].data[:1]
+    _, high = energy.bounds(energy.num_rows)
+    columns = np.flatnonzero(np.isinf(np.asarray(high[0])))
+    far = jnp.stack([x[0].at[d].set(v) for v in (1e3, 1e6) for d in columns])
+    values = energy.log_density(far) if energy.resizable else energy.log_density(far[:, None])[:, 0]
+    near, far = np.split(np.asarray(values, np.float64), 2)
+    grows = ~(far - near < -np.log(1e3)) & ~np.isneginf(far)
+    if grows.any():
+        d = int(columns[np.argmax(grows)])
+        name = next(a.name for a, b in zip(energy.arrays, energy.blocks, strict=True) if b.start <= d < b.stop)
+        raise ValueError(
+            f"The log density of counts '{name}' goes from {near[grows][0]:.4g} at 1e3 to {far[grows][0]:.4g} at 1e6, "
+            "so that it has no normaliser at these parameters: add a term that confines it, such as -gammaln(x + 1)."
+        )
 
 
 def check_tails(energy: Energy, u: Float[np.ndarray, "n p"], draws: dict[str, Any] | None = None) -> None:
