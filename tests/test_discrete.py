@@ -1,23 +1,39 @@
 """Discrete data: the losses are right where everything can be enumerated."""
 
+import warnings
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 import optax
 import pytest
-from discretes import BINARY, THREE, com_poisson, discrete, draw, ising, potts, probabilities, states
-from models import FAST_COMPILE
+from discretes import BINARY, COUNT, THREE, com_poisson, discrete, draw, ising, potts, probabilities, states
+from jax.flatten_util import ravel_pytree
+from jax.scipy.special import gammaln
+from models import FAST_COMPILE, improper
+from numpyro import handlers
 from numpyro.distributions import constraints
 
+import numpyro_score.energy.discrete
 from numpyro_score import (
+    CD,
+    DSM,
+    ISM,
+    MALA,
+    PCD,
+    SSM,
     DiscreteFisher,
     Energy,
+    Gibbs,
+    Mixed,
     PseudoLikelihood,
     RatioMatching,
     ScoreMatching,
 )
-from numpyro_score.energy import evaluations
+from numpyro_score.energy import evaluations, log_ratios
 
 RNG = np.random.default_rng(0)
 COUPLINGS = RNG.normal(size=(4, 4))
@@ -147,3 +163,215 @@ def test_lattices_against_enumeration(case, loss):
     for name, value in truth.items():
         assert 0.01 < error[name] < 0.3
         assert abs(fit.estimates[name] - value) < 3 * error[name]
+
+
+@pytest.mark.usefixtures("x64")
+def test_independent_bits_have_their_frequencies():
+    """Ratio matching of independent bits gives the sample frequencies, and pseudo-likelihood maximum likelihood."""
+
+    def model(x):
+        b = numpyro.param("b", jnp.zeros(3))
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", discrete(BINARY, 3), obs=x)
+            numpyro.factor("energy", x @ b)
+
+    x = np.random.default_rng(2).random((200, 3)) < np.array([0.2, 0.5, 0.9])
+    for loss in (RatioMatching(), PseudoLikelihood()):
+        fit = ScoreMatching(model, loss=loss, **LBFGS).run(None, x, progress_bar=False)
+        np.testing.assert_allclose(jax.nn.sigmoid(fit.estimates["b"]), x.mean(0), atol=1e-6)
+
+
+def graph(x, y):
+    """Two bits, and two normal numbers whose precision and coupling to the bits are parameters."""
+    a, w, k = numpyro.param("a", 0.0), numpyro.param("w", jnp.zeros((2, 2))), numpyro.param("k", 1.0)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", discrete(BINARY, 2), obs=x)
+        y = numpyro.sample("y", improper(2), obs=y)
+        quadratic = -0.5 * k * (y**2).sum(-1) + 0.3 * y[:, 0] * y[:, 1]
+        numpyro.factor("energy", quadratic + jnp.einsum("ni,ij,nj->n", 1.0 * x, w, y) + a * x[:, 0] * x[:, 1])
+
+
+@pytest.mark.usefixtures("x64")
+def test_mixed_rows():
+    """A Gaussian graph with bits: the mean gradient of each objective vanishes at the truth, and the fit covers it."""
+    truth = {"a": 0.8, "w": np.array([[0.5, -0.4], [0.2, 0.6]]), "k": 1.3}
+    # Given the bits y is normal with precision K, mean K⁻¹wᵀx, so that p(x) is known.
+    cov = np.linalg.inv(np.array([[1.3, -0.3], [-0.3, 1.3]]))
+    bits = states(2, 2)
+    shift = bits @ truth["w"]
+    p = np.exp(0.5 * np.einsum("ni,ij,nj->n", shift, cov, shift) + 0.8 * bits.prod(1))
+    node, weight = np.polynomial.hermite_e.hermegauss(16)
+    grid = np.stack(np.meshgrid(node, node, indexing="ij"), -1).reshape(-1, 2) @ np.linalg.cholesky(cov).T
+    x = np.repeat(bits, len(grid), axis=0)
+    y = (shift @ cov)[:, None] + grid
+    weights = (p / p.sum())[:, None] * np.outer(weight, weight).reshape(-1) / (2 * np.pi)
+    for loss in (Mixed(), Mixed(SSM(2), RatioMatching(), 0.3), Mixed(ISM(), DiscreteFisher())):
+
+        @jax.jit
+        def slope(theta, loss=loss):
+            def mean(theta):
+                return jnp.vdot(weights, loss(Energy(graph, theta, x, y.reshape(-1, 2)), jax.random.key(0)))
+
+            return jax.grad(mean)(theta)
+
+        found = ravel_pytree(slope(truth))[0]
+        if isinstance(loss.continuous, ISM):  # a slice has noise
+            np.testing.assert_allclose(found, 0.0, atol=1e-8)
+        assert np.abs(found).max() < 0.1
+    rng = np.random.default_rng(3)
+    rows = bits[rng.choice(4, 2000, p=p / p.sum())]
+    y = rows @ truth["w"] @ cov + rng.multivariate_normal(np.zeros(2), cov, 2000)
+    fit = ScoreMatching(graph, **LBFGS).run(None, rows, y, progress_bar=False)
+    errors = ravel_pytree(jax.tree.map(lambda a, b, s: (a - b) / s, fit.estimates, truth, fit.stderr()))[0]
+    assert np.abs(errors).max() < 3
+
+
+def machine(x, hidden=6):
+    """A restricted Boltzmann machine, its hidden units summed out."""
+    with numpyro.plate("rows", len(x)):
+        w = numpyro.param("w", 0.1 * np.random.default_rng(0).normal(size=(x.shape[1], hidden)))
+        b, c = numpyro.param("b", jnp.zeros(x.shape[1])), numpyro.param("c", jnp.zeros(hidden))
+        x = numpyro.sample("x", discrete(BINARY, x.shape[1]), obs=x)
+        numpyro.factor("energy", x @ b + jax.nn.softplus(x @ w + c).sum(-1))
+
+
+@pytest.mark.usefixtures("x64")
+def test_restricted_boltzmann_machine():
+    """Six hidden units: the truth is the minimum, and the enumerated likelihood of a fit is that of the truth."""
+    rng, x = np.random.default_rng(4), states(*[2] * 6)
+    truth = {"w": rng.normal(size=(6, 6)), "b": rng.normal(size=6), "c": rng.normal(size=6)}
+    p = probabilities(machine, truth, x)
+    for loss in (PseudoLikelihood(), RatioMatching()):
+        np.testing.assert_allclose(ravel_pytree(mean_gradient(loss, machine, truth, x, p)[1])[0], 0.0, atol=1e-12)
+    counts = rng.multinomial(4000, p)
+    sm = ScoreMatching(handlers.scale(machine, scale=counts[counts > 0]), optim=optax.lbfgs(), num_steps=200)
+    with warnings.catch_warnings():  # a machine this large has flat directions, along which the loss goes on falling
+        warnings.simplefilter("ignore")
+        fit = sm.run(None, x[counts > 0], progress_bar=False)
+
+    def divergence(q):
+        return float(p @ np.log(p / q))
+
+    bits = counts @ x / 4000
+    independent = np.prod(np.where(x == 1, bits, 1 - bits), axis=1)
+    # Half the number of parameters over that of rows is what maximum likelihood loses.
+    assert divergence(probabilities(machine, fit.params, x)) < 2 * 48 / 2 / 4000 < 0.2 * divergence(independent)
+
+
+@pytest.mark.usefixtures("x64")
+def test_com_poisson_against_its_summed_likelihood():
+    """Both ways of fitting counts are within three of their standard errors of maximum likelihood."""
+    x = draw(com_poisson, {"rate": 3.0, "nu": 1.3}, np.arange(60), 1000, seed=5)
+    k = np.arange(60.0)
+
+    def minus_log_likelihood(theta):
+        log_z = jax.nn.logsumexp(k * theta[0] - theta[1] * gammaln(k + 1))
+        return log_z - x.mean() * theta[0] + theta[1] * gammaln(x + 1.0).mean()
+
+    theta = np.array([0.5, 1.0])
+    for _ in range(20):
+        slope, curvature = jax.grad(minus_log_likelihood)(theta), jax.hessian(minus_log_likelihood)(theta)
+        theta = theta - np.linalg.solve(curvature, slope)
+    best = {"rate": np.exp(theta[0]), "nu": theta[1]}
+    # One count alone has its likelihood for a pseudo-likelihood; at its minimum the gradient vanishes.
+    _, slope = mean_gradient(PseudoLikelihood(max_count=59), com_poisson, best, k, np.bincount(x, minlength=60) / 1000)
+    np.testing.assert_allclose([*slope.values()], 0.0, atol=1e-10)
+    fit = ScoreMatching(com_poisson, **LBFGS).run(None, x, progress_bar=False)  # by default DiscreteFisher
+    error = fit.stderr()
+    assert all(abs(fit.estimates[name] - best[name]) < 3 * error[name] < 0.9 for name in best)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    """Flips in several passes give the same values and gradients as all at once."""
+    model, x = MODELS["binary"]
+
+    def value_and_slope():
+        def total(theta):
+            return PseudoLikelihood()(Energy(model, theta, x), jax.random.key(0)).sum()
+
+        return jax.jit(jax.value_and_grad(total))(jax.tree.map(jnp.asarray, THETA))
+
+    whole = value_and_slope()
+    monkeypatch.setattr(numpyro_score.energy.discrete, "_NUMBERS", 3 * 16 * 6)  # rows and layers of the largest width
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), value_and_slope(), whole)
+
+
+# -- which data are discrete, and what is refused -------------------------------------------------------------------
+
+
+def labelled(x, label):
+    with numpyro.plate("rows", len(x)):
+        y = numpyro.sample("x", improper(3), obs=x)
+        z = numpyro.sample("label", dist.Bernoulli(logits=y[:, 0]), obs=label)
+        numpyro.factor("energy", -0.5 * (y**2).sum(-1) + 0.5 * z)
+
+
+def test_which_discrete_sites_are_data():
+    """Improper ones always; those with a law where nothing continuous is there, or by name."""
+    x, label = RNG.normal(size=(5, 3)), np.array([0, 1, 1, 0, 1])
+
+    def names(energy):
+        return [a.name for a in energy.arrays]
+
+    assert names(Energy(labelled, {}, x, label)) == ["x"]
+    chosen = Energy(labelled, {}, x, label, data="label")
+    assert names(chosen) == ["label"]
+    np.testing.assert_allclose(
+        log_ratios(chosen, (1,), cycle=True)[0][:, 0, 0], (1 - 2 * label) * (x[:, 0] + 0.5), rtol=1e-5
+    )
+    assert names(Energy(graph, {"a": 0.0, "w": np.zeros((2, 2)), "k": 1.0}, x[:, :2] > 0, x[:, 1:])) == ["x", "y"]
+
+    def law_alone(z, x, first):  # floats come first
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+            numpyro.factor("energy", -0.5 * z**2 if first else 0.5 * x)
+
+    assert names(Energy(law_alone, {}, x[:, 0], label, False)) == ["x"]  # as the factor depends on it
+    assert names(Energy(law_alone, {}, x[:, 0], label, True)) == ["z"]
+
+
+def of_support(constraint, f=lambda x: 0.1 * x.sum(-1), *shape):
+    def model(x):
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(constraint, (), shape or x.shape[1:]), obs=x)
+            numpyro.factor("energy", f(x))
+
+    return model
+
+
+REFUSED = {
+    "spins": (BINARY, np.array([[-1, 1]]), None, r"row 0.*spins.*\(1 \+ x\) / 2"),
+    "halves": (BINARY, np.array([[0.5, 1.0]]), None, "0.5.*no integers"),
+    "one to three": (THREE, np.array([[1, 3]]), None, "from 1 to 3 lie beyond the bounds 0 and 2"),
+    "negative counts": (COUNT, np.array([[-1, 3]]), None, "from -1 to 3 lie beyond"),
+    "one value": (constraints.integer_interval(1, 1), np.ones((4, 2), int), None, "one value only.* neighbour"),
+    "a multinomial": (constraints.multinomial(3), np.array([[1, 2]]), None, "multinomial.*no neighbours"),
+    "counts without end": (COUNT, np.ones((4, 2), int), PseudoLikelihood(), r"'x'.*max_count.*DiscreteFisher\(\)"),
+    "a low cut": (COUNT, np.array([[5, 2]]), PseudoLikelihood(max_count=4), "max_count=4.*up to 5"),
+    "a cycle of counts": (COUNT, np.array([[5, 2]]), DiscreteFisher("cycle"), "no cycle of the counts of site 'x'"),
+    "ratios of three": (THREE, np.array([[1, 2]]), RatioMatching(), r"RatioMatching.*'x' has more \(levels\)"),
+    "ISM": (BINARY, np.array([[1, 0]]), ISM(), r"'x' is discrete \(binary\).*PseudoLikelihood\(\)"),
+    "DSM": (BINARY, np.array([[1, 0]]), DSM(0.3), r"DSM needs derivatives.*'x' is discrete"),
+    "CD of reals": (BINARY, np.array([[1, 0]]), CD(kernel=MALA(step_size=0.1)), r"MALA moves real.*kernel=Gibbs\(\)"),
+    "continuous data": (constraints.real, np.array([[1.0, 0.0]]), PseudoLikelihood(), r"'x' is continuous.*ISM\(\)"),
+    "mixing nothing": (BINARY, np.array([[1, 0]]), Mixed(), "'x' is discrete: use its discrete loss alone"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, unchecked):
+    """Wrong uses are refused in words that name the site and what to write."""
+    constraint, x, loss, message = REFUSED[name]
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
+        ScoreMatching(of_support(constraint, lambda x: 0.1 * x.sum(-1)), loss=loss).init(jax.random.key(0), x)
+
+
+def test_refused_of_both():
+    """A loss that sees one kind alone, and continuous kernels, are refused for rows of both."""
+    x, y = np.array([[0, 1], [1, 1]]), np.ones((2, 2))
+    with pytest.raises(TypeError, match=r"'y' is continuous.*Mixed\(ISM\(\), PseudoLikelihood\(\)\)"):
+        ScoreMatching(graph, loss=PseudoLikelihood()).init(jax.random.key(0), x, y)
+    with pytest.raises(NotImplementedError, match="discrete and continuous numbers"):
+        ScoreMatching(graph, loss=CD(kernel=Gibbs())).init(jax.random.key(0), x, y)
+    with pytest.raises(TypeError, match="Mixed adds values of rows, and PCD"):
+        Mixed(PCD(kernel=Gibbs()))

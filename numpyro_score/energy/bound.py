@@ -14,27 +14,21 @@ from numpyro.distributions import constraints
 
 from numpyro_score.energy.arguments import (
     join_arrays,
-    named_arrays,
     split_arrays,
     takes_keyword,
 )
 from numpyro_score.energy.base import AnyArray, ModelAtValues
-from numpyro_score.energy.dependence import depends_on_data, numbers_per_row, treats_rows_alike
 from numpyro_score.energy.layout import (
     DataArray,
-    Layout,
     by_name,
     check_row_shape,
     coordinate_bounds,
-    find_arrays,
-    refuse_moving_bounds,
     row_weights,
     rows_first,
     sum_rows,
 )
-from numpyro_score.energy.rows import assemble
 from numpyro_score.energy.supports import Block, can_be_outside, outside
-from numpyro_score.energy.trace import is_observed_sample, term_log_prob
+from numpyro_score.energy.trace import term_log_prob
 from numpyro_score.energy.values import check_argument, check_rows
 from numpyro_score.placement import Spread, places_of
 
@@ -45,9 +39,10 @@ M = TypeVar("M", bound="BoundModel")
 
 
 class BoundModel(ModelAtValues):
-    """A model, its arguments and the values of its parameters, with its data read as rows (N, D).
+    """A model, its arguments and the values of its parameters, with its data as rows (N, D).
 
-    What :class:`Energy` is before it is a density: `Energy` adds derivatives and checks.
+    What :class:`Energy` is before it is a density: `ReadModel` reads how the data enter, `Energy` adds derivatives and
+    checks.
     """
 
     # -- structure ------------------------------------------------------------------------------------------------
@@ -319,78 +314,3 @@ class BoundModel(ModelAtValues):
             if (log_jacobian := a.support.log_jacobian(u, a.support.to_data(u))) is not None:
                 terms.append(rows_first(log_jacobian, a.row_axes).sum(-1))
         return functools.reduce(jnp.add, terms)
-
-    # -- reading the model ----------------------------------------------------------------------------------------
-
-    def _read_layout(self) -> Layout:
-        dynamic = dict(params=self.params, _arrays=self._arrays, _plates=self._plates, _pinned=self._pinned)
-        found: dict[str, Any] = {}
-
-        def read_arrays(dynamic: dict[str, Any]) -> None:
-            energy = self._replace(**dynamic)
-            named, first = named_arrays(self.model, self._static)
-            found["arrays"] = find_arrays(energy._run(), energy._arrays, named, first, self._choice)
-
-        jax.eval_shape(read_arrays, dynamic)
-        arrays: list[DataArray] = found["arrays"]
-
-        def terms(data: list[Any], dynamic: dict[str, Any]) -> list[Any]:
-            leaves, pinned = list(dynamic["_arrays"]), dict(dynamic["_pinned"])
-            for a, value in zip(arrays, data, strict=True):
-                if a.leaf is not None and leaves[a.leaf].shape == a.shape:
-                    leaves[a.leaf] = value
-                if a.is_site:
-                    pinned[a.name] = value
-            found["sites"] = sites = self._replace(**dynamic | {"_arrays": leaves, "_pinned": pinned})._run().sites
-            log_probs = {k: term_log_prob(s) for k, s in sites.items() if is_observed_sample(s)}
-            found["shapes"] = {k: v.shape for k, v in log_probs.items()}
-            return list(log_probs.values())
-
-        data = [jax.ShapeDtypeStruct(a.shape, a.support.dtype or self.dtype) for a in arrays]
-        jaxpr = jax.make_jaxpr(terms)(data, dynamic).jaxpr
-        depends = dict(
-            zip(found["shapes"], depends_on_data(jaxpr, [a.support.is_discrete for a in arrays]), strict=True)
-        )
-        layout = assemble(arrays, found["sites"], found["shapes"], depends)
-        if any(a.support.has_bounds for a in arrays):
-
-            def bounds(params: Any, rest: dict[str, Any]) -> Any:
-                return self._replace(**rest, params=params, _layout=layout).bounds(layout.num_rows)
-
-            params = dynamic.pop("params")
-            jaxpr = jax.make_jaxpr(bounds)(params, dynamic).jaxpr
-            refuse_moving_bounds(arrays, jaxpr, len(jax.tree.leaves(params)))
-        return self._settle_rows(layout)
-
-    def _settle_rows(self, layout: Layout) -> Layout:
-        """Decides whether subsampled data can enter through the arguments, and whether another number of rows can."""
-
-        def for_any_rows(layout: Layout) -> Layout:
-            if any(len(a.row_axes) != 1 for a in layout.arrays):
-                return layout
-            resizable = layout._replace(resizable=True)
-            energy, traced = self._replace(_layout=resizable), {}
-
-            def trace(n: int) -> Any:
-                jax.eval_shape(lambda: energy.bounds(n))  # as many as there are rows, or the same for all
-                x = jax.ShapeDtypeStruct((n, layout.dim), self.dtype)
-                rows = jax.ShapeDtypeStruct((n,), jnp.result_type(int))
-                traced[n] = jax.make_jaxpr(energy.row_log_density)(x, rows)
-                return traced[n]
-
-            try:
-                if not treats_rows_alike(trace):
-                    return layout
-            # Only the model can say which shapes it takes; JAX and NumPyro refuse a wrong one with these.
-            except (TypeError, ValueError, IndexError, AssertionError):
-                return layout
-            n, closed = traced.popitem()
-            width, total = numbers_per_row(closed.jaxpr, n)
-            return resizable._replace(width=width, numbers_per_row=total)
-
-        layout = for_any_rows(layout)
-        held_apart = any(a.leaf is not None and self._arrays[a.leaf].shape != a.shape for a in layout.arrays)
-        if held_apart and not layout.resizable:
-            # Subsampled data of a model that is not free of the rows' numbers: set the value of the site instead.
-            return for_any_rows(layout._replace(arrays=tuple(a._replace(leaf=None) for a in layout.arrays)))
-        return layout

@@ -13,17 +13,15 @@ from jaxtyping import Array, Float
 
 from numpyro_score import operators
 from numpyro_score.energy.base import AnyArray
-from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.check import check
-from numpyro_score.energy.layout import Layout
-from numpyro_score.energy.relaxation import is_quadratic
+from numpyro_score.energy.reading import ReadModel
 from numpyro_score.energy.values import check_rows
 
 __all__ = ["Energy"]
 
 
 @jax.tree_util.register_pytree_node_class
-class Energy(BoundModel):
+class Energy(ReadModel):
     r"""A NumPyro model bound to parameter values: a density of its data, known up to a constant.
 
     The log density is :math:`f_\theta(x)`, the sum of every `numpyro.factor` and every `log_prob` of an observed site
@@ -71,12 +69,6 @@ class Energy(BoundModel):
     def is_quadratic(self) -> bool:
         """Whether the log density is a quadratic of the discrete numbers, whose second derivatives all rows share."""
         return self._layout.quadratic
-
-    def _read_layout(self) -> Layout:
-        layout = super()._read_layout()
-        if not len(layout.discrete_columns):
-            return layout
-        return layout._replace(quadratic=is_quadratic(self._replace(_layout=layout)))
 
     def log_density(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch"]:
         """The unnormalised log density f(x) of each row: (..., D) to (...).

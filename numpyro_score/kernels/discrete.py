@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -127,13 +127,13 @@ class DiscreteKernel(MCMCKernel):
         return state._replace(z=chain.x, chain=chain, i=state.i + 1)
 
     def _lattice(self) -> Lattice:
-        potential, num_values = self.potential_fn, self.num_values
+        potential, num_values = cast(Callable[[Array], Array], self.potential_fn), self.num_values
         if num_values is None and is_concrete(self.low, self.high) and np.isfinite(self.high).all():
             num_values = int(np.max(np.asarray(self.high) - np.asarray(self.low))) + 1
 
         def log_density(x: Array) -> Array:
             rows = x.reshape(-1, x.shape[-1])
-            return -jax.vmap(potential)(rows).reshape(x.shape[:-1])  # type: ignore[arg-type]
+            return -jax.vmap(potential)(rows).reshape(x.shape[:-1])
 
         return Lattice(log_density, self.low, self.high, num_values)
 

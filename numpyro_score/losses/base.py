@@ -64,6 +64,8 @@ class Loss(Protocol):
     jump whose place depends on the parameters makes wrong in `no_moving_kinks`; :func:`check_settings` then looks for
     one. It does not if the attribute `allow_kinks` is true.
 
+    A loss for discrete data, which have no score, sets the attribute `takes_discrete` to true.
+
     Four attributes hold text for error messages: `no_objective`, why its value is not what its gradient descends;
     `no_posterior`, why there is no posterior to sample from and no closed form; `no_curvature`, why its second
     derivatives give no standard errors; `not_finite`, what it may be that fails where density and score are finite.
@@ -147,7 +149,9 @@ def declare_sites(loss: Loss, energy: Energy) -> dict[str, Any]:
 
 
 def check_settings(loss: Loss, energy: Energy) -> None:
-    """Lets the loss look at the data's values, if it wants to."""
+    """Lets the loss look at the data's values, if it wants to; raises TypeError for discrete data it does not take."""
+    if not getattr(loss, "takes_discrete", False):
+        energy.require_continuous(type(loss).__name__)
     getattr(loss, "check", lambda _: None)(energy)
     refuse_kinks(loss, energy)
 

@@ -91,6 +91,7 @@ class CD:
     _: KW_ONLY
     kernel: ChainKernel = None  # type: ignore[assignment]
 
+    takes_discrete: ClassVar[bool] = True
     no_objective: ClassVar[str] = NO_OBJECTIVE
     no_posterior: ClassVar[str] = NO_OBJECTIVE
     no_curvature: ClassVar[str] = (
@@ -118,6 +119,10 @@ class CD:
         # Chains that run away need not overflow in so few steps, and their gradient would push the density further out.
         lost = energy.over_devices(jax.lax.pmean, jnp.mean(before - after))
         return jnp.where(lost < _RUNS_AWAY * energy.dim, after - before, jnp.nan)
+
+    def check(self, energy: Energy) -> None:
+        """Raises if the kernel does not move such data."""
+        require_movable(energy, self.kernel, "CD")
 
 
 def run_chains(

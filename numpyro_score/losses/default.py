@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Array, Float
 
@@ -23,6 +24,8 @@ class DefaultLoss:
     For discrete data :class:`~numpyro_score.PseudoLikelihood`, and for counts :class:`~numpyro_score.DiscreteFisher`;
     for rows of both :class:`~numpyro_score.Mixed` of the two.
     """
+
+    takes_discrete: ClassVar[bool] = True
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""

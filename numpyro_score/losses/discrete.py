@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,8 @@ class PseudoLikelihood:
 
     max_count: int | None = None
 
+    takes_discrete: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.max_count is not None:
             object.__setattr__(self, "max_count", at_least_one("PseudoLikelihood", "max_count", self.max_count))
@@ -82,6 +84,7 @@ class PseudoLikelihood:
     def check(self, energy: Energy) -> None:
         """Raises TypeError for rows that hold continuous numbers, and ValueError for counts beyond max_count."""
         refuse_mixed(energy, "PseudoLikelihood")
+        self._shifts(energy)
         if self.max_count is None:
             return
         x, weights = energy.data_and_weights()
@@ -128,16 +131,12 @@ class RatioMatching:
         TypeError: when called, for continuous data and for more than two values.
     """
 
+    takes_discrete: ClassVar[bool] = True
+
     @full_precision
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
-        require_discrete(energy, "RatioMatching")
-        for a in energy.arrays:
-            if a.support.is_discrete and a.support.size != 2:
-                raise TypeError(
-                    f"RatioMatching compares two values, and site '{a.name}' has more ({a.support.kind}): use "
-                    "PseudoLikelihood() or DiscreteFisher()."
-                )
+        self._require_two_values(energy)
         ratios, valid = log_ratios(energy, (1,), cycle=True)
         return jnp.where(valid, jax.nn.sigmoid(ratios) ** 2, 0.0).sum(axis=(1, 2))
 
@@ -152,6 +151,16 @@ class RatioMatching:
     def check(self, energy: Energy) -> None:
         """Raises TypeError for rows that hold continuous numbers."""
         refuse_mixed(energy, "RatioMatching")
+        self._require_two_values(energy)
+
+    def _require_two_values(self, energy: Energy) -> None:
+        require_discrete(energy, "RatioMatching")
+        for a in energy.arrays:
+            if a.support.is_discrete and a.support.size != 2:
+                raise TypeError(
+                    f"RatioMatching compares two values, and site '{a.name}' has more ({a.support.kind}): use "
+                    "PseudoLikelihood() or DiscreteFisher()."
+                )
 
 
 @dataclass(frozen=True)
@@ -183,6 +192,8 @@ class DiscreteFisher:
 
     neighbours: Literal["path", "cycle", "complete"] | None = None
 
+    takes_discrete: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.neighbours not in (None, "path", "cycle", "complete"):
             raise ValueError(
@@ -211,6 +222,7 @@ class DiscreteFisher:
     def check(self, energy: Energy) -> None:
         """Raises TypeError for rows that hold continuous numbers."""
         refuse_mixed(energy, "DiscreteFisher")
+        self._shifts(energy)
 
     def _graph(self, energy: Energy) -> str:
         require_discrete(energy, "DiscreteFisher")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 from jaxtyping import Array, Float
@@ -55,6 +56,8 @@ class Mixed:
     continuous: Loss = ISM()  # noqa: RUF009
     discrete: Loss = PseudoLikelihood()  # noqa: RUF009
     weight: float = 1.0
+
+    takes_discrete: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, loss in (("continuous", self.continuous), ("discrete", self.discrete)):

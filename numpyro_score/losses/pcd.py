@@ -82,6 +82,7 @@ class PCD:
     kernel: ChainKernel = None  # type: ignore[assignment]
     restart: float = 0.0
 
+    takes_discrete: ClassVar[bool] = True
     no_objective: ClassVar[str] = NO_OBJECTIVE
     no_posterior: ClassVar[str] = NO_OBJECTIVE
     not_finite: ClassVar[str] = RUN_AWAY
@@ -152,6 +153,10 @@ class PCD:
         used = jnp.argsort(weights == 0)  # rows that count come first
         turns = jnp.arange(self.num_chains) % jnp.maximum(jnp.sum(weights != 0), 1)
         return {"x": data[used[turns]]}
+
+    def check(self, energy: Energy) -> None:
+        """Raises if the kernel does not move such data."""
+        self._require_suitable(energy)
 
     def _require_suitable(self, energy: Energy) -> None:
         require_movable(energy, self.kernel, "PCD")

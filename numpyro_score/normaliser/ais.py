@@ -45,8 +45,8 @@ def ais(
         rng_key: a key.
         num_chains: chains.
         num_levels: more of them bring the weights closer together.
-        kernel: Gibbs(), GibbsWithGradients() or DiscreteLangevin(); Gibbs if not given, and GibbsWithGradients with 32
-            proposals for counts and above 100 numbers.
+        kernel: Gibbs(), GibbsWithGradients() or DiscreteLangevin(); Gibbs if not given, and GibbsWithGradients with
+            D proposals, at least 4 and at most 32, for counts and above 100 numbers.
 
     Returns:
         log Z, its standard error, and diagnostics: `ess`, the effective number of weights; `accept_prob` of the last
@@ -57,14 +57,12 @@ def ais(
         ValueError: if the weights are not finite, or a few outweigh the others.
     """
     check_counts(energy)
-    num_chains, num_levels = (
-        at_least_one("ais", "num_chains", num_chains),
-        at_least_one("ais", "num_levels", num_levels),
-    )
+    num_chains = at_least_one("ais", "num_chains", num_chains)
+    num_levels = at_least_one("ais", "num_levels", num_levels)
     finite = num_values(energy) is not None
     if kernel is None:
         few = finite and energy.dim <= _FEW_NUMBERS
-        kernel = Gibbs() if few else GibbsWithGradients(num_proposals=min(energy.dim, 32))
+        kernel = Gibbs() if few else GibbsWithGradients(num_proposals=min(max(energy.dim, 4), 32))
     if not isinstance(kernel, DiscreteKernel):
         raise TypeError(f"method='ais' needs a kernel of discrete data such as Gibbs(), got {kernel!r}.")
     log_weights, accept_prob = jax.device_get(_weights(energy, rng_key, kernel, num_chains, num_levels))

@@ -56,14 +56,15 @@ def check_counts(energy: Energy) -> None:
     columns = np.flatnonzero(np.isinf(np.asarray(high[0])))
     far = jnp.stack([x[0].at[d].set(v) for v in (1e3, 1e6) for d in columns])
     values = energy.log_density(far) if energy.resizable else energy.log_density(far[:, None])[:, 0]
-    near, far = np.split(np.asarray(values, np.float64), 2)
-    grows = ~(far - near < -np.log(1e3)) & ~np.isneginf(far)
+    near, beyond = np.split(np.asarray(values, np.float64), 2)
+    grows = ~(beyond - near < -np.log(1e3)) & ~np.isneginf(beyond)
     if grows.any():
         d = int(columns[np.argmax(grows)])
         name = next(a.name for a, b in zip(energy.arrays, energy.blocks, strict=True) if b.start <= d < b.stop)
         raise ValueError(
-            f"The log density of counts '{name}' goes from {near[grows][0]:.4g} at 1e3 to {far[grows][0]:.4g} at 1e6, "
-            "so that it has no normaliser at these parameters: add a term that confines it, such as -gammaln(x + 1)."
+            f"The log density of counts '{name}' goes from {near[grows][0]:.4g} at 1e3 to {beyond[grows][0]:.4g} at "
+            "1e6, so that it has no normaliser at these parameters: add a term that confines it, such as "
+            "-gammaln(x + 1)."
         )
 
 
