@@ -28,8 +28,9 @@ class Energy(ReadModel):
     that depends on the data :math:`x`; the normaliser :math:`Z(\theta)` is never needed. The energy of physics is
     :math:`E = -f`. Rows are independent: row n of the data adds its own :math:`f_n(x_n)`.
 
-    Data are the observed continuous sample sites, concatenated into one row of `dim` numbers. A model without any
-    takes its first positional argument as the data. All other observed sites and arguments are conditioned on.
+    Data are the observed continuous sample sites and the discrete ones without a law of their own, concatenated into
+    one row of `dim` numbers. A model without any takes the discrete sites that a factor depends on, or else its first
+    positional argument, or else all discrete sites. All other observed sites and arguments are conditioned on.
 
     Instances are pytrees whose leaves are the parameters and the array arguments, so they pass through `jax.jit`,
     `jax.vmap` and `jax.lax.scan`.
@@ -43,8 +44,8 @@ class Energy(ReadModel):
         **kwargs: the model's keyword arguments.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: if the model's density is not a sum over rows of continuous,
-            unbounded data. The message names the site and what to write instead.
+        ValueError, TypeError, NotImplementedError: if the model's density is not a sum over rows of data. The message
+            names the site and what to write instead.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
