@@ -130,9 +130,10 @@ def kernel_for(energy: Energy, kernel: Kernel | None) -> Kernel:
             "sample moves rows by one kernel, and these hold discrete and continuous numbers: condition on one of the "
             "sites with data='...', and draw them in turn."
         )
+    if kernel is None and discrete:
+        return Gibbs if num_values(energy) is not None else GibbsWithGradients
     if kernel is None:
-        finite = Gibbs if num_values(energy) is not None else GibbsWithGradients
-        return finite if discrete else NUTS
+        return NUTS
     made = kernel.func if isinstance(kernel, partial) else kernel
     if inspect.isclass(made) and issubclass(made, DiscreteKernel) != bool(discrete):
         kind = "discrete" if discrete else "continuous"
