@@ -75,6 +75,11 @@ def require_plane(owner: str, energy: Energy) -> None:
             "bounds by row, or a plate of fixed size): bind it to one row, e.g. Energy(model, params, x[:1], z[:1])."
         )
     for a in energy.arrays:
+        if a.support.is_discrete:
+            raise ValueError(
+                f"{owner} draws a density on a plane, and site '{a.name}' is discrete ({a.support.kind}): use "
+                "plot_marginals."
+            )
         if a.support.kind in ("sphere", "simplex"):
             raise ValueError(
                 f"{owner} varies two coordinates by themselves, and site '{a.name}' lives on a {a.support.kind}: use "

@@ -241,9 +241,10 @@ def _pictures(fit: Fit, samples: Any) -> list[Markup]:
     found = []
     if isinstance(fit, AdversarialResult) or not solved_at_once(fit):
         found.append(_draw("Objective by step", lambda ax: plot_losses(fit, ax=ax), (1, 1 + wide), 6.0 + 6.0 * wide))
-    if energy.dim <= 2 and energy.has_density:
+    smooth = not len(energy.discrete_columns)
+    if energy.dim <= 2 and energy.has_density and smooth:
         found.append(_draw("Data and fitted density", lambda ax: plot_density(energy, ax=ax)))
-    if energy.dim == 2:
+    if energy.dim == 2 and smooth:
         found.append(_draw("Score field over the data", lambda ax: plot_score_field(energy, ax=ax)))
     if not isinstance(samples, str):
         side = min(5, len(data_columns(energy)[0]))
