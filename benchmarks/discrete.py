@@ -131,9 +131,10 @@ def run(case: Case, loss: Loss, num: int) -> tuple[np.ndarray, np.ndarray]:
         def total(theta: Any) -> Any:
             return losses(theta).sum()
 
-        theta = flat  # Newton's method needs a start nearby, and finds the same minimum from there
-        for _ in range(STEPS):
-            theta = theta - jnp.linalg.solve(jax.hessian(total)(theta), jax.grad(total)(theta))
+        def step(_: int, theta: Any) -> Any:
+            return theta - jnp.linalg.solve(jax.hessian(total)(theta), jax.grad(total)(theta))
+
+        theta = jax.lax.fori_loop(0, STEPS, step, flat)  # from nearby, as Newton's method needs it
         g = jax.jacfwd(losses)(theta)
         half = jnp.linalg.solve(jax.hessian(total)(theta), (g - g.mean(0)).T)
         return theta, jnp.sqrt(jnp.diag(half @ half.T) * len(rows) / (len(rows) - 1))
