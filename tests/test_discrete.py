@@ -213,10 +213,11 @@ def test_independent_bits_have_their_frequencies():
         np.testing.assert_allclose(jax.nn.sigmoid(b), x.mean(0), atol=1e-6)
 
 
-def graph(x, y):
+def graph(x, y, batch=None):
     """Two bits, and two normal numbers whose precision and coupling to the bits are parameters."""
     a, w, k = numpyro.param("a", 0.0), numpyro.param("w", jnp.zeros((2, 2))), numpyro.param("k", 1.0)
-    with numpyro.plate("rows", len(x)):
+    with numpyro.plate("rows", len(x), subsample_size=batch):
+        x, y = numpyro.subsample(x, event_dim=1), numpyro.subsample(y, event_dim=1)
         x = numpyro.sample("x", discrete(BINARY, 2), obs=x)
         y = numpyro.sample("y", improper(2), obs=y)
         quadratic = -0.5 * k * (y**2).sum(-1) + 0.3 * y[:, 0] * y[:, 1]
@@ -253,6 +254,17 @@ def test_mixed_rows():
     fit = ScoreMatching(graph, **LBFGS).run(None, rows, y, progress_bar=False)
     errors = ravel_pytree(jax.tree.map(lambda a, b, s: (a - b) / s, fit.estimates, truth, fit.stderr()))[0]
     assert np.abs(errors).max() < 3
+
+
+def test_mixed_minibatches():
+    """Rows that a plate draws are the same rows of both sites."""
+    x, y, rows = states(2, 2), RNG.normal(size=(4, 2)), np.array([3, 1])
+    theta = {"a": 0.8, "w": np.array([[0.5, -0.4], [0.2, 0.6]]), "k": 1.3}
+    drawn = Energy.bound_to(graph, theta, {"rows": rows}, None, None, (x, y, 2), {})
+    of = jax.jit(Mixed(), compiler_options=FAST_COMPILE)
+    np.testing.assert_allclose(
+        of(drawn, jax.random.key(0)), of(Energy(graph, theta, x[rows], y[rows]), jax.random.key(0)), rtol=1e-5
+    )
 
 
 def machine(x, hidden=6):

@@ -23,6 +23,7 @@ _NUMBERS = 2**22  # that an operation of the density may give at once: 16 MB in 
 
 def part(energy: Energy, *, discrete: bool) -> Energy:
     """The density of the discrete or of the continuous numbers of each row given the others, which stay as they are."""
+    energy = energy.at(energy.data)  # those of a minibatch, whose plate would else take rows of the others anew
     layout = energy._layout
     arrays = tuple(a for a in layout.arrays if a.support.is_discrete == discrete)
     return energy._replace(_layout=layout._replace(arrays=arrays, resizable=False, quadratic=False))
