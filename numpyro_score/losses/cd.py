@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy, lattice_density, num_values
+from numpyro_score.kernels.discrete import DiscreteKernel
 from numpyro_score.kernels.langevin import Chains, LogDensity
 from numpyro_score.kernels.lattice import Lattice
 from numpyro_score.losses.base import required, set_counts
@@ -89,7 +90,7 @@ class CD:
 
     num_steps: int = 10
     _: KW_ONLY
-    kernel: ChainKernel = None  # type: ignore[assignment]
+    kernel: ChainKernel | DiscreteKernel = None  # type: ignore[assignment]
 
     takes_discrete: ClassVar[bool] = True
     no_objective: ClassVar[str] = NO_OBJECTIVE
@@ -126,7 +127,7 @@ class CD:
 
 
 def run_chains(
-    kernel: ChainKernel, energy: Energy, x: Float[Array, "*n d"], rng_key: Array, num_steps: int
+    kernel: ChainKernel | DiscreteKernel, energy: Energy, x: Float[Array, "*n d"], rng_key: Array, num_steps: int
 ) -> Float[Array, "*n d"]:
     """Rows (..., D) after `num_steps` of the kernel in the energy's density; no gradient passes.
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from numpyro.primitives import mutable
 
 from numpyro_score.energy import Energy
+from numpyro_score.kernels import DiscreteKernel
 from numpyro_score.losses.base import require_equal_rows, required, set_counts
 from numpyro_score.losses.cd import NO_OBJECTIVE, RUN_AWAY, ChainKernel, check_kernel, require_movable, run_chains
 
@@ -79,7 +80,7 @@ class PCD:
     num_chains: int = 100
     num_steps: int = 1
     _: KW_ONLY
-    kernel: ChainKernel = None  # type: ignore[assignment]
+    kernel: ChainKernel | DiscreteKernel = None  # type: ignore[assignment]
     restart: float = 0.0
 
     takes_discrete: ClassVar[bool] = True
