@@ -260,7 +260,7 @@ def test_mixed_minibatches():
     """Rows that a plate draws are the same rows of both sites."""
     x, y, rows = states(2, 2), RNG.normal(size=(4, 2)), np.array([3, 1])
     theta = {"a": 0.8, "w": np.array([[0.5, -0.4], [0.2, 0.6]]), "k": 1.3}
-    drawn = Energy.bound_to(graph, theta, {"rows": rows}, None, None, (x, y, 2), {})
+    drawn = Energy.bound_to(graph, theta, {"rows": jnp.asarray(rows)}, None, None, (x, y, 2), {})
     of = jax.jit(Mixed(), compiler_options=FAST_COMPILE)
     np.testing.assert_allclose(
         of(drawn, jax.random.key(0)), of(Energy(graph, theta, x[rows], y[rows]), jax.random.key(0)), rtol=1e-5
