@@ -68,8 +68,8 @@ def kernel_stein_discrepancy(
 
     .. math:: h = \sum_d r_d r'_d\, k(x, x') - r_d\, k(x, x'^{d+}) - r'_d\, k(x^{d+}, x') + k(x^{d+}, x'^{d+}),
 
-    with k the exponential of minus the share of numbers that differ, over ℓ; counts differ by |x − x'| in units of
-    their standard deviation.
+    with k the exponential of minus the share of numbers that differ, over ℓ; counts differ by their distance in
+    units of the standard deviation.
 
     Costs N² kernels and N² B products, N rows and B replicates; the matrix of pairs is never held.
 
