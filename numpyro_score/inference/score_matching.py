@@ -203,7 +203,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         args, kwargs, labels = read_arguments(self.score_model, args, kwargs)
         check = partial(self._check, labels)
         rng_key, found, init_params = as_key(rng_key), None, as_floats(init_params)
-        args, kwargs = label_auto((args, kwargs))
+        args, kwargs, init_params = label_auto((args, kwargs, init_params))
         refuse_not_pickled(self.optim)
         if self._start is not None and not being_traced((rng_key, args, kwargs, init_params)):
             found = self._start(rng_key, init_params, args, kwargs)
