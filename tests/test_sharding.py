@@ -325,9 +325,11 @@ def network_model(x):
 
 
 @pytest.mark.filterwarnings("ignore:The loss was still falling")
-def test_weights_stay_spread(rows, caplog):
+@pytest.mark.parametrize("axes", ["auto", "explicit"])
+def test_weights_stay_spread(axes, rows, explicit, caplog):
     """Weights that are spread over the devices stay so, with the optimiser's numbers, in one program of the steps."""
-    mesh = rows[1].sharding.mesh
+    x = rows[1] if axes == "auto" else explicit
+    mesh = x.sharding.mesh
     start = {"in": jax.random.normal(jax.random.key(3), (8, 16)) / 3.0, "out": jnp.ones(16) / 4.0}
     places = {"in": PartitionSpec(None, "rows"), "out": PartitionSpec("rows")}
     spread = {k: jax.device_put(v, NamedSharding(mesh, places[k])) for k, v in start.items()}
@@ -337,9 +339,9 @@ def test_weights_stay_spread(rows, caplog):
         return sm.run(jax.random.key(0), x, init_params={"network": network}, progress_bar=False)
 
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        found = fit(rows[1], spread)
+        found = fit(x, spread)
     programs = [r for r in caplog.records if "Finished XLA compilation of jit(_advance_impl)" in r.getMessage()]
-    assert len(programs) == 1
+    assert len(programs) <= 1  # the other axes may have compiled it
     for tree in (found.params["network"], found.state.optim_state[1][1][0].mu["network"]):
         assert [tree[k].addressable_shards[0].data.shape for k in ("in", "out")] == [(8, 8), (8,)]
     expected = fit(rows[0], start).params["network"]
