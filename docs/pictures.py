@@ -127,6 +127,7 @@ def save_report(path):
 
 # Of the pictures of examples, the part to show: left, top, right, bottom, in shares of the whole.
 THUMBS = {
+    "binary_digits": (0, 0, 0.7, 1),
     "change_point": (0, 0, 0.41, 1),
     "digits": (0.02, 0.17, 0.5, 0.55),
     "kl_vs_fisher": (0.08, 0, 0.51, 0.58),
