@@ -126,8 +126,8 @@ def label_auto(tree: Any) -> Any:
     """
 
     def one(value: Any) -> Any:
-        place = place_of(value)
-        if place is None or AxisType.Explicit not in place.mesh.axis_types:
+        place = None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
+        if not isinstance(place, NamedSharding) or AxisType.Explicit not in place.mesh.axis_types:
             return value
         return jax.device_put(value, NamedSharding(Mesh(place.mesh.devices, place.mesh.axis_names), place.spec))
 
