@@ -42,6 +42,7 @@ def test_values(report):
         assert abs(row.bias - 0.125 * np.sum(K**2)) < 5 * row.bias_error
 
 
+@pytest.mark.slow
 def test_gradients(report):
     """Bias and noise of the gradient in K, from the closed forms at these rows."""
     _, one, four, noisy, *_ = report.rows

@@ -34,6 +34,7 @@ def close(one, other, rtol=1e-4):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol), one, other)
 
 
+@pytest.mark.slow
 def test_sums_are_those_of_all_rows(whole):
     """Covariance, errors of sites and functions, learning rate and draws, from any cut of the rows."""
     found = whole.over_batches(BATCHES)

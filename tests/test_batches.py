@@ -105,6 +105,7 @@ def test_steps_are_those_of_svi(loss):
     np.testing.assert_array_equal(result.args[0], BATCHES[-1])
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_a_subsampled_plate():
     """The same objective, priors and β included, on the rows that a plate of all rows drew."""
 

@@ -205,6 +205,7 @@ def quartic(x):
         numpyro.factor("energy", -a * x**4 - 0.5 * b * x**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_at_one_draw_of_their_random_numbers(name):
     """Those quadratic in the energy are solved, at the random numbers of the fit's key, which the sandwich takes too.
@@ -294,6 +295,7 @@ def test_wrong_derivative_rule_is_noticed():
     assert len(run(ScoreMatching(model), Y, num_steps=3).losses) == 3
 
 
+@pytest.mark.slow
 def test_single_precision_on_badly_scaled_data():
     """Columns a thousandfold apart in float32: estimates within 1e-3 of their standard errors' scale."""
     with jax.enable_x64(False):

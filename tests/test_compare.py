@@ -99,6 +99,7 @@ def test_the_planted_better_model_wins_under_both():
     assert (table["r_hat"] < 1.05).all() and (table["ess"] > 100).all()
 
 
+@pytest.mark.slow
 def test_identical_fits_tie():
     """Their differences are zero with error zero, and ≈ stands between them."""
     _, found = gaussians()

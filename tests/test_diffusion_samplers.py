@@ -104,6 +104,7 @@ def test_corrected_chains_do_not_see_each_other():
     assert draws[0][0] != draws[1][0]
 
 
+@pytest.mark.slow
 def test_ends_of_the_flow_at_32_calls(x64, optimised):
     """Against the converged flow of a mixture; a few rows that begin between two modes may end in the other."""
     source = energy(mixture, mixture_rows(4000))

@@ -170,6 +170,7 @@ LATTICES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("case", LATTICES)
 def test_lattices_against_enumeration(case):
@@ -183,6 +184,7 @@ def test_lattices_against_enumeration(case):
             assert abs(found[name] - value) < 3 * errors[name]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_fits_and_their_errors():
     """From a model to estimates with errors: those of Newton's method and of the formula."""
@@ -224,6 +226,7 @@ def graph(x, y, batch=None):
         numpyro.factor("energy", quadratic + jnp.einsum("ni,ij,nj->n", 1.0 * x, w, y) + a * x[:, 0] * x[:, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_mixed_rows():
     """A Gaussian graph with bits: the mean gradient of each objective vanishes at the truth, and the fit covers it."""
@@ -276,6 +279,7 @@ def machine(x, hidden=6):
         numpyro.factor("energy", x @ b + jax.nn.softplus(x @ w + c).sum(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_restricted_boltzmann_machine():
     """Six hidden units: the truth is the minimum, and the enumerated likelihood of a fit is that of the truth."""
@@ -299,6 +303,7 @@ def test_restricted_boltzmann_machine():
     assert divergence(probabilities(machine, fit.params, x)) < 2 * 48 / 2 / 4000 < 0.2 * divergence(independent)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_com_poisson_against_its_summed_likelihood():
     """Pseudo-likelihood is the likelihood, and DiscreteFisher is within three of its standard errors."""

@@ -132,6 +132,7 @@ def test_contrastive_divergence():
         assert np.std(values) > 0.5  # so that 5 standard errors are nothing else
 
 
+@pytest.mark.slow
 def test_persistent_chains():
     """PCD comes to maximum likelihood, up to the noise of its chains, and has its errors."""
     counts = np.bincount(np.random.default_rng(1).choice(16, 400, p=law_of("binary")), minlength=16)
@@ -151,6 +152,7 @@ def test_persistent_chains():
     np.testing.assert_array_less(np.abs([fit.estimates["h"], fit.estimates["j"]] - best), error)
 
 
+@pytest.mark.slow
 def test_log_partition():
     """By enumeration to rounding; by annealing within five of its standard errors."""
     for law in LAWS:

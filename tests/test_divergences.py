@@ -138,6 +138,7 @@ def test_mixtures_by_quadrature():
         close(fisher_divergence(given, q), integrate.trapezoid(0.5 * weight * slope**2, grid), 0.2)
 
 
+@pytest.mark.slow
 def test_all_defaults():
     """Draws and log Z of both sides from the energies alone."""
     found = kl_divergence(gaussian(0, "energy"), gaussian(1, "energy"), KEY)

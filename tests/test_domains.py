@@ -156,6 +156,7 @@ def normal(x, support=ball()):  # noqa: B008
         numpyro.factor("energy", -0.5 * jnp.sum((x - mu) ** 2, -1) / 0.25)
 
 
+@pytest.mark.slow
 def test_truncated_normal_law():
     """Its mean is found in a disc, where the box around it is far off; and draws have the mean of the data."""
     x = truncated(np.random.default_rng(0), ball())
@@ -175,6 +176,7 @@ def test_truncated_normal_law():
     assert (np.abs(found.mean((0, 1)) - np.asarray(x.mean(0))) < 4.5 * np.hypot(error, 0.4 / np.sqrt(len(x)))).all()
 
 
+@pytest.mark.slow
 def test_draws_of_compositions():
     """Under the density x₁ on the flat simplex of three shares, a Dirichlet law."""
 

@@ -133,6 +133,7 @@ def test_an_mcmc_run_is_a_source():
     assert found.mcse == again.mcse and found.n_samples == 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("predictive", "size"), [("pool", 4000), ("mixture", 1000)])
 def test_new_rows_under_the_posterior(predictive, size):
     """The posterior as it is predicts rows that it has not seen."""

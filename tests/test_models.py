@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from numpyro_score import DSM, ISM, Energy, ScoreMatching, models
 
@@ -99,6 +100,7 @@ def test_fisher_bingham():
     np.testing.assert_allclose(part.log_density(part.data), whole.log_density(whole.data), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compositions():
     """On rows of a Dirichlet law both models find it, each number within 4.5 standard errors: 1 in 12,000 by chance."""
     alpha = np.array([2.0, 3.0, 1.5])

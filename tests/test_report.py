@@ -132,6 +132,7 @@ def test_estimates_have_the_digits_of_their_errors(value, error, shown):
     assert _with_error(value, error) == shown
 
 
+@pytest.mark.slow
 def test_first_lines_answer(read):
     what = f"model, with 3 parameters: {EVIL} (2), m (1); on 80 rows of 2 numbers: x."
     assert read.answer("What was fitted") == what

@@ -122,6 +122,7 @@ def test_correlated_draws_are_thinned():
     assert stats.kstest(run_tests(draws[:, 0, :80], KEY)[2], "uniform").pvalue < FALSE_ALARM
 
 
+@pytest.mark.slow
 def test_an_energy_is_drawn_from():
     """Both sides are energies: the same one is not told apart, and another one is; chains are thinned."""
     p = gaussian(0, "draws of an energy")

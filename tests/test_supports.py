@@ -202,6 +202,7 @@ def test_von_mises_fisher_by_hand():
     np.testing.assert_allclose(values(ISM(), on(constraints.sphere, fisher, 3), MU, x), expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_bingham_by_hand():
     """For f = xᵀAx: 2(‖Ax‖² - (xᵀAx)²) + 2 tr A - 2D xᵀAx; slices of both forms have it as their mean."""
     x = SPHERE[0][::1000]

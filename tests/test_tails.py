@@ -121,6 +121,7 @@ def test_proper_densities_are_not_suspected(precision):
     assert set(said.values()) == {"nothing"}, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["single", "double"])
 def test_improper_densities_are_refused(precision):
     """Where growth goes on to the end of floats."""
