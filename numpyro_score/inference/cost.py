@@ -22,13 +22,13 @@ from numpyro_score.losses import (
     PCD,
     SSM,
     ContinuousDSM,
-    DefaultLoss,
     DiscreteFisher,
     KLContraction,
     Loss,
     Mixed,
     PseudoLikelihood,
     RatioMatching,
+    loss_for,
 )
 
 __all__ = ["FitCost", "evaluations_per_row", "with_cost"]
@@ -67,8 +67,7 @@ def evaluations_per_row(loss: Loss, energy: Energy, num_rows: int) -> float | No
         energy: of a fit.
         num_rows: N, of the data of a step.
     """
-    if isinstance(loss, DefaultLoss):
-        loss = loss.of(energy)
+    loss = loss_for(loss, energy)
     count: float
     match loss:
         case ISM():

@@ -15,7 +15,7 @@ from numpyro.infer.util import transform_fn
 from numpyro_score.energy import Energy, tempered
 from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.inference.result import ScoreMatchingResult
-from numpyro_score.losses import DefaultLoss, Loss, row_losses
+from numpyro_score.losses import Loss, loss_for, row_losses
 from numpyro_score.losses.base import positive
 from numpyro_score.operators import full_precision
 from numpyro_score.placement import fetch
@@ -99,8 +99,7 @@ def windham(fit: ScoreMatchingResult, c: float) -> ScoreMatchingResult:
     positive("windham", "c", c)
     if not isinstance(fit, ScoreMatchingResult):
         raise TypeError(f"windham takes a fit of ScoreMatching, got {type(fit).__name__}.")
-    loss = fit.svi.score_loss
-    loss = loss.of(fit.energy) if isinstance(loss, DefaultLoss) else loss
+    loss = loss_for(fit.svi.score_loss, fit.energy)
     if not fit.is_point or hasattr(loss, "no_posterior") or hasattr(loss, "declare"):
         what = type(fit.svi.guide if not fit.is_point else loss).__name__
         raise TypeError(f"windham takes a point fit by ISM, SSM, DSM or FSM, and this one is by {what}.")

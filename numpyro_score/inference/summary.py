@@ -19,7 +19,7 @@ from numpyro.distributions.transforms import IdentityTransform, IndependentTrans
 from numpyro_score.arviz import dataset, flat
 from numpyro_score.energy import plural
 from numpyro_score.labels import element_names, with_labels
-from numpyro_score.losses import DefaultLoss
+from numpyro_score.losses import loss_for
 from numpyro_score.printed import name_of, num_numbers, settings
 from numpyro_score.uncertainty import ARRIVED, MAX_PARAMETERS, NOT_CONVERGED, SandwichError
 
@@ -150,8 +150,7 @@ def _labelled(values: dict[str, Any], *labels: Any) -> dict[str, xr.DataArray]:
 def _head(fit: Any) -> str:
     """What was fitted, to how much, by which loss."""
     energy = fit.energy
-    loss = fit.svi.score_loss
-    loss = loss.of(energy) if isinstance(loss, DefaultLoss) else loss
+    loss = loss_for(fit.svi.score_loss, energy)
     used = int((np.asarray(energy.weights) != 0).sum())
     rows = plural(energy.num_rows, "row") + ("" if used == energy.num_rows else f", {used} of them with a weight")
     how = "" if fit.is_point else f"; medians of {type(fit.svi.guide).__name__}, with the errors of a point fit"

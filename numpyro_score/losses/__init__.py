@@ -10,7 +10,7 @@ score, and Mixed for rows of both.
 from numpyro_score.losses.base import Loss, row_losses, total_loss
 from numpyro_score.losses.cd import CD
 from numpyro_score.losses.continuous_dsm import ContinuousDSM
-from numpyro_score.losses.default import DefaultLoss
+from numpyro_score.losses.default import DefaultLoss, loss_for
 from numpyro_score.losses.discrete import DiscreteFisher, PseudoLikelihood, RatioMatching
 from numpyro_score.losses.dsm import DSM, geometric_levels
 from numpyro_score.losses.esm import ESM, parzen_score
@@ -42,6 +42,7 @@ __all__ = [
     "PseudoLikelihood",
     "RatioMatching",
     "geometric_levels",
+    "loss_for",
     "parzen_score",
     "row_losses",
     "total_loss",

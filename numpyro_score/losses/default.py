@@ -14,7 +14,7 @@ from numpyro_score.losses.ism import ISM
 from numpyro_score.losses.mixed import Mixed
 from numpyro_score.losses.ssm import SSM
 
-__all__ = ["DefaultLoss"]
+__all__ = ["DefaultLoss", "loss_for"]
 
 
 @dataclass(frozen=True)
@@ -49,3 +49,8 @@ class DefaultLoss:
         finite = all(a.support.size is not None for a in energy.arrays if a.support.is_discrete)
         ratios: Loss = PseudoLikelihood() if finite else DiscreteFisher()
         return ratios if discrete == energy.dim else Mixed(smooth, ratios)
+
+
+def loss_for(loss: Loss, energy: Energy) -> Loss:
+    """The loss itself, or the one that is chosen for such rows where none was given."""
+    return loss.of(energy) if isinstance(loss, DefaultLoss) else loss

@@ -10,7 +10,7 @@ import numpy as np
 
 from numpyro_score.energy import numbered
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
-from numpyro_score.losses import DefaultLoss
+from numpyro_score.losses import loss_for
 from numpyro_score.plots.axes import BLACK, BLUE, GREY, ORANGE, VERMILION, as_axes
 
 __all__ = ["loss_of", "plot_influence", "plot_losses", "shares", "solved_at_once"]
@@ -94,8 +94,7 @@ def _scale_to_settled(axes: Any, *series: np.ndarray) -> None:
 
 def loss_of(fit: ScoreMatchingResult) -> Any:
     """The loss of a fit, the one chosen where none was given."""
-    loss = fit.svi.score_loss
-    return loss.of(fit.energy) if isinstance(loss, DefaultLoss) else loss
+    return loss_for(fit.svi.score_loss, fit.energy)
 
 
 def solved_at_once(fit: ScoreMatchingResult) -> bool:
