@@ -18,7 +18,7 @@ from numpyro_score.kernels.potential import ModelPotential, is_concrete
 from numpyro_score.kernels.schedules import Schedule
 from numpyro_score.printed import without_addresses
 
-__all__ = ["Anchor", "GradientKernel", "KernelState", "check_number"]
+__all__ = ["Anchor", "ChainsKernel", "GradientKernel", "KernelState", "batch_shape", "check_number", "first"]
 
 
 class Anchor(NamedTuple):
@@ -68,11 +68,18 @@ class KernelState(NamedTuple):
         return jnp.ones_like(self.i)
 
 
-class GradientKernel(MCMCKernel):
-    """A kernel whose step takes one gradient. It holds settings only: all that a run finds out is in its state."""
+class ChainsKernel(MCMCKernel):
+    """A kernel that holds settings only: all that a run finds out is in its state, whose positions are `z`."""
 
     sample_field = "z"
     default_fields = ("z", "diverging")
+    # MCMC starts a kernel without this private name anew at a warm restart, for which there may be no init_params.
+    _sample_fn = True
+
+
+class GradientKernel(ChainsKernel):
+    """A kernel whose step takes one gradient."""
+
     stats = (
         "potential_energy",
         "accept_prob",
@@ -84,9 +91,6 @@ class GradientKernel(MCMCKernel):
         "full_gradients",
     )
     """What else `MCMC.run(..., extra_fields=kernel.stats)` can collect."""
-
-    # MCMC starts a kernel without this private name anew at a warm restart, for which there may be no init_params.
-    _sample_fn = True
 
     def __init__(
         self,
@@ -149,7 +153,7 @@ class GradientKernel(MCMCKernel):
         Raises:
             ValueError: if the energy or its gradient is not finite there, and for models that the kernel cannot take.
         """
-        batch = _batch_shape(rng_key)
+        batch = batch_shape(rng_key)
         target = self._target(model_args, model_kwargs)
         run_key, init_key, first_key, probe_key, noise_key = _split(rng_key, 5)
         if target is not None:
@@ -169,7 +173,7 @@ class GradientKernel(MCMCKernel):
         anchor = self._anchor(target)
         if anchor is not None:
             anchor = jax.tree.map(lambda a: jnp.broadcast_to(a, (*batch, *a.shape)), anchor)
-        evaluate = self._evaluate(target, unravel, anchor, _first(first_key, batch))
+        evaluate = self._evaluate(target, unravel, anchor, first(first_key, batch))
         if target is not None:
             evaluate = jax.jit(evaluate)  # a model is slow to run, and a subsample to draw, one operation at a time
         chain = self._start(evaluate, x)
@@ -178,8 +182,8 @@ class GradientKernel(MCMCKernel):
         zero = jnp.zeros(batch, int)
         step_size = self._step_size_at(zero, x.dtype)
         preconditioner = self._preconditioner(
-            self._evaluate(target, unravel, anchor, _first(probe_key, batch)),
-            _first(noise_key, batch), chain, step_size[..., None], num_warmup,
+            self._evaluate(target, unravel, anchor, first(probe_key, batch)),
+            first(noise_key, batch), chain, step_size[..., None], num_warmup,
         )  # fmt: skip
         minibatch, full = (n * (1 if preconditioner is None else 2) for n in self._gradients(target, anchor))
         temperature = jnp.broadcast_to(jnp.asarray(self.temperature, x.dtype), batch)
@@ -194,11 +198,11 @@ class GradientKernel(MCMCKernel):
         self, state: KernelState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> KernelState:
         """One step of every chain."""
-        batch = _batch_shape(state.rng_key)
+        batch = batch_shape(state.rng_key)
         target = self._target(model_args, model_kwargs)
         unravel = _ravel(state.z, batch)[1]
         # One key serves all chains, whose noise is drawn at once; the count makes the two of a step new.
-        rng_key, i = _first(state.rng_key, batch), _first(state.i, batch)
+        rng_key, i = first(state.rng_key, batch), first(state.i, batch)
         noise_key, evaluate_key = jax.random.fold_in(rng_key, 2 * i), jax.random.fold_in(rng_key, 2 * i + 1)
         step_size = self._step_size_at(state.i, state.chain.x.dtype)
         evaluate = self._evaluate(target, unravel, state.anchor, evaluate_key)
@@ -284,22 +288,23 @@ def _check_start(target: ModelPotential | None, z: Any, chain: Any, batch: tuple
 
 def _ravel(z: Any, batch: tuple[int, ...]) -> tuple[Array, Callable[[Array], Any]]:
     """Positions as rows (*chains, D), and the way back for one chain."""
-    unravel = ravel_pytree(_first(z, batch))[1]
+    unravel = ravel_pytree(first(z, batch))[1]
     return (jax.vmap(lambda z: ravel_pytree(z)[0])(z) if batch else ravel_pytree(z)[0]), unravel
 
 
-def _batch_shape(rng_key: Array) -> tuple[int, ...]:
+def batch_shape(rng_key: Array) -> tuple[int, ...]:
     """Of a key, or of a batch of keys; a raw key has an axis of its own."""
     return rng_key.shape if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) else rng_key.shape[:-1]
 
 
-def _first(tree: Any, batch: tuple[int, ...]) -> Any:
+def first(tree: Any, batch: tuple[int, ...]) -> Any:
+    """Of the first of a batch of chains, or of the one chain."""
     return jax.tree.map(lambda a: a[0], tree) if batch else tree
 
 
 def _split(rng_key: Array, num: int) -> list[Array]:
     """Each of a batch of keys, or the one key, into `num`."""
-    if not _batch_shape(rng_key):
+    if not batch_shape(rng_key):
         return list(jax.random.split(rng_key, num))
     keys = jax.vmap(lambda key: jax.random.split(key, num))(rng_key)
     return [keys[:, i] for i in range(num)]

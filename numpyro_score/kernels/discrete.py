@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_score.kernels.base import check_number
+from numpyro_score.kernels.base import ChainsKernel, batch_shape, check_number, first
 from numpyro_score.kernels.langevin import Chains
 from numpyro_score.kernels.lattice import (
     Lattice,
@@ -57,18 +56,13 @@ class DiscreteKernelState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DiscreteKernel(MCMCKernel):
-    """A kernel that moves integers. It holds settings only: all that a run finds out is in its state."""
+class DiscreteKernel(ChainsKernel):
+    """A kernel that moves integers."""
 
     potential_fn: Callable[[Array], Array] | None = None
     low: Any = 0
     high: Any = 1
     num_values: int | None = None
-
-    sample_field = "z"
-    default_fields = ("z", "diverging")
-    # As of the other kernels: MCMC starts a kernel without it anew at a warm restart.
-    _sample_fn = True
 
     @abstractmethod
     def lattice_chains(self, lattice: Lattice) -> Chains:
@@ -101,8 +95,7 @@ class DiscreteKernel(MCMCKernel):
                 "one row per chain if there are several."
             )
         x = jnp.asarray(init_params, jnp.result_type(float))
-        is_key = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
-        batch = rng_key.shape if is_key else rng_key.shape[:-1]
+        batch = batch_shape(rng_key)
         if x.ndim != len(batch) + 1:
             raise ValueError(
                 f"{name} moves vectors, and got init_params of shape {x.shape} for {len(batch)} axes of chains: pass "
@@ -120,9 +113,8 @@ class DiscreteKernel(MCMCKernel):
         self, state: DiscreteKernelState, model_args: tuple[Any, ...], model_kwargs: dict[str, Any] | None
     ) -> DiscreteKernelState:
         """One step of every chain."""
-        batch = state.i.ndim > 0
         # One key serves all chains, whose random numbers are drawn at once.
-        rng_key, i = (state.rng_key[0], state.i[0]) if batch else (state.rng_key, state.i)
+        rng_key, i = first((state.rng_key, state.i), batch_shape(state.rng_key))
         chain = self.lattice_chains(self._lattice()).step(jax.random.fold_in(rng_key, i), state.chain)
         return state._replace(z=chain.x, chain=chain, i=state.i + 1)
 
