@@ -112,7 +112,7 @@ def _program(
     """The program from what a function closes over and its arguments' leaves; None if it is not to be kept."""
     jaxpr, consts = closed.jaxpr, closed.consts
     size = sum(np.asarray(c).nbytes for c in consts if not isinstance(c, jax.Array))
-    if size > _MOST or being_traced(_arrays(consts)):
+    if size > _MOST or any(isinstance(c, jax.core.Tracer) for c in consts):
         return None
     numpys = _numpys(consts)
     # JAX narrows NumPy's numbers where it sees them first, and not here.

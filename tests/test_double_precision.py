@@ -14,7 +14,11 @@ from numpyro.contrib.module import nnx_module
 
 from numpyro_score import Energy, ScoreMatching, compare, kernel_stein_discrepancy, mmd, report, sample
 
-pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.filterwarnings("ignore:Draws of fit:UserWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("x64"),
+    pytest.mark.filterwarnings("ignore:Draws of fit:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The largest R-hat:UserWarning"),  # by chance, of so few draws
+]
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(0.3, 1.2, (60, 2))

@@ -17,12 +17,12 @@ from numpyro_score.divergences.discrete_stein import discrete_rows, discrete_ste
 from numpyro_score.divergences.kernels import KernelName, check_kernel, profile
 from numpyro_score.divergences.law import check_rows, draw, read_pair, refuse_rows, thin
 from numpyro_score.divergences.pairs import median_distance, pair_sums
-from numpyro_score.energy import Energy, base_constraint
+from numpyro_score.energy import SIMPLICES, Energy, base_constraint
 from numpyro_score.losses.base import at_least_one, positive
-from numpyro_score.normaliser.coordinates import from_free, to_free
+from numpyro_score.normaliser.coordinates import from_free, has_domain, to_free
 from numpyro_score.random import Key, as_key
 
-__all__ = ["SteinTest", "has_stein_kernel", "kernel_stein_discrepancy", "spheres_of", "stein_kernel", "stein_statistic"]
+__all__ = ["SteinTest", "kernel_stein_discrepancy", "spheres_of", "stein_kernel", "stein_statistic"]
 
 
 class SteinTest(NamedTuple):
@@ -109,9 +109,9 @@ def kernel_stein_discrepancy(
     if bandwidth is not None:
         positive(owner, "bandwidth", bandwidth)
     p, q = read_pair(owner, p, q)
-    if not has_stein_kernel(q.energy):
+    if has_domain(q.energy):
         raise NotImplementedError(f"{owner} has no kernel that vanishes at the boundary of a Domain: use mmd.")
-    if 0 < len(q.energy.discrete_columns) < q.energy.dim:
+    if q.energy.is_mixed:
         raise NotImplementedError(
             f"{owner} has no kernel for rows of discrete and continuous numbers: test each given the other, by "
             "energies with data='...', the site."
@@ -231,11 +231,6 @@ def _free_scores(
     return u, pulled
 
 
-def has_stein_kernel(energy: Energy) -> bool:
-    """Whether there is a kernel on the support of the data: in a domain none vanishes at the boundary."""
-    return all(a.support.kind != "domain" for a in energy.arrays)
-
-
 def spheres_of(energy: Energy) -> Spheres:
     """Where in the free coordinates there are spheres, circles among them, and their dimensions d."""
     found: list[tuple[int, int]] = []
@@ -244,7 +239,7 @@ def spheres_of(energy: Energy) -> Spheres:
         width, size = block.stop - block.start, block.size
         if isinstance(base_constraint(energy.supports[a.name]), type(constraints.circular)):
             width, size = 2 * width, 2
-        elif a.support.kind in ("simplex", "flat simplex"):
+        elif a.support.kind in SIMPLICES:
             start += width // size * (size - 1)
             continue
         elif a.support.kind != "sphere":

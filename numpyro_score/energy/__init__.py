@@ -23,7 +23,15 @@ from numpyro_score.energy.kinks import Kink, find_kink
 from numpyro_score.energy.layout import rows_first
 from numpyro_score.energy.relaxation import relaxed
 from numpyro_score.energy.score_terms import curl, score_factor
-from numpyro_score.energy.supports import RowWeight, base_constraint, base_law, distances, innermost, make_frame
+from numpyro_score.energy.supports import (
+    SIMPLICES,
+    RowWeight,
+    base_constraint,
+    base_law,
+    distances,
+    innermost,
+    make_frame,
+)
 from numpyro_score.energy.tables import NO_LABELS, Labels, as_array, read_arguments
 from numpyro_score.energy.tempered import tempered
 from numpyro_score.energy.text import numbered, plural, rows_text
@@ -32,6 +40,7 @@ from numpyro_score.energy.values import check_rows
 
 __all__ = [
     "NO_LABELS",
+    "SIMPLICES",
     "AnyArray",
     "Domain",
     "Energy",

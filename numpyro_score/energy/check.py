@@ -15,6 +15,7 @@ from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.devices import by_device
 from numpyro_score.energy.layout import DataArray, Layout, row_weights
 from numpyro_score.energy.remedies import on_boundary, outside_remedy
+from numpyro_score.energy.supports import SIMPLICES
 from numpyro_score.energy.tables import refuse_whole_columns
 from numpyro_score.energy.text import first_marked, rows_text
 from numpyro_score.operators import full_precision, value_score
@@ -122,9 +123,9 @@ def _seen_in(energy: BoundModel, marked: np.ndarray) -> list[str]:
 def _refuse_failing(energy: BoundModel, failing: Any, names: str) -> NoReturn:
     """Raises for rows at which the density is not finite."""
     layout, what = energy._layout, "log density" if energy.has_density else "score"
-    rounded = any(a.support.kind in ("sphere", "simplex", "flat simplex") for a in layout.arrays)
+    rounded = any(a.support.kind in ("sphere", *SIMPLICES) for a in layout.arrays)
     for a in layout.arrays:
-        if a.is_site and a.support.kind in ("box", "simplex", "flat simplex"):
+        if a.is_site and a.support.kind in ("box", *SIMPLICES):
             _, support, values = _seen(energy, a.name)
             touch = failing & on_boundary(a.support.kind, support, values)
             if fetch(touch.any()):

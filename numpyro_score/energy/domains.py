@@ -107,9 +107,7 @@ def ball(radius: Any = 1.0, centre: Any = 0.0) -> Domain:
 
     def distance(x: Array) -> Array:
         y = x - jnp.asarray(centre)
-        squared = jnp.sum(y**2, axis=-1)
-        norm = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)  # which has a slope at 0
-        return radius - norm
+        return radius - _root(jnp.sum(y**2, axis=-1))
 
     return Domain(distance)
 
@@ -138,10 +136,15 @@ def polygon(vertices: Any) -> Domain:
         above, next_above = y[..., 1] < 0, jnp.roll(y[..., 1], -1, axis=-1) < 0
         meets = (above != next_above) & ((_cross(along, y) > 0) == (along[..., 1] > 0))
         inside = jnp.sum(meets, -1) % 2 == 1
-        length = jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
+        length = _root(squared)
         return jnp.where(inside, length, -length)
 
     return Domain(distance)
+
+
+def _root(squared: Array) -> Array:
+    """The square root, with a slope at 0."""
+    return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
 
 
 def _cross(a: Any, b: Any) -> Any:

@@ -67,6 +67,11 @@ class Energy(ReadModel):
         return self._layout.discrete_columns
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether a row holds discrete and continuous numbers."""
+        return 0 < len(self.discrete_columns) < self.dim
+
+    @property
     def is_quadratic(self) -> bool:
         """Whether the log density is a quadratic of the discrete numbers, whose second derivatives all rows share."""
         return self._layout.quadratic

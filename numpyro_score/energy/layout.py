@@ -270,7 +270,7 @@ def _spread(boxes: list[tuple[Any, Any]], shapes: tuple[tuple[Shape, Shape], ...
 def refuse_moving_bounds(arrays: Sequence[DataArray], jaxpr: Jaxpr, num_params: int) -> None:
     """Raises if the bounds that `jaxpr` computes vary with its first inputs, the parameters."""
     if any(depends_on_inputs(jaxpr, [i < num_params for i in range(len(jaxpr.invars))])):
-        name = next(a.name for a in arrays if a.support.has_bounds or a.support.kind == "domain")
+        name = next(a.name for a in arrays if a.support.has_boundary)
         raise ValueError(
             f"The bounds of data site '{name}' depend on a parameter, which score matching cannot estimate: make them "
             "constants or arguments."

@@ -12,7 +12,7 @@ from numpyro_score.energy.arguments import named_arrays
 from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.dependence import depends_on_data, numbers_per_row, treats_rows_alike
 from numpyro_score.energy.layout import DataArray, Layout, find_arrays, refuse_moving_bounds
-from numpyro_score.energy.relaxation import is_quadratic
+from numpyro_score.energy.relaxation import is_quadratic_in_data
 from numpyro_score.energy.rows import assemble
 from numpyro_score.energy.supports import distances
 from numpyro_score.energy.trace import is_factor, is_observed_sample, term_log_prob
@@ -57,7 +57,7 @@ class ReadModel(BoundModel):
             zip(found["shapes"], depends_on_data(jaxpr, [a.support.is_discrete for a in arrays]), strict=True)
         )
         layout = assemble(arrays, found["sites"], found["shapes"], depends)
-        if any(a.support.has_bounds or a.support.kind == "domain" for a in arrays):
+        if any(a.support.has_boundary for a in arrays):
 
             def bounds(params: Any, rest: dict[str, Any]) -> Any:
                 energy = self._replace(**rest, params=params, _layout=layout)
@@ -69,7 +69,7 @@ class ReadModel(BoundModel):
         layout = self._settle_rows(layout)
         if not len(layout.discrete_columns):
             return layout
-        return layout._replace(quadratic=is_quadratic(self._replace(_layout=layout)))
+        return layout._replace(quadratic=is_quadratic_in_data(self._replace(_layout=layout)))
 
     def _factors_see_discrete_sites(self, dynamic: dict[str, Any]) -> bool:
         """Whether a factor depends on an observed discrete site, which then is data and no label."""

@@ -11,7 +11,7 @@ from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.dependence import agrees_on_floats, has_constant_curvature
 from numpyro_score.energy.supports import innermost
 
-__all__ = ["bare", "is_quadratic", "relaxed"]
+__all__ = ["bare", "is_quadratic_in_data", "relaxed"]
 
 M = TypeVar("M", bound="BoundModel")
 
@@ -33,7 +33,7 @@ def bare(energy: M) -> M:
     return energy._replace(_layout=layout._replace(terms=tuple(t for t in layout.terms if t not in silent)))
 
 
-def is_quadratic(energy: BoundModel) -> bool:
+def is_quadratic_in_data(energy: BoundModel) -> bool:
     """Whether the log density is a quadratic of the discrete numbers, whose second derivatives all rows share."""
     if not (energy.resizable and energy.has_density):
         return False

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from numpyro.distributions import constraints
 
 from numpyro_score.energy.domains import domain_of
-from numpyro_score.energy.supports import DISCRETE, base_constraint
+from numpyro_score.energy.supports import DISCRETE, SIMPLICES, base_constraint
 
 __all__ = ["on_boundary", "outside_remedy"]
 
@@ -41,7 +41,7 @@ def outside_remedy(name: str, kind: str, constraint: constraints.Constraint, val
             "norms on the unit sphere",
             f"np.linalg.norm({name}, axis=-1, keepdims=True)",
         )
-    if kind in ("simplex", "flat simplex"):
+    if kind in SIMPLICES:
         if (value < 0).any():
             return f"some shares are negative, at least {value.min():.3g}: correct them"
         return _off_one(name, value.sum(-1), "sums on the simplex", f"{name}.sum(-1, keepdims=True)")
@@ -95,7 +95,7 @@ _ENDS = (("lower_bound", -np.inf), ("upper_bound", np.inf))
 
 def on_boundary(kind: str, constraint: constraints.Constraint, value: Array) -> Array:
     """Which rows of finite data (M, ...) touch the boundary of a bounded support or of a simplex, (M,)."""
-    if kind in ("simplex", "flat simplex"):
+    if kind in SIMPLICES:
         touch = value == 0
     elif kind == "box":
         lower, upper = (jnp.asarray(getattr(base_constraint(constraint), b, i), value.dtype) for b, i in _ENDS)

@@ -59,6 +59,9 @@ Weight = Callable[[Array], Array] | RowWeight
 DISCRETE = ("binary", "levels", "counts")
 """The kinds of discrete support: 0 and 1, the integers of an interval, and all integers from a least one on."""
 
+SIMPLICES = ("simplex", "flat simplex")
+"""The kinds of support of compositions, by their metric."""
+
 
 class Support(NamedTuple):
     """The support of one array of data: static and hashable."""
@@ -111,6 +114,11 @@ class Support(NamedTuple):
     def has_bounds(self) -> bool:
         """Whether each number has a least or a largest value."""
         return self.kind == "box" or self.is_discrete
+
+    @property
+    def has_boundary(self) -> bool:
+        """Whether a site of it says where data can be, in values of its own."""
+        return self.has_bounds or self.kind == "domain"
 
     def coordinate_shape(self, shape: Shape) -> Shape:
         """The shape of the coordinates of data of the given shape."""
@@ -323,7 +331,7 @@ def can_be_outside(kind: str, constraint: constraints.Constraint) -> bool:
 
 def outside(kind: str, value: Any, constraint: constraints.Constraint) -> Array:
     """Which elements of the data, of its batch shape, are not in the support."""
-    if kind in ("sphere", "simplex", "flat simplex"):  # NumPyro's tolerance is for one precision
+    if kind in ("sphere", *SIMPLICES):  # NumPyro's tolerance is for one precision
         total = jnp.sum(value**2 if kind == "sphere" else value, axis=-1)
         wrong = jnp.abs(total - 1) > 1e-4
         return wrong if kind == "sphere" else wrong | jnp.any(value < 0, axis=-1)

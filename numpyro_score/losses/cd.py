@@ -160,8 +160,8 @@ def require_movable(energy: Energy, kernel: Any, owner: str) -> None:
         TypeError: for a kernel of real numbers and discrete data, or the reverse.
         NotImplementedError: for rows of both, and for continuous data with a boundary or curvature.
     """
-    discrete, name = len(energy.discrete_columns), type(kernel).__name__
-    if discrete and discrete < energy.dim:
+    discrete, name = bool(len(energy.discrete_columns)), type(kernel).__name__
+    if energy.is_mixed:
         raise NotImplementedError(
             f"{owner} moves rows by one kernel, and these hold discrete and continuous numbers: use Mixed(ISM(), "
             "PseudoLikelihood()), or condition on one of the sites with data='...'."

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpyro.distributions import biject_to, constraints
 
-from numpyro_score.energy import Energy, base_constraint, check_rows
+from numpyro_score.energy import SIMPLICES, Energy, base_constraint, check_rows
 
 __all__ = [
     "Chart",
@@ -94,8 +94,9 @@ def from_free(
 def free_log_density(energy: Energy, u: Float[Array, "*batch p"], chart: Chart = "embedding") -> Float[Array, "*batch"]:
     """g(u), whose integral over R^P is that of exp f over the data, (..., P) to (...)."""
     x, log_jacobian = from_free(energy, u, chart)
+    value = energy.log_density(x) + log_jacobian
     # Outside of a domain the density is zero, whatever the model says there, NaN included.
-    return jnp.where(log_jacobian == -jnp.inf, -jnp.inf, energy.log_density(x) + log_jacobian)
+    return jnp.where(log_jacobian == -jnp.inf, -jnp.inf, value) if has_domain(energy) else value
 
 
 def has_domain(energy: Energy) -> bool:
@@ -174,7 +175,7 @@ def _pieces(energy: Energy, chart: Chart) -> Sequence[Piece]:
             maps, num_free = _angles(block.size), width // block.size * (block.size - 1)
         elif block.kind == "sphere":
             maps, embedded = _sphere(block.size), block.size
-        elif block.kind in ("simplex", "flat simplex"):
+        elif block.kind in SIMPLICES:
             maps, num_free = _simplex(block.size, block.kind == "flat simplex"), width // block.size * (block.size - 1)
         elif block.kind == "domain":
             maps = _domain(supports[a.name], block.size)

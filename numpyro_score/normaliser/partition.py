@@ -133,8 +133,7 @@ def log_partition(
 
 def _method(energy: Energy, method: str | None) -> str:
     """The method, or the one for such data; raises where it is not for them."""
-    discrete = len(energy.discrete_columns)
-    if discrete and discrete < energy.dim:
+    if energy.is_mixed:
         raise NotImplementedError(
             "log_partition has no method for rows of discrete and continuous numbers: sum the discrete ones out of the "
             "density with jax.nn.logsumexp, in a model of the continuous ones."
@@ -144,13 +143,14 @@ def _method(energy: Energy, method: str | None) -> str:
             "log_partition has no method for data in a Domain, which has no map from the whole space: sum exp f over a "
             "grid or over uniform draws inside."
         )
+    discrete = bool(len(energy.discrete_columns))
     if method is None:
         if discrete:
             counts = any(a.support.kind == "counts" for a in energy.arrays)
             few = energy.dim <= 2 if counts else num_states(energy) <= MAX_STATES
             return "enumeration" if few else "ais"
         return "quadrature" if free_dim(energy, "angles") <= MAX_DIM else "smc"
-    if (method in _DISCRETE) != bool(discrete):
+    if (method in _DISCRETE) != discrete:
         kind, these = (
             ("discrete", _DISCRETE) if discrete else ("continuous", [m for m in METHODS if m not in _DISCRETE])
         )

@@ -127,18 +127,18 @@ def sample(
 
 def kernel_for(energy: Energy, kernel: Kernel | None) -> Kernel:
     """The kernel, or the one for such data; raises where it is known not to move them."""
-    discrete = len(energy.discrete_columns)
-    if discrete and discrete < energy.dim:
+    if energy.is_mixed:
         raise NotImplementedError(
             "sample moves rows by one kernel, and these hold discrete and continuous numbers: condition on one of the "
             "sites with data='...', and draw them in turn."
         )
+    discrete = bool(len(energy.discrete_columns))
     if kernel is None and discrete:
         return Gibbs if num_values(energy) is not None else GibbsWithGradients
     if kernel is None:
         return NUTS
     made = kernel.func if isinstance(kernel, partial) else kernel
-    if inspect.isclass(made) and issubclass(made, DiscreteKernel) != bool(discrete):
+    if inspect.isclass(made) and issubclass(made, DiscreteKernel) != discrete:
         kind = "discrete" if discrete else "continuous"
         instead = "Gibbs, GibbsWithGradients or DiscreteLangevin" if discrete else "NUTS"
         raise TypeError(

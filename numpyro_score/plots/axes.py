@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_score.energy import Energy, numbered
+from numpyro_score.energy import SIMPLICES, Energy, numbered
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 
 __all__ = [
@@ -80,7 +80,7 @@ def require_plane(owner: str, energy: Energy) -> None:
                 f"{owner} draws a density on a plane, and site '{a.name}' is discrete ({a.support.kind}): use "
                 "plot_marginals."
             )
-        if a.support.kind in ("sphere", "simplex", "flat simplex"):
+        if a.support.kind in ("sphere", *SIMPLICES):
             raise ValueError(
                 f"{owner} varies two coordinates by themselves, and site '{a.name}' lives on a {a.support.kind}: use "
                 "plot_marginals."
