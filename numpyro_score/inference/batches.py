@@ -23,6 +23,7 @@ from numpyro_score.inference.arrival import warn_at_end
 from numpyro_score.inference.checkpoint import Checkpoint
 from numpyro_score.inference.cost import with_cost
 from numpyro_score.inference.failure import explain
+from numpyro_score.inference.held_out import HeldOut
 from numpyro_score.inference.loop import Course, NonFiniteLossError, check_num_steps, next_size, strongly_typed
 from numpyro_score.inference.optim import check_state, current_params
 from numpyro_score.inference.processes import agreed, gathered, interrupts, is_first, require_common
@@ -50,6 +51,8 @@ class FromBatches:
         num_rows: int | None = None,
         num_steps: int | None = None,
         prefetch: int = 2,
+        held_out: Any = None,
+        held_out_every: int = 100,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: float = 30.0,
         progress_bar: bool = True,
@@ -74,6 +77,10 @@ class FromBatches:
                 Default: one pass, of which the default optimiser needs the length. The object's `num_steps` is
                 not used.
             prefetch: batches that may wait on the device, beside at most two in use.
+            held_out: rows that no batch holds, as an array or tuple like a batch, of any length. Their mean loss at the
+                estimates, without the prior and with the same random numbers each time, is in the result's `held_out`
+                and in the bar.
+            held_out_every: steps from one look at them to the next.
             checkpoint: a directory to save the run in, as in `run`, with the position among the batches that steps
                 were taken on: what `get_state()` of the iterator gives, JSON or bytes, or the number of batches where
                 the iterable has a length; passes must then keep their order.
@@ -137,19 +144,24 @@ class FromBatches:
         start = int(state.optim_state[0])
         own = dict(loss=self.score_loss, learning_rate=self.learning_rate, average=self.average)
         options = dict(num_steps=num_steps, num_rows=num_rows, start=start, rng_key=rng_key)
-        kept = Checkpoint.of(
-            checkpoint, checkpoint_every, "ScoreMatching.run_batches", first.args, 0.0, **own, **options
-        )
         course = Course(self.constrain_fn.args[0], start, total or 1, self.learning_rate * weight)
+        args: Any = first.args
+        like: Any = 0.0
+        held = None
+        if held_out is not None:
+            held = HeldOut(self, held_out, held_out_every, rng_key, course, state)
+            args, like, options = (args, held.args), (0.0, 0.0), options | {"held_out_every": held.every}
+        kept = Checkpoint.of(checkpoint, checkpoint_every, "ScoreMatching.run_batches", args, like, **own, **options)
         step = partial(self._step_batch, course, static=first.static, places=places_of(first.arrays))
-        loop = _Loop(step, state, first, None if num_steps is None else total, partial(_failure, self))
-        del first, state  # which take memory that the steps may need
+        loop = _Loop(step, state, first, None if num_steps is None else total, partial(_failure, self), held)
+        del first, state, args  # which take memory that the steps may need
         losses = loop.run(reader, kept, tqdm(total=total, disable=not progress_bar or not is_first()))
         state = loop.at.state
         if not loop.interrupted:
             warn_at_end(self, state, losses, num_rows or self._shape[1])
         params, args = self.get_params(state), loop.at.batch.args
-        return ScoreMatchingResult(params, state, losses, self, args, {}, interrupted=loop.interrupted)
+        looks = None if held is None else loop.looks()
+        return ScoreMatchingResult(params, state, losses, self, args, {}, loop.interrupted, held_out=looks)
 
     def _step_impl(
         self: Any, course: Course, arrays: Any, state: Any, *, static: Any, places: Places
@@ -224,6 +236,7 @@ class _Loop:
         first: the first batch.
         num_steps: steps; None to go on to the last batch.
         failure: the error for a loss that is not finite.
+        held_out: rows to look at.
     """
 
     def __init__(
@@ -233,10 +246,12 @@ class _Loop:
         first: Batch,
         num_steps: int | None,
         failure: Callable[..., Exception],
+        held_out: HeldOut | None,
     ) -> None:
-        self.step, self.num_steps, self.failure = step, num_steps, failure
+        self.step, self.num_steps, self.failure, self.held_out = step, num_steps, failure, held_out
         self.at, self.interrupted = _At(state, 0, first), False
         self.losses: list[float] = []
+        self.seen: dict[int, float] = {}  # losses of the rows held out, by the steps taken
         self._pending: deque[tuple[int, Any, Any, Batch]] = deque()  # steps whose losses were not looked at
         self._before: Any = None  # the state before the last step whose loss was
 
@@ -247,6 +262,9 @@ class _Loop:
             if checkpoint is not None:
                 done, state, values = checkpoint.start(self.at.state)
                 self.at, position = _At(state, done, self.at.batch), checkpoint.position
+                if self.held_out is not None:
+                    self.seen = {i + 1: float(v) for _, seen in values for i, v in enumerate(seen) if not np.isnan(v)}
+                    values = [losses for losses, _ in values]
                 self.losses = [float(v) for chunk in values for v in chunk]
                 bar.update(done)
             reader.start(self.at.done, position)
@@ -265,7 +283,7 @@ class _Loop:
                 reader.stop()
             self._look(0)
             if checkpoint is not None and self.at.done:
-                checkpoint.save(self.at.done, self.at.state, self._values(), self.at.batch.position)
+                checkpoint.save(self.at.done, self.at.state, self._saved(), self.at.batch.position)
             if error is not None:
                 raise error
         return self._values()
@@ -286,10 +304,13 @@ class _Loop:
             self._pending.append((done, loss, state, batch))
             self.at = _At(new, done + 1, batch)
             self._look(_ON_DEVICE - 1)
+            if self.held_out is not None and self.at.done % self.held_out.every == 0:
+                self.seen[self.at.done] = self.held_out.look(new)
             if self.at.done - shown < size:
                 continue
             mean = np.mean(self.losses[shown:] or self.losses[-1:] or [np.nan])
-            bar.set_postfix_str(f"init loss: {(self.losses or [np.nan])[0]:.4f}, loss: {mean:.4f}", refresh=False)
+            held = f", held out: {next(reversed(self.seen.values())):.4f}" if self.seen else ""
+            bar.set_postfix_str(f"init loss: {(self.losses or [np.nan])[0]:.4f}, loss: {mean:.4f}{held}", refresh=False)
             bar.update(size)
             # Step counts are those of process 0, as clocks differ.
             size = next_size(size, time.perf_counter() - begin) if shown else 8
@@ -299,7 +320,7 @@ class _Loop:
                 raise KeyboardInterrupt
             if save and checkpoint is not None:
                 self._look(0)
-                checkpoint.save(self.at.done, self.at.state, self._values(), batch.position)
+                checkpoint.save(self.at.done, self.at.state, self._saved(), batch.position)
             shown, begin = self.at.done, time.perf_counter()
         return None
 
@@ -313,6 +334,18 @@ class _Loop:
                 raise self.failure(state, last, step, batch, np.array(self.losses, jnp.result_type(float)))
             self._before = state
             self._pending.popleft()
+
+    def looks(self) -> np.ndarray:
+        """Steps taken and the loss of the rows held out there, (K, 2); the last is after the last step."""
+        assert self.held_out is not None
+        at = self.seen if self.at.done in self.seen else {**self.seen, self.at.done: self.held_out.look(self.at.state)}
+        return np.array(list(at.items()), jnp.result_type(float))
+
+    def _saved(self) -> Any:
+        """What is kept of each step; no loss of rows held out is NaN."""
+        if self.held_out is None:
+            return self._values()
+        return self._values(), np.array([self.seen.get(i + 1, np.nan) for i in range(self.at.done)])
 
     def _values(self) -> np.ndarray:
         return np.array(self.losses[: self.at.done], jnp.result_type(float))

@@ -170,6 +170,7 @@ def save_fit(fit: Any, path: str | os.PathLike[str]) -> None:
         "params": arrays.leaves(fit.params),
         "state": arrays.leaves(fit.state),
         "losses": arrays.put(fit.losses),
+        "held_out": None if fit.held_out is None else arrays.put(fit.held_out),
         "interrupted": fit.interrupted,
         "cost": None if fit.cost is None else fit.cost._asdict(),
         "labels": fit.labels.encode(),

@@ -66,6 +66,7 @@ class ScoreMatchingResult:
         cost: seconds, memory and evaluations of the density that the run took.
         of_batches: the curvature of more rows than `args` holds, see :meth:`over_batches`.
         labels: names of the axes and columns of tables among the model's arguments.
+        held_out: steps taken and the mean loss of the rows held out there, (K, 2), see `run_batches`.
     """
 
     params: dict[str, Any]
@@ -78,6 +79,7 @@ class ScoreMatchingResult:
     cost: FitCost | None = None
     of_batches: Curvature | None = None
     labels: Labels = NO_LABELS
+    held_out: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.has_data:  # which may be tables, where `dataclasses.replace` gives it
@@ -384,16 +386,8 @@ class ScoreMatchingResult:
         if hasattr(svi.score_loss, "settle"):
             settle = jax.jit(svi.score_loss.settle)
             energy = settle(energy, jax.random.fold_in(self.state.rng_key, 1))
-        return Objective.of(
-            energy,
-            self.coordinates,
-            svi.score_loss,
-            svi.learning_rate,
-            svi.prior,
-            self.args,
-            self.kwargs,
-            self.state.rng_key,
-        )
+        at = energy, self.coordinates, svi.score_loss, svi.learning_rate, svi.prior
+        return Objective.of(*at, self.args, self.kwargs, self.state.rng_key)
 
 
 def _all(estimates: dict[str, Any]) -> dict[str, Any]:

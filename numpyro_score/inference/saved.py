@@ -105,7 +105,8 @@ def load(
         raise ValueError(_MISMATCH.format(path=path))
     cost = None if head["cost"] is None else FitCost(**head["cost"])
     losses = np.asarray(arrays.get(head["losses"]))
-    fit = ScoreMatchingResult(params, state, losses, svi, args, kwargs, head["interrupted"], cost)
+    held_out = None if head.get("held_out") is None else np.asarray(arrays.get(head["held_out"]))
+    fit = ScoreMatchingResult(params, state, losses, svi, args, kwargs, head["interrupted"], cost, held_out=held_out)
     # Those of the file, unless the arguments given again are tables, which bring their own.
     return fit if fit.labels.axes else replace(fit, labels=Labels.decode(head.get("labels")))
 
