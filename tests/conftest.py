@@ -34,6 +34,22 @@ if QUICKLY_COMPILED:
 gc.set_threshold(50_000, 20, 100)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--first-cases", action="store_true", help="of a test with several cases run the first alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("first_cases"):
+        return
+    seen, first, others = set(), [], []
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        (others if name in seen else first).append(item)
+        seen.add(name)
+    items[:] = first
+    config.hook.pytest_deselected(items=others)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """No file needs what another has compiled; all together takes gigabytes and most maps that a process may have."""

@@ -96,12 +96,12 @@ from importlib.metadata import version
 names = "jax", "numpyro", "optax", "arviz", "folx", "flax", "equinox", "numpy"
 print("Python", sys.version.split()[0] + ":", ", ".join(f"{name} {version(name)}" for name in names))'
 # The array shapes that annotations state are checked here: the checks take time, and once is enough. Unless asked for,
-# tests that take long are left to the oldest Python, which runs them all.
+# tests that take long, and all cases of a test but the first, are left to the oldest Python, which runs them all.
 run() { inside sh -c 'cd /src && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"' pytest "$@"; }
 if (($#)); then
     run --jaxtyping-packages=numpyro_score,beartype.beartype "$@"
 else
-    run --jaxtyping-packages=numpyro_score,beartype.beartype -m "not slow"
+    run --jaxtyping-packages=numpyro_score,beartype.beartype -m "not slow" --first-cases
     # With all of XLA's optimisations, as users compile the package: tests/conftest.py leaves most of them out elsewhere.
     settings+=(XLA_FLAGS=--xla_backend_optimization_level=3)
     run tests/test_operators.py tests/test_losses.py tests/test_random.py -m "not slow"
