@@ -236,8 +236,8 @@ def picture(modes, right, wines, path):
         a.plot(along.times, along.times * along.fisher, label=f"modes at ±{r['half']:g}")
     a.set(xscale="log", xlabel="variance t of the noise", ylabel="t × Fisher divergence (the area is KL)")
     a.set_title("Exchanged weights: where KL comes from")
-    a.set_ylim(0, 0.37)
-    a.legend(loc="upper center", ncols=3, fontsize=12, columnspacing=1)
+    a.set_ylim(0, 0.42)
+    a.legend(loc="upper center", ncols=2, fontsize=12)
     for r, color in zip(right, plt.cm.viridis(np.linspace(0, 0.85, len(right))), strict=True):
         for values, style in zip(r["moved"].T, ("--", "-"), strict=True):
             b.plot(OFFSETS, values, style, color=color, label=f"df {r['df']:g}" if style == "-" else None)

@@ -84,11 +84,11 @@ def with_value(row, value, x=X):
     return placed(x)
 
 
-def message(model, x, loss):
+def message(model, x, loss, **options):
     """What a fit says that fails."""
     try:
-        ScoreMatching(model, optim=optax.adam(1e-2), loss=loss, num_steps=5).run(jax.random.key(2), x)
-    except (ValueError, FloatingPointError) as error:
+        ScoreMatching(model, optim=optax.adam(1e-2), loss=loss, num_steps=5).run(jax.random.key(2), x, **options)
+    except (ValueError, OSError, FloatingPointError) as error:
         return str(error)
     return "no error"
 
@@ -168,6 +168,7 @@ def further():
     found["batches"] = sm.run_batches(0, batches(6), num_steps=6, num_rows=1000, progress_bar=False).params["a"]
     for fault in ("end", "raise", "missing"):
         found[f"batches_{fault}"] = batch_message(batches(6, fault))
+    found["no_directory"] = message(quartic, x, SSM(), checkpoint=FOLDER.parent / "file")
     found["apart"] = message(quartic, X + RANK, SSM())
     found["batches_apart"] = batch_message([X + RANK] * 6)
     return found

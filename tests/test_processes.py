@@ -48,6 +48,7 @@ def run_all(folder, jobs):
 def folder(tmp_path_factory):
     """What one process and two have found: process_job.py says what."""
     folder, port = tmp_path_factory.mktemp("processes"), free_port()
+    (folder / "file").touch()
     run_all(folder, [start(1, 0, 0, folder / "one"), *(start(2, rank, port, folder / "two") for rank in range(2))])
     return folder
 
@@ -124,6 +125,7 @@ def test_interrupted_runs_go_on(found):
     ("what", "first", "second"),
     [
         ("batches_end", "batches of process 1 ended after 3 steps, and those of process 0 did not", None),
+        ("no_directory", "The checkpoint in", "So says the first process"),
         ("batches_raise", "batches of process 1 raised an error at step 3", "the disk is gone"),
         (
             "batches_missing",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_score.inference.arguments import fingerprint, named_leaves, numbers_of
+from numpyro_score.inference.processes import by_first
 from numpyro_score.losses.base import positive
 from numpyro_score.printed import without_addresses
 
@@ -99,6 +100,7 @@ class Checkpoint:
         self.settings["state"] = {name: [str(v.dtype), list(v.shape)] for name, v in named_leaves(state).items()}
         ocp = _orbax()
         with self._explained("opened"):
+            by_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))  # at once; Orbax does it later
             options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
             steps = sorted(self._manager.all_steps(), reverse=True)
