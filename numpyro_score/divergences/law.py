@@ -25,7 +25,19 @@ from numpyro_score.normaliser.coordinates import data_to_row
 from numpyro_score.operators import full_precision
 from numpyro_score.random import Key, as_key
 
-__all__ = ["Draws", "Law", "check_rows", "draw", "log_normaliser", "mean_and_error", "read_pair", "refuse_rows", "thin"]
+__all__ = [
+    "Draws",
+    "Law",
+    "check_rows",
+    "draw",
+    "log_normaliser",
+    "mean_and_error",
+    "read_pair",
+    "refuse_rows",
+    "refuse_weights",
+    "thin",
+    "weighted",
+]
 
 
 class Law(NamedTuple):
@@ -239,6 +251,36 @@ def thin(draws: Draws) -> Float[Array, "n d"]:
             raise ValueError("The chains do not move in some coordinate: draw longer chains.")
         rows = rows[:, :: max(1, round(2 * x.shape[0] * x.shape[1] / float(ess.min()) - 1))]
     return rows.reshape(-1, rows.shape[-1])
+
+
+def refuse_weights(owner: str, argument: str, law: Law, weights: Any) -> None:
+    """Raises TypeError for weights of rows that were not given."""
+    rows = law.given is not None and (
+        isinstance(law.given, dict | list | np.ndarray | jax.Array) or "posterior" not in law.given
+    )
+    if weights is not None and not rows:
+        raise TypeError(f"{argument} of {owner} are of rows of data: leave them out for laws and draws of chains.")
+
+
+def weighted(
+    argument: str, law: Law, rows: Float[Array, "n d"], weights: Any
+) -> tuple[Float[Array, "m d"], Float[Array, "m"] | None]:
+    """Rows that have a weight, and their weights, of mean one; None where there are none.
+
+    Raises:
+        ValueError: for weights of another shape, negative or not finite.
+    """
+    if weights is None:
+        return rows, None
+    found = np.asarray(weights, np.float64)
+    if found.shape != (len(rows),):
+        raise ValueError(
+            f"{argument} has shape {found.shape}: pass one weight for each row of {law.name}, ({len(rows)},)."
+        )
+    if bad := rows_text(~(np.isfinite(found) & (found >= 0))):
+        raise ValueError(f"{argument} is negative or not finite in {bad}: pass weights of zero or more.")
+    kept = found > 0
+    return rows[kept], jnp.asarray(found[kept] / found[kept].mean() if kept.any() else found[kept], rows.dtype)
 
 
 def check_rows(energy: Energy, rows: Float[Array, "n d"]) -> None:

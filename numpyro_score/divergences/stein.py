@@ -15,7 +15,7 @@ from numpyro.distributions import constraints
 
 from numpyro_score.divergences.discrete_stein import discrete_rows, discrete_stein_kernel
 from numpyro_score.divergences.kernels import KernelName, check_kernel, profile
-from numpyro_score.divergences.law import check_rows, draw, read_pair, refuse_rows, thin
+from numpyro_score.divergences.law import check_rows, draw, read_pair, refuse_rows, refuse_weights, thin, weighted
 from numpyro_score.divergences.pairs import median_distance, pair_sums
 from numpyro_score.energy import SIMPLICES, Energy, base_constraint
 from numpyro_score.losses.base import at_least_one, positive
@@ -42,6 +42,7 @@ def kernel_stein_discrepancy(
     *,
     bandwidth: float | None = None,
     kernel: KernelName = "imq",
+    weights: Any = None,
     num_samples: int = 4000,
     num_bootstrap: int = 1000,
 ) -> SteinTest:
@@ -88,12 +89,15 @@ def kernel_stein_discrepancy(
             for discrete data.
         kernel: "imq", the one above, or "gaussian", exp(−‖x − x'‖²/(2ℓ²)), which sees less of far rows. Discrete data
             have one of their own.
+        weights: weights of rows p that are given, (N,), as of importance or of a survey: they stand for the law of
+            density w times theirs. Value and replicates are then weighted, Σ w w' h over Σ w w'.
         num_samples: how many draws of p, before thinning.
         num_bootstrap: B.
 
     Raises:
         TypeError, ValueError: if q is rows; laws of different data; fewer than four rows; rows out of q's support or on
-            its boundary, and scores that are not finite, with the rows; an unknown kernel.
+            its boundary, and scores that are not finite, with the rows; an unknown kernel; weights of another shape,
+            negative, or of what is no rows.
         NotImplementedError: in a `Domain`, naming the site, and for rows of discrete and continuous numbers.
 
     Example:
@@ -116,8 +120,9 @@ def kernel_stein_discrepancy(
             f"{owner} has no kernel for rows of discrete and continuous numbers: test each given the other, by "
             "energies with data='...', the site."
         )
+    refuse_weights(owner, "weights", p, weights)
     draw_key, key = jax.random.split(as_key(rng_key))
-    rows = thin(draw(p, q, draw_key, num_samples))
+    rows, of_rows = weighted("weights", p, thin(draw(p, q, draw_key, num_samples)), weights)
     if len(rows) < 4:
         raise ValueError(f"{owner} needs at least four independent rows of p, got {len(rows)}.")
     check_rows(q.energy, rows)
@@ -125,7 +130,7 @@ def kernel_stein_discrepancy(
         length = jnp.asarray(1.0 if bandwidth is None else bandwidth, rows.dtype)
         pieces = discrete_rows(q.energy, rows, length)
         refuse_rows("ratio of q at a neighbour", pieces.lower_ratio)
-        return _test(discrete_stein_kernel, pieces, length, 1.0, key, num_bootstrap)
+        return _test(discrete_stein_kernel, pieces, of_rows, length, 1.0, key, num_bootstrap)
     spheres = spheres_of(q.energy)
     u, scores = _free_scores(q.energy, rows, spheres=spheres)
     refuse_rows("free coordinate, on the boundary of the support,", u)
@@ -135,13 +140,23 @@ def kernel_stein_discrepancy(
         raise ValueError(f"Half of the rows of p are equal, so that there is no scale: give {owner} a bandwidth.")
     # In units of ℓ, where h has those of a squared score.
     of_pair = stein_kernel(kernel, spheres)
-    return _test(of_pair, (u / length, length * scores), length, float(length) ** -2, key, num_bootstrap)
+    return _test(of_pair, (u / length, length * scores), of_rows, length, float(length) ** -2, key, num_bootstrap)
 
 
 def _test(
-    kernel: Callable[..., Array], rows: Any, bandwidth: Array, unit: float, rng_key: Array, num_bootstrap: int
+    kernel: Callable[..., Array],
+    rows: Any,
+    weights: Array | None,
+    bandwidth: Array,
+    unit: float,
+    rng_key: Array,
+    num_bootstrap: int,
 ) -> SteinTest:
-    value, stderr, pvalue = map(float, stein_statistic(kernel, rows, rng_key, num_bootstrap))
+    if weights is None:
+        found = stein_statistic(kernel, rows, rng_key, num_bootstrap)
+    else:
+        found = weighted_stein_statistic(kernel, rows, weights, rng_key, num_bootstrap)
+    value, stderr, pvalue = map(float, found)
     if not np.isfinite([unit * value, unit * stderr]).all():
         raise ValueError(
             "kernel_stein_discrepancy overflows: the largest score, or ratio of q at a neighbour, is "
@@ -180,6 +195,28 @@ def stein_statistic(
     variance = jnp.maximum(variance, 2 * squares / pairs)
     pvalue = (1 + jnp.sum(replicates >= value)) / (num_bootstrap + 1)
     return value, jnp.sqrt(variance), pvalue
+
+
+@partial(jax.jit, static_argnames=("kernel", "num_bootstrap"))
+def weighted_stein_statistic(
+    kernel: Callable[..., Array], rows: Any, weights: Float[Array, "n"], rng_key: Array, num_bootstrap: int
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """The same of rows with weights of mean one.
+
+    The value is a ratio R = Σ w w' h / Σ w w', whose error is that of Σ w w' (h − R) / Σ w w'; the replicates have no
+    need of that, as they hold under a law at which the sum above is zero.
+    """
+    n, both, make = len(weights), (*rows, weights), getattr(type(rows), "_make", tuple)
+    pairs = (weights.sum() ** 2 - jnp.sum(weights**2)) / (n * (n - 1))
+
+    def of(centre: Array | float) -> Callable[..., Array]:
+        def weighted_kernel(row: Any, others: Any) -> Array:
+            return row[-1] * others[-1] * (kernel(make(row[:-1]), make(others[:-1])) - centre) / pairs
+
+        return weighted_kernel
+
+    value, _, pvalue = stein_statistic(of(0.0), both, rng_key, num_bootstrap)
+    return value, stein_statistic(of(value), both, rng_key, 1)[1], pvalue
 
 
 @functools.cache  # so that equal settings are one function, and compile once
