@@ -22,7 +22,8 @@ from numpyro_score import (
     compare,
     score_factor,
 )
-from numpyro_score.comparison.verdict import find_sentence, least_weight, told_apart
+from numpyro_score.comparison import HYVARINEN
+from numpyro_score.comparison.verdict import find_sentence, score_scale, told_apart
 from numpyro_score.normaliser import LogPartition
 
 # Chains are short here, and the R-hat is in the table.
@@ -165,17 +166,19 @@ def test_fisher_cannot_see_the_weights_of_separated_modes():
 
 def sentence(kl, fisher, rows=NEW, log_z_error=0.0):
     """Of two fits 'a' and 'b' with these differences by row, a over b, positive where a is better."""
-    zeros = np.zeros(len(kl))
-    return find_sentence({"a": kl, "b": zeros}, {"a": log_z_error, "b": 0.0}, {"a": -fisher, "b": zeros}, rows)
+    zeros, widest = np.zeros(len(kl)), float(np.linalg.eigvalsh(np.atleast_2d(np.cov(rows.T)))[-1])
+    return find_sentence(
+        {"a": kl, "b": zeros}, {"a": log_z_error, "b": 0.0}, {"a": -fisher, "b": zeros}, HYVARINEN, widest
+    )
 
 
 def test_a_difference_that_only_the_likelihood_sees_has_a_line():
     noise = np.random.default_rng(5).normal(size=400)
     likelihoods, errors = {"a": 0.5 + noise, "b": 0 * noise}, {"a": 0.0, "b": 0.0}
-    (line,) = told_apart(("a", "b"), likelihoods, errors, {"a": noise, "b": 0 * noise})
+    (line,) = told_apart(("a", "b"), likelihoods, errors, {"a": noise, "b": 0 * noise}, HYVARINEN)
     assert line.startswith("The likelihood tells 'a' from 'b', by ") and "the Hyvärinen score does not" in line
-    assert told_apart(("a", "b"), likelihoods, errors, {"a": noise - 0.5, "b": 0 * noise}) == []
-    assert told_apart(("a", "b"), {"a": noise, "b": 0 * noise}, errors, {"a": noise, "b": 0 * noise}) == []
+    assert told_apart(("a", "b"), likelihoods, errors, {"a": noise - 0.5, "b": 0 * noise}, HYVARINEN) == []
+    assert told_apart(("a", "b"), {"a": noise, "b": 0 * noise}, errors, {"a": noise, "b": 0 * noise}, HYVARINEN) == []
 
 
 @pytest.mark.slow
@@ -190,7 +193,7 @@ def test_small_units_are_not_blindness():
 
     x = 0.01 * np.random.default_rng(0).gamma(2.0, 1.0, 500)
     energies = {str(r): Energy(exponential, {"rate": jnp.asarray(r)}, x) for r in (100.0, 160.0)}
-    assert least_weight(energies["100.0"]) == pytest.approx(x.mean(), rel=1e-6)
+    assert score_scale(energies["100.0"]) == pytest.approx(x.var(ddof=1) / x.mean(), rel=1e-5)
     found = compare(
         energies, x, rng_key=KEY, num_samples=100, log_partition={k: -2 * np.log(float(k)) for k in energies}
     )

@@ -22,7 +22,6 @@ from numpyro_score import (
     Gibbs,
     GibbsWithGradients,
     ScoreMatching,
-    compare,
     kernel_stein_discrepancy,
     log_partition,
     sample,
@@ -200,7 +199,6 @@ REFUSED = {
     "smc": (lambda e, c: log_partition(e, "smc", KEY), ValueError, "discrete data of site 'x'.*'enumeration', 'ais'"),
     "ais of reals": (lambda e, c: log_partition(c, "ais", KEY), ValueError, "continuous data.*'quadrature'"),
     "score": (lambda e, c: e.score(e.data), TypeError, r"'x' is discrete.*PseudoLikelihood\(\)"),
-    "compare": (lambda e, c: compare({"a": e, "b": e}, STATES, rng_key=KEY), NotImplementedError, "log_partition"),
 }
 
 

@@ -3,8 +3,10 @@
 from numpyro_score.comparison.audit import Audit, AuditRow, audit
 from numpyro_score.comparison.compare import Comparison, compare
 from numpyro_score.comparison.loo import HyvarinenScore, hyvarinen_loo, hyvarinen_score
+from numpyro_score.comparison.scores import HYVARINEN
 
 __all__ = [
+    "HYVARINEN",
     "Audit",
     "AuditRow",
     "Comparison",

@@ -17,15 +17,15 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Array, Float
 
-from numpyro_score.comparison.loo import hyvarinen_score
+from numpyro_score.comparison.scores import HYVARINEN, Rule, row_scores
 from numpyro_score.comparison.verdict import (
     ERRORS,
     Rows,
     cell,
     find_sentence,
     joined,
-    least_weight,
     paired,
+    score_scale,
     told_apart,
 )
 from numpyro_score.diffusion import ScoreDistribution
@@ -53,7 +53,8 @@ class Comparison:
         table: one row for each fit, best likelihood first. Sums over the rows of the data, with standard errors:
 
             - `score`, `score_se`: Hyvärinen score Σ ½‖∇f‖² + Δf, lower is better; `score_diff`, `score_dse`: paired
-              difference from the fit of lowest score;
+              difference from the fit of lowest score. Of discrete data the value of
+              :class:`~numpyro_score.PseudoLikelihood`, of counts that of :class:`~numpyro_score.DiscreteFisher`;
             - `log_likelihood`, `log_likelihood_se`, higher is better; `log_likelihood_diff`, `log_likelihood_dse`:
               paired difference from the fit of highest likelihood; the errors hold that of log Z;
             - `log_partition`, `log_partition_stderr`;
@@ -70,6 +71,7 @@ class Comparison:
         order_fisher: names from the lowest score to the highest.
         sentence: what it means if the two disagree beyond their errors, else None.
         lines: the orders as text, and the sentence.
+        rule: what `score` is, in words.
     """
 
     table: pd.DataFrame
@@ -78,6 +80,7 @@ class Comparison:
     order_fisher: tuple[str, ...]
     sentence: str | None
     lines: tuple[str, ...]
+    rule: Rule = HYVARINEN
 
     def shown(self) -> pd.DataFrame:
         """The table as people read it: estimates with errors in one cell, fits for columns."""
@@ -85,7 +88,7 @@ class Comparison:
         for label, value, error in _CELLS:
             if not t[value].isna().all():
                 errors = [None] * len(t) if error is None else t[error]
-                shown[label] = [cell(v, e) for v, e in zip(t[value], errors, strict=True)]
+                shown[label or self.rule.score] = [cell(v, e) for v, e in zip(t[value], errors, strict=True)]
         return pd.DataFrame(shown, index=t.index).T
 
     def __repr__(self) -> str:
@@ -99,7 +102,7 @@ class Comparison:
 _CELLS = [
     ("log likelihood", "log_likelihood", "log_likelihood_se"),
     ("  behind the best", "log_likelihood_diff", "log_likelihood_dse"),
-    ("Hyvärinen score", "score", "score_se"),
+    (None, "score", "score_se"),
     ("  above the best", "score_diff", "score_dse"),
     ("log Z", "log_partition", "log_partition_stderr"),
     ("KSD²", "ksd", None),
@@ -129,7 +132,8 @@ def compare(
 ) -> Comparison:
     """Compares fits on rows that none of them has seen: which is better, in which sense, and is it to be trusted?
 
-    Every fit is taken at its point estimates. The likelihood sees what the Hyvärinen score does not, such as the
+    Every fit is taken at its point estimates. Discrete data have a pseudo-likelihood, or ratios of neighbours, in place
+    of the Hyvärinen score, as `rule` says. The likelihood sees what the Hyvärinen score does not, such as the
     weights of modes far apart, and costs a normaliser; where the two disagree beyond their errors, a sentence says so:
 
     - each prefers another fit, both by more than three standard errors of the paired difference; or
@@ -189,7 +193,7 @@ def compare(
         except ValueError as error:
             raise ValueError(f"Fit '{name}' cannot take the data: {error}") from None
     keys = dict(zip(names, jax.random.split(as_key(rng_key), (len(names), 3)), strict=True))
-    scores = {k: hyvarinen_score(e).pointwise.values for k, e in energies.items()}
+    rule, scores = row_scores(energies, keys[names[0]][0])
     likelihoods, log_zs = None, {}
     flows = {k: fit for k, fit in fits.items() if isinstance(fit, ScoreDistribution)}
     if all(k in flows or e.has_density for k, e in own.items()):
@@ -226,17 +230,18 @@ def compare(
     record = pd.DataFrame(columns, names).join(pd.DataFrame.from_dict(found, orient="index"))
     sentence = None
     if likelihoods is not None:
-        sentence = find_sentence(likelihoods, errors, scores, np.asarray(rows), least_weight(energies[names[0]]))
+        scale = score_scale(energies[names[0]]) if rule is HYVARINEN else None
+        sentence = find_sentence(likelihoods, errors, scores, rule, scale)
     lines = [f"{len(names)} fits on {len(rows)} rows; ≈ is for a difference within {ERRORS:.0f} standard errors."]
     if order_kl is not None and likelihoods is not None:
-        lines.append("Under KL, best first:     " + joined(order_kl, likelihoods, errors))
-    lines.append("Under Fisher, best first: " + joined(order_fisher, scores, exact))
+        lines.append(f"Under KL, best first: {' ' * (len(rule.under) - 2)}" + joined(order_kl, likelihoods, errors))
+    lines.append(f"Under {rule.under}, best first: " + joined(order_fisher, scores, exact))
     if sentence is not None:
         lines.append(sentence)
     elif order_kl is not None and likelihoods is not None:
-        lines += told_apart(order_kl, likelihoods, errors, scores)
+        lines += told_apart(order_kl, likelihoods, errors, scores, rule)
     record = record.reindex(index=list(order_kl or order_fisher), columns=_COLUMNS)
-    return Comparison(record, table, order_kl, order_fisher, sentence, tuple(lines))
+    return Comparison(record, table, order_kl, order_fisher, sentence, tuple(lines), rule)
 
 
 def _taken(energy: Energy, covariates: dict[str, Any]) -> dict[str, Any]:
@@ -265,11 +270,10 @@ def _energies(fits: Mapping[str, Fit], log_partition: dict[str, Any], covariates
     if unknown := [k for k in covariates if not any(_taken(e, {k: None}) for e in energies.values())]:
         raise TypeError(f"given has '{unknown[0]}', which no model takes: use the names of the models' arguments.")
     for name, energy in energies.items():
-        if len(energy.discrete_columns):
+        if energy.is_mixed:
             raise NotImplementedError(
-                f"compare ranks by the Hyvärinen score, which discrete data such as those of fit '{name}' do not have: "
-                "compare such fits by energy.log_density(x) - log_partition(energy).value on the new rows, and by "
-                "kernel_stein_discrepancy."
+                f"compare has no log Z and no draws for rows of discrete and continuous numbers, as of fit '{name}': "
+                "compare their losses, e.g. by fit.energy.at(x) and Mixed(...)."
             )
         if energy.num_rows > 1 and not energy.resizable and not _taken(energy, covariates):
             raise NotImplementedError(

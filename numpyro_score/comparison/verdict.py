@@ -7,11 +7,11 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
+from numpyro_score.comparison.scores import Rule
 from numpyro_score.energy import Energy
 
-__all__ = ["ERRORS", "Difference", "Rows", "cell", "find_sentence", "joined", "least_weight", "paired", "told_apart"]
+__all__ = ["ERRORS", "Difference", "Rows", "cell", "find_sentence", "joined", "paired", "score_scale", "told_apart"]
 
 Rows = dict[str, np.ndarray]  # (N,) each, by fit
 
@@ -38,8 +38,12 @@ def paired(a: np.ndarray, b: np.ndarray, *common: float) -> Difference:
     return Difference(float(difference.sum()), error)
 
 
-def least_weight(energy: Energy) -> float:
-    """The mean over rows of the weight that scores near a boundary carry, of the coordinate where it is least."""
+def score_scale(energy: Energy) -> float:
+    """Nats to a unit of the Hyvärinen score, at most, for Gaussian fits.
+
+    The largest variance of the data, over the mean of the weight that scores near a boundary carry in the coordinate
+    where it is least.
+    """
     x = np.asarray(energy.data, np.float64)
     lower, upper = (np.asarray(b, np.float64) for b in energy.bounds(len(x)))
     weights = np.minimum(np.minimum(x - lower, upper - x), 1.0)
@@ -47,54 +51,64 @@ def least_weight(energy: Energy) -> float:
         if block.kind == "simplex":  # its rows are square roots
             columns = slice(block.start, block.stop)
             weights[:, columns] = np.min(x[:, columns] ** 2, axis=1, keepdims=True)
-    return float(weights.mean(0).min())
+    return float(np.linalg.eigvalsh(np.atleast_2d(np.cov(x.T)))[-1] / weights.mean(0).min())
 
 
 def find_sentence(
     likelihoods: Rows,
     errors: dict[str, float],
     scores: Rows,
-    rows: Float[np.ndarray, "n d"],
-    weight: float = 1.0,
+    rule: Rule,
+    scale: float | None,
 ) -> str | None:
-    """Of the pair of fits whose likelihoods differ most among those where Fisher disagrees."""
-    scale = float(np.linalg.eigvalsh(np.atleast_2d(np.cov(np.float64(rows).T)))[-1]) / weight
+    """Of the pair of fits whose likelihoods differ most among those where the score disagrees.
+
+    Args:
+        likelihoods: log p of each row.
+        errors: of log Z.
+        scores: of each row, lower is better.
+        rule: what they are.
+        scale: as :func:`score_scale`; None for scores that are not blind to weights of modes by what is known.
+    """
     found: list[tuple[float, str]] = []
     for a, b in itertools.permutations(likelihoods, 2):
         kl = paired(likelihoods[a], likelihoods[b], errors[a], errors[b])
         fisher = paired(scores[b], scores[a])  # lower is better
         if kl.value <= 0 or not kl.significant:
             continue
-        ahead = f"KL and Fisher disagree: the log likelihood of '{a}' is {cell(*kl)} above that of '{b}'"
+        ahead = f"KL and {rule.under} disagree: the log likelihood of '{a}' is {cell(*kl)} above that of '{b}'"
         agrees = fisher.value > 0 and fisher.significant
-        if not agrees and (abs(fisher.value) + ERRORS * fisher.error) * scale < BLIND * kl.value:
+        if scale is not None and not agrees and (abs(fisher.value) + ERRORS * fisher.error) * scale < BLIND * kl.value:
             found.append(
                 (
                     kl.value,
-                    f"{ahead}, while their Hyvärinen scores differ by {cell(*fisher)}: Fisher cannot see the weights "
-                    "of separated modes, nor anything else that slopes at the data do not show. Go by the likelihood.",
+                    f"{ahead}, while their {rule.score}s differ by {cell(*fisher)}: {rule.under} cannot see the "
+                    "weights of separated modes, nor anything else that slopes at the data do not show. Go by the "
+                    "likelihood.",
                 )
             )
         elif fisher.value < 0 and fisher.significant:
             found.append(
                 (
                     kl.value,
-                    f"{ahead}, but its Hyvärinen score is worse by {cell(-fisher.value, fisher.error)}: KL weighs how "
-                    "much mass is where the data are, Fisher the slopes of the log density there. "
+                    f"{ahead}, but its {rule.score} is worse by {cell(-fisher.value, fisher.error)}: KL weighs how "
+                    f"much mass is where the data are, {rule.under} {rule.sees}. "
                     "Neither model is right; go by what you need of it.",
                 )
             )
     return max(found)[1] if found else None
 
 
-def told_apart(order: tuple[str, ...], likelihoods: Rows, errors: dict[str, float], scores: Rows) -> list[str]:
+def told_apart(
+    order: tuple[str, ...], likelihoods: Rows, errors: dict[str, float], scores: Rows, rule: Rule
+) -> list[str]:
     """A line if the likelihood tells the best two apart and the score does not, for whatever reason."""
     a, b = order[:2]
     kl, fisher = paired(likelihoods[a], likelihoods[b], errors[a], errors[b]), paired(scores[b], scores[a])
     if not kl.significant or fisher.significant:
         return []
     return [
-        f"The likelihood tells '{a}' from '{b}', by {cell(*kl)}, and on these rows the Hyvärinen score does not "
+        f"The likelihood tells '{a}' from '{b}', by {cell(*kl)}, and on these rows the {rule.score} does not "
         f"({cell(*fisher)}): too few rows for it, or what it cannot see."
     ]
 

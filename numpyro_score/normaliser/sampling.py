@@ -262,7 +262,9 @@ def _to_arviz(
     if x.shape[1] > 3:
         groups |= {"r_hat": az.rhat(draws), "ess": az.ess(draws)}
         if not mixed(groups["r_hat"], groups["ess"], _MAX_R_HAT):
-            warnings.warn(_not_mixed(groups["r_hat"], x), stacklevel=3 if start is None else 4)
+            warnings.warn(
+                _not_mixed(groups["r_hat"], x, bool(len(energy.discrete_columns))), stacklevel=3 if start is None else 4
+            )
     # Paths that leave a domain end there, as divergences; the draws are no worse for it.
     if (count := int(np.sum(stats.get("diverging", 0)))) and not has_domain(energy):
         warnings.warn(
@@ -277,7 +279,7 @@ def _to_arviz(
     return as_arviz(groups, own_coords=own_coords, own_dims=own_dims)
 
 
-def _not_mixed(r_hat: Any, x: Float[Array, "chain draw *given d"]) -> str:
+def _not_mixed(r_hat: Any, x: Float[Array, "chain draw *given d"], discrete: bool) -> str:
     """What is seen of chains that have not mixed, and what to try."""
     worst = {str(k): float(v.max(skipna=False)) for k, v in r_hat.data_vars.items()}
     site = max(worst, key=lambda k: np.inf if np.isnan(worst[k]) else worst[k])
@@ -287,13 +289,20 @@ def _not_mixed(r_hat: Any, x: Float[Array, "chain draw *given d"]) -> str:
         return f"{found}, of one chain: draw num_chains=4 to see whether they agree."
     between, within = chains.mean(1).std(0), chains.std(1).mean(0)
     if np.any(between > 1.5 * within):
+        method = "ais" if discrete else "smc"
+        other = "" if discrete else ", and a model of many noise levels draws from all (diffuse)"
         return (
             f"{found}, and the chains stay in places of their own, as between modes far apart: their shares cannot be "
-            "told from such draws. More warmup hardly helps; log_partition(fit, 'smc', rng_key=key) tempers between "
-            "modes, and a model of many noise levels draws from all (diffuse)."
+            f"told from such draws. More warmup hardly helps; log_partition(fit, '{method}', rng_key=key) "
+            f"tempers between modes{other}."
         )
+    instead = (
+        "take another kernel of Gibbs, GibbsWithGradients and DiscreteLangevin"
+        if discrete
+        else "scale the columns of the data to like spreads, or use kernel=functools.partial(NUTS, dense_mass=True) "
+        "where they are correlated"
+    )
     return (
         f"{found}: run longer chains, num_samples={4 * x.shape[1]}, or more warmup, num_warmup=...; "
-        "if that does not help, scale the columns of the data to like spreads, or use "
-        "kernel=functools.partial(NUTS, dense_mass=True) where they are correlated."
+        f"if that does not help, {instead}."
     )

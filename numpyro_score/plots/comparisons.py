@@ -93,8 +93,9 @@ def plot_comparison(comparison: Comparison, *, ax: Any = None) -> np.ndarray:
     """How far each fit is behind the best, under KL and under Fisher, with bars of two standard errors.
 
     Left the log likelihood, with the error of log Z in its bars, which ArviZ's `plot_compare` would leave out; right
-    the Hyvärinen score. Fits are in the order of the table, the one of highest likelihood at the top. Further from the
-    line is worse on both sides. Without likelihoods there is only the right picture.
+    the Hyvärinen score, or what stands in its place for discrete data. Fits are in the order of the table, the one of
+    highest likelihood at the top. Further from the line is worse on both sides. Without likelihoods there is only the
+    right picture.
 
     Args:
         comparison: what :func:`~numpyro_score.compare` returns.
@@ -108,7 +109,8 @@ def plot_comparison(comparison: Comparison, *, ax: Any = None) -> np.ndarray:
         ImportError: without Matplotlib, `pip install numpyro-score[plots]`.
     """
     table = comparison.table
-    sides = [("score", "Fisher: Hyvärinen score above the lowest", ORANGE, "s")]
+    rule = comparison.rule
+    sides = [("score", f"{rule.under[:1].upper()}{rule.under[1:]}: {rule.score} above the lowest", ORANGE, "s")]
     if comparison.order_kl is not None:
         sides.insert(0, ("log_likelihood", "KL: log likelihood below the highest, in nats", BLUE, "o"))
     axes = as_axes("plot_comparison", ax, (1, len(sides)), (4.6, 1.4 + 0.4 * len(table))).ravel()

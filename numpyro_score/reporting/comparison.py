@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numpyro_score.comparison import Comparison
+from numpyro_score.comparison import HYVARINEN, Comparison
 from numpyro_score.plots import plot_comparison
 from numpyro_score.reporting.page import page, table, tag
 from numpyro_score.reporting.parts import draw, machine
@@ -11,8 +11,6 @@ __all__ = ["comparison_page"]
 
 _MEANING = {
     "log likelihood": "sum over the rows of log p; higher is better. Its error holds that of log Z.",
-    "Hyvärinen score": "sum over the rows of ½‖∇log p‖² + Δlog p; lower is better. It needs no normaliser, and sees "
-    "little of the weights of modes far apart.",
     "log Z": "the log normaliser, by which the likelihood is normalised.",
     "KSD²": "kernel Stein discrepancy of the data from the fit, and the p-value of a test that they agree.",
     "MMD²": "squared maximum mean discrepancy between the data and draws of the fit.",
@@ -29,7 +27,10 @@ def comparison_page(comparison: Comparison) -> str:
     rows = [(str(label).strip(), *values) for label, values in zip(shown.index, shown.to_numpy(), strict=True)]
     sides = 1 if comparison.order_kl is None else 2
     title = f"Comparison of {', '.join(names)}"
-    meaning = [(k, v) for k, v in _MEANING.items() if k in shown.index]
+    rule = comparison.rule
+    blind = " and sees little of the weights of modes far apart" if rule is HYVARINEN else ""
+    scores = f"sum over the rows of {rule.formula}; lower is better. It needs no normaliser{blind}."
+    meaning = [(k, v) for k, v in (_MEANING | {rule.score: scores}).items() if k in shown.index]
     body = [
         tag("h1", title),
         *(tag("p", line) for line in comparison.lines),
