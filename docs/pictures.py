@@ -135,6 +135,7 @@ THUMBS = {
     "natural_image_filters": (0.33, 0, 0.67, 0.5),
     "noise_levels": (0, 0, 0.57, 0.5),
     "quickstart": (0.02, 0.05, 0.46, 0.8),
+    "survey": (0, 0, 0.47, 1),
     "toy_densities": (0, 0.575, 1, 0.718),
     "truncated_graph": (0, 0, 0.66, 0.46),
     "two_moons": (0, 0, 0.6, 1),
