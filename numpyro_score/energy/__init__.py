@@ -7,6 +7,7 @@ shows; none of its modules is imported from outside.
 from numpyro_score.energy.arguments import join_arrays, split_arrays, takes_keyword
 from numpyro_score.energy.base import AnyArray, layouts_kept
 from numpyro_score.energy.binding import rows_given
+from numpyro_score.energy.boundary import weight_at_boundary
 from numpyro_score.energy.check import evaluate_for_check
 from numpyro_score.energy.dependence import (
     coarsest_rounding,
@@ -88,4 +89,5 @@ __all__ = [
     "takes_keyword",
     "tempered",
     "varying_outputs",
+    "weight_at_boundary",
 ]

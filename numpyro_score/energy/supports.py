@@ -43,7 +43,8 @@ class RowWeight(NamedTuple):
     """A weight h of whole points, where a boundary weight by default is a function of one distance.
 
     For data with several bounds, e.g. the product `RowWeight(lambda distances, x: jnp.minimum(distances, 1).prod(-1))`.
-    It must be zero wherever one of the distances is, positive inside, and continuous, or the estimates are biased.
+    It must be zero wherever one of the distances is, positive inside, and continuous, or the estimates are biased. A
+    fit moves rows to the boundary to see whether it is zero there, and refuses one that is not.
 
     Attributes:
         h: from distances (..., k) and points (..., d) to (...), written with `jax.numpy`. The distances are those of
@@ -258,7 +259,7 @@ def _region(
 
     def h(z: Array) -> Array:
         if isinstance(weight, RowWeight):
-            return _row_weight(weight, distances(z), z)
+            return row_weight(weight, distances(z), z)
         return weight(scale * distances(z).min(-1))
 
     value, slope = _value_and_slope(h, x.reshape(len(x), -1, size))
@@ -270,7 +271,8 @@ def _region(
     return apply, project(slope).reshape(x.shape)
 
 
-def _row_weight(weight: RowWeight, distances: Array, x: Array) -> Array:
+def row_weight(weight: RowWeight, distances: Array, x: Array) -> Array:
+    """The weight of points (..., d) with distances (..., k), (...)."""
     value = weight.h(distances, x)
     if jnp.shape(value) != x.shape[:-1]:
         raise ValueError(
@@ -295,7 +297,7 @@ def _sphere(x: Array, size: int, weight: Weight | None) -> tuple[Callable[[Array
     if weight is None:
         h, slope = jnp.ones_like(z[..., :1]), jnp.zeros_like(z)
     elif isinstance(weight, RowWeight):
-        h, slope = _value_and_slope(lambda z: _row_weight(weight, z**2, z**2), z)
+        h, slope = _value_and_slope(lambda z: row_weight(weight, z**2, z**2), z)
         h = h[..., None]
     else:
         # By index, not as the gradient of a minimum: compiled, √x squared may differ from itself in the last digit, and

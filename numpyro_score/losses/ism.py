@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from numpyro_score.energy import Energy, RowWeight
 from numpyro_score.losses.base import true_or_false
 from numpyro_score.losses.chunks import narrowness, rows_at_once
-from numpyro_score.losses.terms import check_boundary_weight, exact_terms
+from numpyro_score.losses.terms import check_boundary_weight, check_row_weight, exact_terms
 
 __all__ = ["ISM"]
 
@@ -57,6 +57,10 @@ class ISM:
         """One value per row of the energy's data, (N,)."""
         score, laplacian = exact_terms(energy, self.boundary_weight)
         return 0.5 * jnp.sum(score**2, axis=-1) + laplacian
+
+    def check(self, energy: Energy) -> None:
+        """Raises ValueError for a `RowWeight` that does not vanish at the boundary."""
+        check_row_weight("ISM", energy, self.boundary_weight)
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """Rows whose Jacobians, D numbers for every intermediate, still fit the cache, or bound the memory."""

@@ -14,7 +14,7 @@ from numpyro_score import random
 from numpyro_score.energy import Energy, RowWeight
 from numpyro_score.losses.base import set_counts, true_or_false
 from numpyro_score.losses.chunks import rows_at_once, rows_in_cache
-from numpyro_score.losses.terms import check_boundary_weight, sliced_terms
+from numpyro_score.losses.terms import check_boundary_weight, check_row_weight, sliced_terms
 
 __all__ = ["SSM"]
 
@@ -66,6 +66,10 @@ class SSM:
         if self.variance_reduced:
             return 0.5 * jnp.sum(first**2, axis=-1) + jnp.mean(second, axis=0)
         return jnp.mean(0.5 * first**2 + second, axis=0)
+
+    def check(self, energy: Energy) -> None:
+        """Raises ValueError for a `RowWeight` that does not vanish at the boundary."""
+        check_row_weight("SSM", energy, self.boundary_weight)
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """What fits the cache, where the variance-reduced form gains nothing by chunks, or bounds the memory."""

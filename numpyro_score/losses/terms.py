@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score import operators
-from numpyro_score.energy import Energy, RowWeight, make_frame
+from numpyro_score.energy import Energy, RowWeight, make_frame, weight_at_boundary
+from numpyro_score.placement import fetch
+from numpyro_score.programs import run_compiled
 
-__all__ = ["check_boundary_weight", "data_frame", "exact_terms", "require_flat", "sliced_terms"]
+__all__ = ["check_boundary_weight", "check_row_weight", "data_frame", "exact_terms", "require_flat", "sliced_terms"]
 
 Weight = Callable[[Array], Array] | RowWeight
 
@@ -100,6 +103,26 @@ def check_boundary_weight(owner: str, weight: Weight | None) -> None:
                 f"{owner}'s boundary_weight is {h[0]:g} at distance 0 and {h[1]:g} at 1: it must be zero at the "
                 "boundary and positive inside, e.g. lambda distance: jnp.minimum(distance, 1.0)."
             )
+
+
+def check_row_weight(owner: str, energy: Energy, weight: Weight | None) -> None:
+    """Raises ValueError for a `RowWeight` that does not vanish where rows are moved to the boundary."""
+    if energy.flat or not isinstance(weight, RowWeight):
+        return
+    usable, weights = energy.usable()
+    x = usable.data[jnp.argsort(weights == 0)[:_LOOKED_AT]]
+    bounds = (b[: len(x)] for b in energy.bounds(usable.num_rows))
+    looked = partial(weight_at_boundary, energy.blocks, tuple(energy.supports.values()), weight)
+    highest, mean = fetch(run_compiled(looked, x, *bounds))
+    if not highest <= _VANISHES * mean:
+        raise ValueError(
+            f"{owner}'s RowWeight is {highest:.3g} at the boundary and {mean:.3g} at the data, on average: it must be "
+            "zero wherever one of the distances is, e.g. RowWeight(lambda d, x: jnp.minimum(d, 1).prod(-1))."
+        )
+
+
+_LOOKED_AT = 64  # rows
+_VANISHES = 1e-2  # of the mean weight of the data; rows are moved to the boundary within a ten thousandth
 
 
 def data_frame(energy: Energy, x: Array, boundary_weight: Weight | None) -> operators.Frame | None:
