@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -60,7 +61,8 @@ def states(*sizes):
 
 def probabilities(model, params, x):
     """Of the states x, by summing over all of them."""
-    f = np.asarray(Energy(model, params, x).log_density(np.asarray(x, float).reshape(len(x), -1)), np.float64)
+    energy = Energy(model, params, x)
+    f = np.asarray(jax.jit(Energy.log_density)(energy, np.asarray(x, float).reshape(len(x), -1)), np.float64)
     p = np.exp(f - f.max())
     return p / p.sum()
 

@@ -30,14 +30,19 @@ def whole():
     return ScoreMatching(quartic, loss=ISM(), optim=optax.lbfgs(), num_steps=60).run(0, X, progress_bar=False)
 
 
+@pytest.fixture(scope="module")
+def summed(whole):
+    return whole.over_batches(BATCHES)
+
+
 def close(one, other, rtol=1e-4):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol), one, other)
 
 
 @pytest.mark.slow
-def test_sums_are_those_of_all_rows(whole):
+def test_sums_are_those_of_all_rows(whole, summed):
     """Covariance, errors of sites and functions, learning rate and draws, from any cut of the rows."""
-    found = whole.over_batches(BATCHES)
+    found = summed
     close(found.covariance(), whole.covariance(), 1e-3)
     close(found.stderr(), whole.stderr())
 
@@ -104,9 +109,8 @@ def grouped(x):
         numpyro.factor("energy", -0.5 * jnp.sum((x - u[:2]) ** 2, -1))
 
 
-def test_what_is_refused(whole):
-    found = whole.over_batches(BATCHES)
-    for call in (found.influence, lambda: found.stderr(diagonal=True)):
+def test_what_is_refused(whole, summed):
+    for call in (summed.influence, lambda: summed.stderr(diagonal=True)):
         with pytest.raises(SandwichError, match="rows in memory: take the fit that over_batches or windham was given"):
             call()
     with pytest.raises(ValueError, match="batches has none"):

@@ -16,7 +16,7 @@ import optax
 import pytest
 from numpyro.distributions import constraints
 
-from numpyro_score import MALA, PCD, AdversarialDynamicsEmbedding, ScoreMatching
+from numpyro_score import MALA, PCD, AdversarialDynamicsEmbedding, LearnedFlow, ScoreMatching
 from numpyro_score.inference import loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loss was still falling")
@@ -88,7 +88,7 @@ def test_interrupted_run_goes_on(whole, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_adversarial_run_goes_on(tmp_path, monkeypatch):
-    fitter = AdversarialDynamicsEmbedding(quartic, num_samples=16)
+    fitter = AdversarialDynamicsEmbedding(quartic, LearnedFlow(2, num_steps=1), num_samples=16)
     options = dict(num_steps=100, progress_bar=False)
     one = fitter.run(1, ROWS, **options)
     with monkeypatch.context() as patch:

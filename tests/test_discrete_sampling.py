@@ -31,6 +31,7 @@ from numpyro_score.energy import lattice_density, num_values
 from numpyro_score.kernels import Lattice
 
 KEY = jax.random.key(0)
+log_density = jax.jit(Energy.log_density)
 small = functools.partial(ising, side=2)
 TRUTH = {"j": 1.0, "h": -0.5}
 STATES = states(*[2] * 4)
@@ -136,16 +137,18 @@ def test_persistent_chains():
     """PCD comes to maximum likelihood, up to the noise of its chains, and has its errors."""
     counts = np.bincount(np.random.default_rng(1).choice(16, 400, p=law_of("binary")), minlength=16)
     rows = np.repeat(STATES, counts, axis=0)
-    statistics = STATES.sum(1), np.asarray(energy_of("binary").with_params({"h": 0.0}).log_density(1.0 * STATES))
+    statistics = STATES.sum(1), log_density(energy_of("binary").with_params({"h": 0.0}), 1.0 * STATES)
 
     def minus_log_likelihood(theta):  # h and j
         f = theta[0] * statistics[0] + theta[1] * statistics[1]
         return jax.nn.logsumexp(f) - f @ (counts / 400)
 
     best = np.zeros(2)
+    derivatives = jax.jit(lambda at: (jax.grad(minus_log_likelihood)(at), jax.hessian(minus_log_likelihood)(at)))
     for _ in range(10):
-        best = best - np.linalg.solve(jax.hessian(minus_log_likelihood)(best), jax.grad(minus_log_likelihood)(best))
-    error = np.sqrt(np.diag(np.linalg.inv(jax.hessian(minus_log_likelihood)(best))) / 400)
+        slope, curvature = derivatives(best)
+        best = best - np.linalg.solve(curvature, slope)
+    error = np.sqrt(np.diag(np.linalg.inv(curvature)) / 400)
     loss = PCD(500, kernel=GibbsWithGradients(num_proposals=2))
     fit = ScoreMatching(small, loss=loss, num_steps=500).run(KEY, rows, progress_bar=False)
     np.testing.assert_array_less(np.abs([fit.estimates["h"], fit.estimates["j"]] - best), error)
@@ -156,7 +159,7 @@ def test_log_partition():
     """By enumeration to rounding; by annealing within five of its standard errors."""
     for law in LAWS:
         energy = energy_of(law, LAWS[law][2][np.random.default_rng(3).choice(len(LAWS[law][2]), 100, p=law_of(law))])
-        f = np.asarray(energy.log_density(1.0 * LAWS[law][2]), np.float64)
+        f = np.asarray(log_density(energy, 1.0 * LAWS[law][2]), np.float64)
         log_z = scipy.special.logsumexp(f)
         result = log_partition(energy)
         assert result.method == "enumeration"
@@ -174,8 +177,13 @@ def test_log_partition():
 def test_stein_identity(law):
     """The mean of h against the law is zero, exactly, and h is a positive definite kernel."""
     energy, points = energy_of(law), jnp.asarray(LAWS[law][2], float)
-    rows = discrete_rows(energy, points, jnp.array(0.7))
-    h = np.array(jax.jit(jax.vmap(discrete_stein_kernel, (0, None)))(rows, rows))
+
+    @jax.jit
+    def of_pairs(energy):
+        rows = discrete_rows(energy, points, jnp.array(0.7))
+        return jax.vmap(discrete_stein_kernel, (0, None))(rows, rows)
+
+    h = np.array(of_pairs(energy))
     np.testing.assert_allclose(h @ law_of(law), 0.0, atol=1e-11)
     np.testing.assert_allclose(h, h.T, atol=1e-9)
     assert np.linalg.eigvalsh(h)[0] > -1e-9 * np.abs(h).max()

@@ -9,7 +9,7 @@ from models import load_script
 def test_the_gaussian_has_the_law_that_the_example_says(tmp_path):
     """Every moment within 5 standard errors of its closed form, and the law far from the target at the large step."""
     example = load_script("langevin_gaussian")
-    rows = [line.split("|")[1:6] for line in example.main(tmp_path, 20_000).splitlines() if "±" in line]
+    rows = [line.split("|")[1:6] for line in example.main(tmp_path, 10_000).splitlines() if "±" in line]
     assert len(rows) == 15
     for _, _, measured, law, _ in rows:
         value, error = map(float, measured.split("±"))

@@ -46,13 +46,13 @@ METHODS = ["ISM", "SSM", "DSM", "KL contraction", "PCD", "ADE"]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ISM", "KL contraction", "PCD", "ADE"])
 def test_every_method_beats_the_start(toy, name, monkeypatch):
-    """In 150 steps of 100 rows each comes near the law of the ring, by held-out likelihood.
+    """In 100 steps of 100 rows, and PCD in 150, each comes near the law of the ring, by held-out likelihood.
 
     Over two keys they gain 0.91 nats or more. The examples of images and of noise levels fit networks by SSM and DSM.
     """
     monkeypatch.setattr(toy, "BATCH", 100)
     monkeypatch.setattr(toy, "NUM_DRAWS", 200)  # for the discrepancy, which is not looked at
-    rng, methods = np.random.default_rng(0), toy.methods(150)
+    rng, methods = np.random.default_rng(0), toy.methods(150 if name == "PCD" else 100)
     assert list(methods) == METHODS
     train, test = toy.standardised("ring", rng)
     radius = np.linalg.norm(np.asarray(test), axis=1)
