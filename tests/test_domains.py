@@ -121,12 +121,15 @@ def test_several_bounds(support, boundary_weight, x64):
 
 
 def test_slices_have_the_exact_objective_as_their_mean(x64):
-    x = np.repeat(np.random.default_rng(0).uniform(-0.6, 0.6, (3, 2)), 4000, axis=0)
+    rows = np.random.default_rng(0).uniform(-0.6, 0.6, (3, 2))
     theta = {"mu": jnp.asarray(MU), "k": jnp.asarray(K), "c": 0.2}
-    energy = Energy(model, {"theta": theta}, x, ball())
-    exact = ISM()(energy, jax.random.key(0)).reshape(3, -1)[:, 0]
+
+    def values(loss, x):
+        return np.asarray(jax.jit(lambda x: loss(Energy(model, {"theta": theta}, x, ball()), jax.random.key(1)))(x))
+
+    exact = values(ISM(), rows)
     for loss in (SSM(), SSM(1, "gaussian", False)):
-        draws = np.asarray(loss(energy, jax.random.key(1))).reshape(3, -1)
+        draws = values(loss, np.repeat(rows, 4000, axis=0)).reshape(3, -1)
         assert (np.abs(draws.mean(-1) - exact) < 4.5 * draws.std(-1) / np.sqrt(4000)).all()
 
 
@@ -134,7 +137,7 @@ def test_distances_of_a_polygon():
     """Against sides taken one by one, and the winding number."""
     x = np.random.default_rng(0).uniform(-1.5, 1.5, (500, 2))
     ends = np.roll(L, -1, axis=0)
-    t = np.linspace(0, 1, 4001)[:, None, None]
+    t = np.linspace(0, 1, 1001)[:, None, None]  # a point to either side of the nearest is 1e-3 away from it at most
     nearest = np.linalg.norm(x[None, :, None] - (L + t[..., None] * (ends - L)), axis=-1).min((0, 2))
     a, b = (np.arctan2(*(v - x[:, None]).transpose(2, 0, 1)[::-1]) for v in (L, ends))
     turns = ((b - a + np.pi) % (2 * np.pi) - np.pi).sum(-1)
@@ -164,7 +167,8 @@ def test_truncated_normal_law():
     away = (np.asarray(fit.estimates["mu"]) - [0.8, 0.0]) / np.asarray(fit.stderr()["mu"])
     assert (np.abs(away) < 3.5).all()
     noise = dist.MultivariateNormal(jnp.zeros(2), jnp.eye(2))
-    contrasted = ScoreMatching(normal, loss=NCE(noise)).run(0, x[:4000], progress_bar=False)
+    # Of 2,000 rows the standard errors are 0.03; without the disc the estimate is 0.37 off.
+    contrasted = ScoreMatching(normal, loss=NCE(noise), num_steps=500).run(0, x[:2000], progress_bar=False)
     away = (np.asarray(contrasted.estimates["mu"]) - [0.8, 0.0]) / np.asarray(contrasted.stderr()["mu"])
     assert (np.abs(away) < 3.5).all()
     box = ScoreMatching(normal).run(0, x, support=constraints.interval(-1.0, 1.0), progress_bar=False)
