@@ -47,12 +47,12 @@ ROWS = NamedSharding(jax.make_mesh((DEVICES,), ("rows",)), PartitionSpec("rows")
 X = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
 
 
-def quartic(x):
+def quartic(x, power=4):
     """A sum of quartic terms."""
     a = numpyro.param("a", 0.3 * jnp.ones(4), constraint=constraints.positive)
     with numpyro.plate("rows", len(x)):
         x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (4,)), obs=x)
-        numpyro.factor("energy", -jnp.sum(a * x**4, axis=-1) - 0.1 * jnp.sum(x, axis=-1) ** 2)
+        numpyro.factor("energy", -jnp.sum(a * x**power, axis=-1) - 0.1 * jnp.sum(x, axis=-1) ** 2)
 
 
 def root(x):
@@ -84,10 +84,11 @@ def with_value(row, value, x=X):
     return placed(x)
 
 
-def message(model, x, loss, **options):
+def message(model, x, loss, key=None, optim=None, **options):
     """What a fit says that fails."""
+    optim, key = optim or optax.adam(1e-2), jax.random.key(2) if key is None else key
     try:
-        ScoreMatching(model, optim=optax.adam(1e-2), loss=loss, num_steps=5).run(jax.random.key(2), x, **options)
+        ScoreMatching(model, optim=optim, loss=loss, num_steps=5).run(key, x, **options)
     except (ValueError, OSError, FloatingPointError) as error:
         return str(error)
     return "no error"
@@ -169,6 +170,10 @@ def further():
     for fault in ("end", "raise", "missing"):
         found[f"batches_{fault}"] = batch_message(batches(6, fault))
     found["no_directory"] = message(quartic, x, SSM(), checkpoint=FOLDER.parent / "file")
+    found["other_rates"] = message(quartic, x, SSM(), optim=optax.adam(0.01 * (1 + RANK)))
+    found["other_steps"] = message(quartic, x, SSM(), num_steps=5 + RANK)
+    found["other_keys"] = message(quartic, x, SSM(), key=jax.random.key(RANK))
+    found["other_arguments"] = message(quartic, x, SSM(), power=4 + 2 * RANK)
     found["apart"] = message(quartic, X + RANK, SSM())
     found["batches_apart"] = batch_message([X + RANK] * 6)
     return found

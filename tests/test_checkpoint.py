@@ -16,7 +16,7 @@ import optax
 import pytest
 from numpyro.distributions import constraints
 
-from numpyro_score import MALA, PCD, AdversarialDynamicsEmbedding, LearnedFlow, ScoreMatching
+from numpyro_score import MALA, NCE, PCD, SSM, AdversarialDynamicsEmbedding, LearnedFlow, ScoreMatching
 from numpyro_score.inference import loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loss was still falling")
@@ -24,12 +24,12 @@ LOSS = PCD(kernel=MALA(step_size=0.1), num_chains=32, num_steps=2)
 ROWS = jax.random.normal(jax.random.key(0), (100, 2))
 
 
-def quartic(x):
+def quartic(x, power=4):
     """Quartic tails, whose fit has no closed form."""
     a = numpyro.param("a", jnp.ones(2), constraint=constraints.positive)
     with numpyro.plate("rows", len(x)):
         x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (2,)), obs=x)
-        numpyro.factor("energy", -jnp.sum(a * x**4, -1))
+        numpyro.factor("energy", -jnp.sum(a * x**power, -1))
 
 
 def run(checkpoint=None, key=1, x=ROWS, num_steps=300, loss=LOSS, optim=None, **options):
@@ -115,6 +115,8 @@ def test_finished_run_takes_no_steps(saved, monkeypatch):
         (dict(loss=PCD(kernel=MALA(step_size=0.2), num_chains=32, num_steps=2)), "step_size=0.2"),
         (dict(optim=optax.sgd(1e-3)), "another model or optimiser"),
         (dict(stable_update=True), "stable_update=False, and this one has stable_update=True"),
+        (dict(init_params={"a": jnp.array([2.0, 1.0])}), "of a run that began at other parameters"),
+        (dict(power=6), "or with other arguments of the model"),
     ],
     ids=lambda v: str(next(iter(v))) if isinstance(v, dict) else "",
 )
@@ -123,6 +125,36 @@ def test_other_settings_are_refused(saved, changed, message):
     with pytest.raises(ValueError, match=message):
         run(saved[1], **changed)
     assert sorted(os.listdir(saved[1])) == before
+
+
+NOISE = dist.MultivariateNormal(jnp.zeros(2), jnp.eye(2))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (dict(optim=optax.adam(0.01)), dict(optim=optax.adam(0.02)), "or other settings of it"),
+        (dict(optim=optax.adam(0.01)), dict(optim=optax.adam(0.01, b1=0.5)), "or other settings of it"),
+        (
+            dict(optim=optax.adam(optax.cosine_decay_schedule(0.01, 300))),
+            dict(optim=optax.adam(optax.cosine_decay_schedule(0.01, 100))),
+            "or other settings of it",
+        ),
+        (
+            dict(loss=NCE(NOISE)),
+            dict(loss=NCE(dist.MultivariateNormal(jnp.zeros(2), 4 * jnp.eye(2)))),
+            "run with loss=NCE.* with the arrays",
+        ),
+    ],
+    ids=["rate", "memory", "schedule", "noise"],
+)
+def test_settings_that_are_not_printed(tmp_path, first, second, message):
+    """Numbers inside of optimisers and losses; the same ones, made anew, go on."""
+    options = dict(num_steps=5, loss=SSM()) | first
+    fit = run(tmp_path, **options)
+    assert_identical(fit.state, run(tmp_path, **options).state)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **(options | second))
 
 
 def test_damaged_saves(whole, saved, tmp_path):

@@ -244,8 +244,8 @@ class AdversarialDynamicsEmbedding(Compiling):
                 step, last, self.get_params(last), terms.loss[:-1],
             )  # fmt: skip
 
-        own = dict(num_samples=self.num_samples, flow_steps=self.flow_steps, weighted=self.importance_weighted)
-        options = dict(num_steps=num_steps, start=start, rng_key=rng_key)
+        own: Any = dict(num_samples=self.num_samples, flow_steps=self.flow_steps, weighted=self.importance_weighted)
+        options: Any = dict(begin=(self._svi, state), num_steps=num_steps, start=start, rng_key=rng_key)
         like = AdversarialTerms(*jnp.zeros(4))
         kept = Checkpoint.of(checkpoint, checkpoint_every, type(self).__name__, (args, kwargs), like, **own, **options)
         state, terms, interrupted = run_steps(advance, state, num_steps, progress_bar, error, kept)

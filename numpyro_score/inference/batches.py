@@ -135,12 +135,13 @@ class FromBatches:
             raise first
         if first is END:
             raise ValueError("batches has none: give at least one, an iterator anew as it can be used only once.")
-        require_common("run_batches", first.arrays)
+        alike = dict(key=rng_key, num_steps=num_steps, num_rows=num_rows, loss=self.score_loss)
+        require_common("run_batches", first.arrays, **alike, init_params=init_params)
         state = self.init(rng_key, *first.args, init_params=init_params)
         weight = _weight(num_rows, self._shape[1], getattr(self.guide, "prototype_trace", None) or {})
         state = self._laid_out(strongly_typed(state if init_state is None else init_state), first.arrays)
         check_memory(state, self.score_loss, self._mutable)
-        check_state(state.optim_state, self.average)
+        check_state(self, state.optim_state)
         start = int(state.optim_state[0])
         own = dict(loss=self.score_loss, learning_rate=self.learning_rate, average=self.average)
         options = dict(num_steps=num_steps, num_rows=num_rows, start=start, rng_key=rng_key)
@@ -151,7 +152,9 @@ class FromBatches:
         if held_out is not None:
             held = HeldOut(self, held_out, held_out_every, rng_key, course, state)
             args, like, options = (args, held.args), (0.0, 0.0), options | {"held_out_every": held.every}
-        kept = Checkpoint.of(checkpoint, checkpoint_every, "ScoreMatching.run_batches", args, like, **own, **options)
+        kept = Checkpoint.of(
+            checkpoint, checkpoint_every, "ScoreMatching.run_batches", args, like, begin=(self, state), **own, **options
+        )
         step = partial(self._step_batch, course, static=first.static, places=places_of(first.arrays))
         loop = _Loop(step, state, first, None if num_steps is None else total, partial(_failure, self), held)
         del first, state, args  # which take memory that the steps may need

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
+import math
 import os
 import time
 import warnings
@@ -16,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_score.inference.arguments import fingerprint, named_leaves, numbers_of
+from numpyro_score.inference.optim import first_step, sums
 from numpyro_score.inference.processes import by_first
 from numpyro_score.losses.base import positive
 from numpyro_score.printed import without_addresses
 
 __all__ = ["Checkpoint"]
 
-_FORMAT = 1
+_FORMAT = 2
 _KEPT = 2  # saves on disk: should the last one be damaged, there is one before it
 _SHARE = 0.01  # of the time of a run, for saving
 _SAMPLED = 64  # rows of each array of the data, which tell whether they are the same data
@@ -49,7 +52,12 @@ class Checkpoint:
         if not isinstance(directory, str | os.PathLike):
             raise TypeError(f"checkpoint must be the path of a directory, got {type(directory).__name__}.")
         positive("run", "checkpoint_every, seconds between two saves", every)
-        self.directory, self.every, self.settings, self.like = Path(directory).absolute(), float(every), settings, like
+        self.directory, self.every, self.settings, self.like = (
+            Path(directory).expanduser().absolute(),
+            float(every),
+            settings,
+            like,
+        )
         self.position: str | None = None  # among batches, of the save that was read
         self._manager: Any = None
         self._last = time.perf_counter()
@@ -57,7 +65,9 @@ class Checkpoint:
         self._saved = -1
 
     @classmethod
-    def of(cls, directory: Any, every: float, kind: str, args: Any, like: Any, **settings: Any) -> Checkpoint | None:
+    def of(
+        cls, directory: Any, every: float, kind: str, args: Any, like: Any, begin: tuple[Any, Any], **settings: Any
+    ) -> Checkpoint | None:
         """The checkpoint of a run, None without a directory.
 
         Args:
@@ -66,13 +76,22 @@ class Checkpoint:
             kind: what is fitted.
             args: the model's arguments.
             like: any numbers in the structure of a step's values.
+            begin: what fits, and the first state.
             **settings: numbers, keys, or objects whose printed form says all.
         """
         if directory is None:
             return None
-        data = [fingerprint(v, _SAMPLED) for v in jax.tree.leaves(args) if isinstance(v, jax.Array | np.ndarray)]
-        plain = {k: _plain(v) for k, v in settings.items()}
-        return cls(directory, every, {"format": _FORMAT, "kind": kind, **plain, "data": data}, like)
+        data = [fingerprint(v, _SAMPLED) if _is_array(v) else without_addresses(v) for v in jax.tree.leaves(args)]
+        fitter, state = begin
+        made = {
+            "format": _FORMAT,
+            "kind": kind,
+            **{k: _plain(v) for k, v in settings.items()},
+            "data": data,
+            "optimizer": first_step(fitter, state.optim_state),
+            "begin": sums(fitter.get_params(state)),
+        }
+        return cls(directory, every, made, like)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -143,10 +162,14 @@ class Checkpoint:
     def _check(self, saved: dict[str, Any]) -> None:
         now = self.settings
         for name in [*now, *(k for k in saved if k not in now)]:
-            if (was := saved.get(name)) == (new := now.get(name)):
+            if _alike(was := saved.get(name), new := now.get(name)):
                 continue
             if name == "data":
-                what = "is of a run on other data"
+                what = "is of a run on other data, or with other arguments of the model"
+            elif name == "begin":
+                what = "is of a run that began at other parameters, of init_params or the model"
+            elif name == "optimizer":
+                what = "is of another model or optimiser, or other settings of it"
             elif name == "state":
                 what = f"is of another model or optimiser, with {_differences(was, new)}"
             else:
@@ -228,10 +251,25 @@ def _differences(was: Any, new: Any) -> str:
     return "; ".join(shown) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray)
+
+
+def _alike(was: Any, new: Any) -> bool:
+    """Whether settings are the same; sums of numbers may differ as on other devices."""
+    if isinstance(was, dict) and isinstance(new, dict) and was.keys() == new.keys():
+        return all(_alike(was[k], new[k]) for k in was)
+    if isinstance(was, float) and isinstance(new, float):
+        return math.isclose(was, new, rel_tol=1e-3, abs_tol=1e-6)
+    return bool(was == new)
+
+
 def _plain(value: Any) -> Any:
     """A setting as JSON gives it back."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, jax.Array | np.ndarray):
         return np.asarray(numbers_of(value)).tolist()
-    return without_addresses(value)
+    fields = [getattr(value, f.name) for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    inside = [fingerprint(v, _SAMPLED) for v in jax.tree.leaves(fields) if _is_array(v)]
+    return without_addresses(value) + (f" with the arrays {inside}" if inside else "")

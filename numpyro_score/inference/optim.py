@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from numpyro.optim import optax_to_numpyro
+from jaxtyping import Array
+from numpyro.optim import Minimize, optax_to_numpyro
+
+from numpyro_score.inference.arguments import named_leaves
+from numpyro_score.inference.processes import require_common
+from numpyro_score.placement import fetch
+from numpyro_score.programs import run_compiled
 
 __all__ = [
     "NOTHING_TO_AVERAGE",
@@ -20,7 +26,9 @@ __all__ = [
     "current_params",
     "decaying_adam",
     "default_optimizer",
+    "first_step",
     "optax_optimizer",
+    "sums",
 ]
 
 NOTHING_TO_AVERAGE = (
@@ -130,8 +138,47 @@ def is_averaged(optim_state: Any) -> bool:
     return isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], AveragedState)
 
 
-def check_state(optim_state: Any, average: float | None) -> None:
-    """Raises ValueError where a state to go on from has an average and the fit keeps none, or the other way round."""
+def sums(tree: Any) -> dict[str, float]:
+    """Sums, and sums of squares, of the leaves of a tree that are no whole numbers: they tell other values."""
+    leaves = {k: jnp.asarray(v) for k, v in named_leaves(tree).items()}
+    leaves = {k: v for k, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+
+    def of(values: list[Array]) -> list[Array]:
+        return [jnp.sum(jnp.abs(v.astype(float)) ** p) for v in values for p in (1, 2)] + [
+            jnp.sum(v.astype(float)) for v in values
+        ]
+
+    names = [f"{k}, {p}" for k in leaves for p in ("absolute", "square")] + [f"{k}, sum" for k in leaves]
+    return dict(zip(names, map(float, fetch(run_compiled(of, list(leaves.values())))), strict=True))
+
+
+def first_step(fitter: Any, optim_state: Any) -> dict[str, float] | None:
+    """What an optimiser makes of a gradient, in the middle of a run, by which its settings are known.
+
+    None for the default one, which the other settings tell, and for those that search along a line.
+    """
+    optim = fitter.optim
+    searches = isinstance(optim, Minimize) or getattr(optim, "searches", False)
+    if searches or getattr(fitter, "_default_optim", False):
+        return None
+
+    def step(state: Any) -> Any:
+        whole = jax.tree.map(lambda v: jnp.full_like(v, 37) if jnp.issubdtype(v.dtype, jnp.integer) else v, state)
+        gradient = jax.tree.map(lambda v: jnp.full_like(v, 0.1), optim.get_params(whole))
+        return optim.get_params(optim.update(gradient, whole, value=jnp.ones(())))
+
+    return sums(run_compiled(step, jax.tree.map(jnp.asarray, optim_state)))
+
+
+def check_state(fitter: Any, optim_state: Any) -> None:
+    """Raises ValueError where a state to go on from has an average and the fit keeps none, or the other way round.
+
+    And where processes have optimisers that differ.
+    """
+    average = fitter.average
+    if jax.process_count() > 1:
+        step = first_step(fitter, optim_state)
+        require_common("run", [], optim=step and {k: f"{v:.3g}" for k, v in step.items()})
     if average is not None and not is_averaged(optim_state):
         raise ValueError(
             "init_state has no average of the parameters, which this fit keeps: pass a state of a fit with average, or "

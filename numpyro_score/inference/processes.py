@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from numpyro_score.inference.arguments import fingerprint
+from numpyro_score.printed import without_addresses
 
 __all__ = ["agreed", "by_first", "gathered", "interrupts", "is_first", "require_common"]
 
@@ -32,19 +33,35 @@ def gathered(*numbers: int) -> np.ndarray:
 _SAMPLED = 1024  # rows of each array that are compared between processes
 
 
-def require_common(owner: str, arrays: list[Any]) -> None:
-    """Raises ValueError, in all processes, where each has data of its own that no other sees.
+def require_common(owner: str, arrays: list[Any], **settings: Any) -> None:
+    """Raises ValueError, in all processes, where they differ in a setting, or each has data that no other sees.
 
     Of arrays that lie in one process alone some rows are compared.
     """
-    if jax.process_count() == 1 or not all(v.is_fully_addressable for v in arrays):
+    if jax.process_count() == 1:
         return
-    digest = zlib.crc32(repr([fingerprint(v, _SAMPLED) for v in arrays]).encode())
-    if len(np.unique(gathered(digest))) > 1:
+    texts = [str(_told(v)) for v in settings.values()]
+    votes = gathered(*(zlib.crc32(text.encode()) for text in texts))
+    for name, text, vote in zip(settings, texts, votes.T, strict=True):
+        if len(np.unique(vote)) > 1:
+            raise ValueError(
+                f"The processes call {owner} with different {name}, here {text[:100]}: all processes of a run must "
+                "make the same call."
+            )
+    if not all(v.is_fully_addressable for v in arrays):
+        return
+    if len(np.unique(gathered(zlib.crc32(repr([fingerprint(v, _SAMPLED) for v in arrays]).encode())))) > 1:
         raise ValueError(
             f"{owner} got other data in each process, of which the others know nothing: join them, e.g. by "
             "jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec('rows')), rows)."
         )
+
+
+def _told(value: Any) -> list[Any]:
+    """A setting as text and fingerprints."""
+    leaves = jax.tree.leaves(value)
+    is_array = [isinstance(v, jax.Array | np.ndarray) for v in leaves]
+    return [fingerprint(v, _SAMPLED) if yes else without_addresses(v) for v, yes in zip(leaves, is_array, strict=True)]
 
 
 def agreed(size: int, save: bool, stop: bool) -> tuple[int, bool, bool]:

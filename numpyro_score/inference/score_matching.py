@@ -158,8 +158,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
             options.append(f"average={self.average}")
         return f"ScoreMatching({', '.join(options)}, num_steps={self.num_steps})"
 
-    def _compile(self) -> None:
-        # Of this object: it traces its model once for arguments of the same shapes.
+    def _compile(self) -> None:  # of this object, which traces its model once for arguments of the same shapes
         self._evaluate = shared_jit(evaluate_for_check)
         self._advance = shared_jit(self._advance_impl, static_argnames=("static", "places", "stable_update"))
         self._step_batch = shared_jit(self._step_impl, static_argnames=("static", "places"))
@@ -298,12 +297,13 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         args, kwargs = label_auto((args, kwargs))
         result = partial(ScoreMatchingResult, svi=self, args=args, kwargs=kwargs, labels=labels)
         arrays, static = split_arrays((args, kwargs))
-        require_common("run", arrays)
+        alike = dict(key=rng_key, num_steps=num_steps, arguments=static[1], loss=self.score_loss)
+        require_common("run", arrays, **alike, init_params=init_params)
         if init_state is None or self.constrain_fn is None:
             state = self.init(rng_key, *given[0], init_params=init_params, **given[1])
         state = init_state if init_state is not None else state
         check_memory(state, self.score_loss, self._mutable)
-        check_state(state.optim_state, self.average)
+        check_state(self, state.optim_state)
         start = int(state.optim_state[0])
         state = self._laid_out(strongly_typed(state), (args, kwargs))
         if self._default_optim and self._default_guide:
@@ -330,7 +330,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
                 step, last, self.get_params(last), losses[:-1],
             )  # fmt: skip
 
-        own = dict(loss=self.score_loss, learning_rate=self.learning_rate, average=self.average)
+        own = dict(loss=self.score_loss, learning_rate=self.learning_rate, average=self.average, begin=(self, state))
         options = dict(num_steps=num_steps, start=start, stable_update=stable_update, rng_key=rng_key)
         kept = Checkpoint.of(checkpoint, checkpoint_every, "ScoreMatching", (args, kwargs), 0.0, **own, **options)
         state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite, kept)
