@@ -78,6 +78,22 @@ JUMPS = {  # density, parameter, data, operation, whether it moves
     ),
     "top_k": (lambda t, x: q(x) + t * jax.lax.top_k(x, 1)[0][:, 0], 0.7, X, "top_k", False),
     "argmax": (lambda t, x: q(x) - t * jnp.argmax(x, -1) * x[:, 0], 0.7, X, "argmax", False),
+    "angle with a cut": (tilted(lambda x: jnp.arctan2(jnp.sin(2 * x), jnp.cos(2 * x))), 0.7, X, "arctan2", False),
+    "tan": (tilted(lambda x: jnp.arctan(jnp.tan(2 * x)) ** 2), 0.7, X, "tan", False),
+    "largest eigenvalue": (
+        lambda t, x: q(x) - t * jnp.linalg.eigvalsh(x[:, :, None] * jnp.eye(2))[:, -1],
+        0.7,
+        X,
+        "eigh",
+        False,
+    ),
+    "singular values": (
+        lambda t, x: q(x) - t * jnp.linalg.svd(x[:, :, None] * jnp.eye(2) + 0.3, compute_uv=False).sum(-1),
+        0.7,
+        X,
+        "svd",
+        False,
+    ),
     # What a parameter that starts at zero hides.
     "hinges from zero": (
         lambda t, x: q(x) - jnp.maximum(x[:, :1] - jnp.array([-1.0, 0.0, 1.0]), 0) @ t,
@@ -146,6 +162,15 @@ SMOOTH = {
         0.5,
         X,
     ),
+    "angle away from its cut": (tilted(lambda x: jnp.arctan2(x, 9.0)), 0.7, X),
+    "arccos inside": (tilted(lambda x: jnp.arccos(0.9 * jnp.tanh(x))), 0.7, X),
+    "eigenvalue apart": (
+        lambda t, x: (
+            q(x) - t * jnp.linalg.eigvalsh(0.1 * x[:, :, None] * x[:, None] + jnp.diag(jnp.array([0.0, 9.0])))[:, 1]
+        ),
+        0.7,
+        X,
+    ),
     "jump between far clusters": (
         lambda t, x: q(x - jnp.where(x[:, :1] > 0, 8.0, -8.0)),
         0.5,
@@ -183,6 +208,18 @@ def test_jumps_are_found(name):
 def test_no_false_alarm(name):
     f, theta, x = SMOOTH[name]
     assert find_kink(energy_of(f, single(theta), np.float32(x))) is None
+
+
+def test_no_sample_hides_a_place():
+    """The peak of a Laplace law in each of 40 samples of 1,000 rows, and nothing in as many of a normal law."""
+    jump, smooth = (lambda t, x: -jnp.sum(jnp.abs(x - t), -1)), SMOOTH["Huber"][0]
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        x = rng.laplace(size=(1000, 1)).astype(np.float32)
+        assert find_kink(energy_of(jump, np.float32(0), x)) is not None, seed
+        assert find_kink(energy_of(smooth, np.float32(0.2), rng.normal(size=(1000, 1)).astype(np.float32))) is None, (
+            seed
+        )
 
 
 @pytest.mark.parametrize("name", LAWS)

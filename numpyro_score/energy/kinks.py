@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array
+from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 
 from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.layout import sum_rows
@@ -53,7 +54,14 @@ _OPERATIONS = {
     "while": "while_loop",
     "sqrt": "sqrt",
     "rsqrt": "sqrt",
+    "cbrt": "cbrt",
     "pow": "power",
+    "acos": "arccos",
+    "asin": "arcsin",
+    "atan2": "arctan2",
+    "tan": "tan",
+    "eigh": "eigh",
+    "svd": "svd",
 }
 _NAMED = {"relu", "relu6", "leaky_relu", "elu", "clip", "hard_tanh", "hard_sigmoid", "floor", "round", "sort"}
 # Functions of JAX whose parts have kinks, but not they themselves.
@@ -77,7 +85,8 @@ class Kink(NamedTuple):
 def find_kink(energy: BoundModel) -> Kink | None:
     """A jump of the score or density among the data or, if it may move with the parameters, further out; or None.
 
-    The rows are joined to their nearest neighbours by straight lines. On a line the score changes by the integral of
+    The rows are joined to their nearest neighbours by straight lines, and by a tree that holds them together, so that
+    some line crosses any place with rows on both sides. On a line the score changes by the integral of
     its derivative, unless there is a jump that the derivative leaves out: the trapezoidal rule's error then stays as
     the line is halved, each time to the half with the larger error. Kinks that may move are looked for on lines to the
     origin and out to ten times the data's spread as well, since a fit may bring them to the data. As it may bring any
@@ -216,11 +225,15 @@ def _bodies(eqn: JaxprEqn) -> list[Jaxpr]:
 # -- the numbers ------------------------------------------------------------------------------------------------------
 
 _SMALL = 0.05
-_ROWS, _NEIGHBOURS, _HALVINGS = 128, 4, 24  # lines cross a place where rows lie on both sides of it
+_ROWS, _NEIGHBOURS, _HALVINGS = 128, 4, 24
+_FAR = 0.5  # of the data's spread, or twenty times the tree's median: longer lines, as between modes, are left out
 
 
 def _some_rows(energy: BoundModel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Some rows, rows to start from, which are all where a row cannot be had alone, and the columns' deviations."""
+    """Numbers of some rows, rows to start from and the columns' deviations.
+
+    The rows to start from are those, or all where a row cannot be had alone.
+    """
     n = energy.num_rows
     rows = np.random.default_rng(0).permutation(n)[:_ROWS]
 
@@ -229,10 +242,10 @@ def _some_rows(energy: BoundModel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return (x[rows] if energy.resizable else x), x.std(axis=0)
 
     starts, spread = fetch(run_compiled(read, energy, rows))
-    return (starts if energy.resizable else starts[rows]), starts, spread
+    return (np.arange(len(rows)) if energy.resizable else rows), starts, spread
 
 
-def _lines(energy: BoundModel, some: np.ndarray, starts: np.ndarray, spread: np.ndarray) -> tuple[Any, Any]:
+def _lines(energy: BoundModel, rows: np.ndarray, starts: np.ndarray, spread: np.ndarray) -> tuple[Any, Any]:
     """Pairs of ends (S, M, D) of lines between neighbours, and of lines further out, or None."""
     rng, x = np.random.default_rng(0), starts
     d = x.shape[1]
@@ -240,10 +253,13 @@ def _lines(energy: BoundModel, some: np.ndarray, starts: np.ndarray, spread: np.
         spread = np.full(d, x.std() or 1.0)
         near = (x, x + 0.3 * spread * rng.normal(size=(16, 1, d)))
     else:
-        distance = np.stack([((starts - row) ** 2).sum(-1) for row in some], axis=-1)
+        some = starts[rows]
+        distance = np.stack([((starts - row) ** 2).sum(-1, dtype=np.float64) for row in some], axis=-1)
         distance[distance == 0] = np.inf  # itself, and equal rows
         order = np.argsort(distance, axis=-1)[:, : min(_NEIGHBOURS, len(some) - 1)]
-        near = (starts, np.swapaxes(some[order], 0, 1))
+        ends = np.concatenate([order, order[:, :1]], axis=1)  # (M, S)
+        ends[rows, -1] = _parents(distance[rows], order[rows, 0], _FAR * float(np.linalg.norm(spread)))
+        near = (starts, np.swapaxes(some[ends], 0, 1))
     begin, end = np.broadcast_arrays(*(np.asarray(e, x.dtype) for e in near))
     near = begin, end
     if not energy.flat:  # further out may be outside of the support
@@ -252,6 +268,19 @@ def _lines(energy: BoundModel, some: np.ndarray, starts: np.ndarray, spread: np.
     away = 10 * np.where(spread > 0, spread, 1.0) * rng.normal(size=(4, *start.shape))
     ends = np.concatenate([-np.broadcast_to(start, (1, *start.shape)), start + away])
     return near, np.broadcast_arrays(start, ends.astype(x.dtype))
+
+
+def _parents(distance: np.ndarray, nearest: np.ndarray, far: float) -> np.ndarray:
+    """Of each row the next one on a shortest spanning tree, (M,); the nearest where that is far, and at the root."""
+    if not np.isfinite(distance).any():  # all rows are one
+        return nearest
+    lengths = np.where(np.isfinite(distance), np.sqrt(distance), 0.0)
+    tree = minimum_spanning_tree(lengths)  # of the rows that differ, zero is no line
+    order, parents = breadth_first_order(tree, 0, directed=False)
+    parents = np.where(parents < 0, nearest, parents)
+    reached = np.isin(np.arange(len(parents)), order)  # all but rows that equal another
+    near = lengths[np.arange(len(parents)), parents] <= max(far, 20 * np.median(tree.data))
+    return np.where(reached & near, parents, nearest)
 
 
 def _jumps(evaluate: Any, energy: BoundModel, start: np.ndarray, end: np.ndarray) -> bool:
