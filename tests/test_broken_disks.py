@@ -106,6 +106,24 @@ def test_other_devices(tmp_path, monkeypatch):
         assert rest.state.rng_key.sharding.device_set == set(jax.devices()[: 1 + (second is spread)])
 
 
+def test_two_runs_in_one_directory(tmp_path, monkeypatch):
+    """The second is told at once, and the first goes on; what a killed run leaves behind is in nobody's way."""
+    told, size = [], loop.next_size
+
+    def another(n, seconds):
+        if not told:
+            told.append(True)
+            with pytest.raises(OSError, match=f"Another run has the checkpoint in {tmp_path} open: wait"):
+                run(tmp_path)
+        return size(n, seconds)
+
+    monkeypatch.setattr(loop, "next_size", another)
+    first = run(tmp_path)
+    assert told and len(first.losses) == STEPS and ".lock" not in {p.name for p in tmp_path.iterdir()}
+    (tmp_path / ".lock").touch()
+    np.testing.assert_array_equal(run(tmp_path).losses, first.losses)
+
+
 def test_no_directory(tmp_path):
     """A file where the directory should be."""
     (tmp_path / "run").write_text("kept")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,18 @@ def test_what_cannot_be_saved_or_loaded(saved, tmp_path):
     (later / "fit.json").write_text(json.dumps({**head, "format": 2}))
     with pytest.raises(ValueError, match="which reads formats up to 1: install a later one"):
         load(later, quartic)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("fit.json", 0.5), ("arrays.npz", 0.5), ("arrays.npz", 0.99), ("arrays.npz", 0.0)]
+)
+def test_damaged_files(saved, tmp_path, name, kept):
+    """Each is told with its directory."""
+    shutil.copytree(saved[1], tmp_path / "fit")
+    whole = (tmp_path / "fit" / name).read_bytes()
+    (tmp_path / "fit" / name).write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(ValueError, match=rf"The fit in {tmp_path}/fit is damaged \(.*: take another copy"):
+        load(tmp_path / "fit", quartic)
 
 
 def test_kinds_of_values():

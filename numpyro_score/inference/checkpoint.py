@@ -25,7 +25,13 @@ from numpyro_score.printed import without_addresses
 
 __all__ = ["Checkpoint"]
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two runs in one directory go unnoticed
+    fcntl = None  # type: ignore[assignment]
+
 _FORMAT = 2
+_LOCK = ".lock"
 _KEPT = 2  # saves on disk: should the last one be damaged, there is one before it
 _SHARE = 0.01  # of the time of a run, for saving
 _SAMPLED = 64  # rows of each array of the data, which tell whether they are the same data
@@ -63,6 +69,7 @@ class Checkpoint:
         self._last = time.perf_counter()
         self._cost = 0.0  # seconds that a save stopped the run for
         self._saved = -1
+        self._lock: Any = None
 
     @classmethod
     def of(
@@ -97,10 +104,15 @@ class Checkpoint:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._manager is not None:
-            with self._explained("written"):
-                self._manager.wait_until_finished()
-                self._manager.close()
+        try:
+            if self._manager is not None:
+                with self._explained("written"):
+                    self._manager.wait_until_finished()
+                    self._manager.close()
+        finally:
+            if self._lock is not None:
+                (self.directory / _LOCK).unlink(missing_ok=True)
+                self._lock.close()
 
     def start(self, state: Any) -> tuple[int, Any, list[Any]]:
         """Opens the directory, and gives what is saved there.
@@ -118,8 +130,8 @@ class Checkpoint:
         """
         self.settings["state"] = {name: [str(v.dtype), list(v.shape)] for name, v in named_leaves(state).items()}
         ocp = _orbax()
+        by_first(self._claim)
         with self._explained("opened"):
-            by_first(lambda: self.directory.mkdir(parents=True, exist_ok=True))  # at once; Orbax does it later
             options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
             steps = sorted(self._manager.all_steps(), reverse=True)
@@ -146,6 +158,23 @@ class Checkpoint:
                 f"None of the checkpoints in {self.directory} can be read: give another directory to begin anew."
             )
         return 0, state, []
+
+    def _claim(self) -> None:
+        """Makes the directory, which Orbax would do later, and holds it until the run ends."""
+        with self._explained("opened"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if fcntl is None:
+                return
+            self._lock = open(self.directory / _LOCK, "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            self._lock = None
+            raise BlockingIOError(
+                f"Another run has the checkpoint in {self.directory} open: wait until it ends, or give another "
+                "directory."
+            ) from None
 
     def _read(self, ocp: Any, step: int, state: Any) -> tuple[Any, list[Any]]:
         saved = self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings

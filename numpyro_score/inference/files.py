@@ -7,6 +7,9 @@ import dataclasses
 import json
 import os
 import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,7 +114,7 @@ def _write(path: str | os.PathLike[str], head: dict[str, Any], arrays: Arrays) -
         FileExistsError: if there is something already.
         OSError: if it cannot be written.
     """
-    target = Path(path)
+    target = Path(path).expanduser()
     if target.exists():
         raise FileExistsError(f"{target} is there already: remove it, or save under another name.")
     beside = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -137,19 +140,32 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
 
     Raises:
         FileNotFoundError: if it holds no fit.
-        ValueError: if a later version wrote it.
+        ValueError: if a later version wrote it, or it is damaged.
     """
-    directory = Path(path)
+    directory = Path(path).expanduser()
     if not (directory / _HEAD).is_file():
         raise FileNotFoundError(f"{directory} holds no fit, as it has no {_HEAD}: pass what fit.save(path) was given.")
-    head = json.loads((directory / _HEAD).read_text())
+    with _undamaged(directory):
+        head = json.loads((directory / _HEAD).read_text())
     if head["format"] > FORMAT:
         raise ValueError(
             f"{directory} has format {head['format']}, of numpyro-score {head['numpyro_score']}, and this is version "
             f"{__version__}, which reads formats up to {FORMAT}: install a later one."
         )
-    with np.load(directory / _ARRAYS, allow_pickle=False) as found:
+    # NumPy leaves a file open that it cannot read.
+    with _undamaged(directory), (directory / _ARRAYS).open("rb") as file, np.load(file, allow_pickle=False) as found:
         return head, Arrays(dict(found))
+
+
+@contextlib.contextmanager
+def _undamaged(directory: Path) -> Iterator[None]:
+    """Errors of files that are not whole, with the directory that they are in."""
+    try:
+        yield
+    except (ValueError, EOFError, FileNotFoundError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"The fit in {directory} is damaged ({type(error).__name__}: {error}): take another copy, or save it again."
+        ) from error
 
 
 def save_fit(fit: Any, path: str | os.PathLike[str]) -> None:

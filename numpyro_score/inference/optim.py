@@ -176,6 +176,11 @@ def check_state(fitter: Any, optim_state: Any) -> None:
     And where processes have optimisers that differ.
     """
     average = fitter.average
+    if len(optim_state) > 1 and isinstance(optim_state[1], tuple) and not optim_state[1]:
+        raise ValueError(
+            "init_state is of a fit that was loaded without its optimiser: give it to load, as load(path, model, "
+            "optim=...), or start from init_params=fit.params."
+        )
     if jax.process_count() > 1:
         step = first_step(fitter, optim_state)
         require_common("run", [], optim=step and {k: f"{v:.3g}" for k, v in step.items()})
