@@ -21,6 +21,7 @@ from numpyro.distributions.transforms import IdentityTransform, IndependentTrans
 from numpyro_score.energy import varying_outputs
 from numpyro_score.placement import fetch
 from numpyro_score.programs import shared_jit
+from numpyro_score.uncertainty.mixing import mixed_effects
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
 
 __all__ = [
@@ -147,12 +148,11 @@ def effects(objective: Objective, gradients: np.ndarray) -> tuple[str, ...]:
     found = ties(objective)
     enters = (gradients != 0).astype(np.float32)
     rows = enters.sum(axis=0)
-    if not ((rows > 0) & (rows < len(enters))).any():
-        return found
-    if grouped := grouped_sites(enters.T @ enters > 0, objective.blocks()):
+    if ((rows > 0) & (rows < len(enters))).any():
         latents = jax.eval_shape(objective.prior_terms, objective.unravel(objective.position))
+        grouped = grouped_sites(enters.T @ enters > 0, objective.blocks())
         found += tuple(k for k in grouped if k in latents and k not in found)
-    return found
+    return found + mixed_effects(objective, gradients, found)
 
 
 def warn_if_few_groups(objective: Objective, names: tuple[str, ...]) -> None:

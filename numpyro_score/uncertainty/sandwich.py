@@ -98,8 +98,9 @@ def curvature(objective: Objective) -> Curvature:
     effects u is then part of the law of the data, and the Hessian of −log π(u | φ) is added to S: to first order the
     errors are those with which φ is estimated and u predicted, when u is drawn anew with the rows [Kackar & Harville
     1984]. Where β is calibrated and the rows' losses are a likelihood they are those of the Laplace approximation, H⁻¹.
-    This is done for terms of the prior that tie sites to each other, and for sites whose elements enter the rows of one
-    group each, beside other sites. The minimum is the joint mode: scales of effects come out too small, the more so the
+    This is done for terms of the prior that tie sites to each other, for sites whose elements enter the rows of one
+    group each, beside other sites, and where the rows' gradients in some sites have an independent direction for each
+    group, along which another site moves all of them. The minimum is the joint mode: scales of effects come out too small, the more so the
     fewer rows a group has, and with them the errors.
 
     Raises:

@@ -1,0 +1,101 @@
+"""Effects of groups that reach the rows by a matrix, by sites of their own or among other elements of a site.
+
+A row of a group moves along one direction of such effects, whatever its data: its gradient in them is its residual
+times what the group has of each. So the rows' gradients have as many directions as there are groups, and these are
+independent where each group can have any effect. A site that all groups share, such as their mean, then moves the rows
+of a group in proportion.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_score.energy import varying_outputs
+from numpyro_score.uncertainty.objective import Objective, SandwichError
+
+__all__ = ["mixed_effects"]
+
+_LEAST_GROUPS = 3
+_INDEPENDENT = 1e-5  # of the largest singular value of the directions
+
+
+def mixed_effects(objective: Objective, gradients: np.ndarray, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The terms of the prior, beside those known, that effects of groups have by mixing.
+
+    Args:
+        objective: at its minimum.
+        gradients: of the rows that have a weight, (N, P).
+        known: terms that are part of the law of the data already.
+
+    Raises:
+        SandwichError: for a site that holds effects of groups and what all groups share.
+    """
+    values, blocks = objective.unravel(objective.position), objective.blocks()
+    closed, shapes = jax.make_jaxpr(objective.prior_terms, return_shape=True)(values)
+    inputs = [k for k in sorted(values) for _ in jax.tree.leaves(values[k])]
+    outputs = {k: varying_outputs(closed.jaxpr, [k == i for i in inputs]) for k in values}
+    terms = {k: [t for t, varies in zip(sorted(shapes), of, strict=True) if varies] for k, of in outputs.items()}
+    names = [k for k, of in sorted(terms.items()) if of and not set(of) & set(known)]
+    whole = [k for k in names if _are_effects(gradients, blocks[k])]
+    rows = (gradients != 0).sum(axis=0)
+    few = (rows > 0) & (rows < len(gradients))
+    rest = [k for k in names if k not in whole and few[blocks[k]].any()]
+    columns = np.concatenate([np.zeros(0, int), *(blocks[k][few[blocks[k]]] for k in rest)])
+    if rest and _are_effects(gradients, columns):  # together, as sites or elements of one group each
+        for name in rest:
+            if not few[blocks[name]].all():
+                raise SandwichError(
+                    f"Site '{name}' holds effects of groups and what all groups share, whose errors differ in kind: "
+                    "make two sites of it."
+                )
+        whole += rest
+    return tuple(dict.fromkeys(t for k in whole for t in terms[k]))
+
+
+def _are_effects(gradients: np.ndarray, columns: np.ndarray) -> bool:
+    """Whether rows have independent directions by group along these columns, and others move all groups."""
+    if len(columns) < _LEAST_GROUPS:
+        return False
+    own = gradients[:, columns]
+    size = np.linalg.norm(own, axis=1)
+    used = size > 1e-3 * np.median(size[size > 0]) if (size > 0).any() else size > 0
+    if used.sum() < 2 * _LEAST_GROUPS:
+        return False
+    sign_by = np.random.default_rng(0).normal(size=len(columns))
+    direction = own[used] / size[used, None]
+    sign = np.where(direction @ sign_by < 0, -1.0, 1.0)
+    direction *= sign[:, None]
+    label = _clusters(direction, direction @ sign_by)
+    if label is None:
+        return False
+    count = label.max() + 1
+    if not _LEAST_GROUPS <= count <= min(len(columns), used.sum() / 2):
+        return False
+    number = np.bincount(label)
+    centre = np.stack([np.bincount(label, weights=d) for d in direction.T], axis=1) / number[:, None]
+    singular = np.linalg.svd(centre, compute_uv=False)
+    if singular[-1] <= _INDEPENDENT * singular[0]:
+        return False
+    others = np.setdiff1d(np.arange(gradients.shape[1]), columns)
+    share = gradients[np.ix_(used, others)] / (sign * size[used])[:, None]
+    if not len(others):
+        return False
+    means = np.stack([np.bincount(label, weights=s) for s in share.T], axis=1) / number[:, None]
+    scale = np.abs(means).max(axis=0)
+    alike = (np.abs(share - means[label]) <= 1e-2 * scale).all(axis=0) & (scale > 0)
+    return bool((alike & ((np.abs(means) > 1e-6 * scale).sum(axis=0) > 1)).any())
+
+
+def _clusters(direction: np.ndarray, along: np.ndarray) -> np.ndarray | None:
+    """Which rows have one direction, (N,), from a projection of them; None where there is no such thing."""
+    tolerance = 1e3 * float(np.finfo(jnp.result_type(float)).eps)
+    order = np.argsort(along)
+    step = np.diff(along[order]) > tolerance * np.linalg.norm(along) / len(along) ** 0.5
+    label = np.empty(len(along), int)
+    label[order] = np.concatenate([[0], np.cumsum(step)])
+    first = np.unique(label, return_index=True)[1]
+    if (np.abs(direction - direction[first][label]).max(axis=1) > 100 * tolerance).any():
+        return None
+    return label
