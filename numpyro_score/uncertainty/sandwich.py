@@ -100,8 +100,8 @@ def curvature(objective: Objective) -> Curvature:
     1984]. Where β is calibrated and the rows' losses are a likelihood they are those of the Laplace approximation, H⁻¹.
     This is done for terms of the prior that tie sites to each other, for sites whose elements enter the rows of one
     group each, beside other sites, and where the rows' gradients in some sites have an independent direction for each
-    group, along which another site moves all of them. The minimum is the joint mode: scales of effects come out too small, the more so the
-    fewer rows a group has, and with them the errors.
+    group, along which another site moves all of them. The minimum is the joint mode: scales of effects come out too
+    small, the more so the fewer rows a group has, and with them the errors.
 
     Raises:
         SandwichError: for more than MAX_PARAMETERS parameters, fewer than two rows, an H that is not positive
