@@ -32,4 +32,5 @@ def chain_columns(energy: Energy, samples: Any) -> Float[np.ndarray, "chain draw
     if missing:
         raise ValueError(f"The samples have no site '{missing[0]}': pass what sample(fit, key, 1000) returns.")
     sites = [samples["posterior"][a.name].values for a in energy.arrays]
-    return np.concatenate([v.reshape(*v.shape[:2], -1) for v in sites], axis=-1)
+    columns = np.concatenate([v.reshape(*v.shape[:2], -1) for v in sites], axis=-1)
+    return columns if np.issubdtype(columns.dtype, np.floating) else columns.astype(np.float64)

@@ -27,8 +27,8 @@ class PairSums(NamedTuple):
 
 def pair_sums(
     kernel: Callable[..., Array],
-    a: tuple[Float[Array, "n d"], ...],
-    b: tuple[Float[Array, "m d"], ...],
+    a: tuple[Float[Array, "n ..."], ...],
+    b: tuple[Float[Array, "m ..."], ...],
     signs: Float[Array, "m b"] | None = None,
     *,
     distinct: bool = False,
@@ -36,9 +36,9 @@ def pair_sums(
     """Sums of `kernel(row of a, all rows of b)`, (M,), over the rows of b, without the N × M matrix.
 
     Args:
-        kernel: from a tuple of rows (D,) and a tuple of (M, D) to (M,).
-        a: arrays (N, D).
-        b: arrays (M, D).
+        kernel: from a tuple of rows (D,) and one of (M, D), or what the arrays have, to (M,).
+        a: arrays with the rows first, the first of them (N, D).
+        b: likewise, (M, D).
         signs: ε (M, B); none if not given.
         distinct: leave out the pairs i = j.
     """
