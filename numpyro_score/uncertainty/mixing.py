@@ -32,26 +32,35 @@ def mixed_effects(objective: Objective, gradients: np.ndarray, known: tuple[str,
     Raises:
         SandwichError: for a site that holds effects of groups and what all groups share.
     """
-    values, blocks = objective.unravel(objective.position), objective.blocks()
-    closed, shapes = jax.make_jaxpr(objective.prior_terms, return_shape=True)(values)
-    inputs = [k for k in sorted(values) for _ in jax.tree.leaves(values[k])]
-    outputs = {k: varying_outputs(closed.jaxpr, [k == i for i in inputs]) for k in values}
-    terms = {k: [t for t, varies in zip(sorted(shapes), of, strict=True) if varies] for k, of in outputs.items()}
-    names = [k for k, of in sorted(terms.items()) if of and not set(of) & set(known)]
-    whole = [k for k in names if _are_effects(gradients, blocks[k])]
+    blocks = objective.blocks()
     rows = (gradients != 0).sum(axis=0)
     few = (rows > 0) & (rows < len(gradients))
-    rest = [k for k in names if k not in whole and few[blocks[k]].any()]
+    whole = [k for k in sorted(blocks) if _are_effects(gradients, blocks[k])]
+    rest = [k for k in sorted(blocks) if k not in whole and few[blocks[k]].any()]
+    if not whole and not rest:
+        return ()
+    terms = _terms_of(objective)
+    unknown = {k for k, of in terms.items() if of and not set(of) & set(known)}
+    found, rest = [k for k in whole if k in unknown], [k for k in rest if k in unknown]
     columns = np.concatenate([np.zeros(0, int), *(blocks[k][few[blocks[k]]] for k in rest)])
-    if rest and _are_effects(gradients, columns):  # together, as sites or elements of one group each
+    if _are_effects(gradients, columns):  # together, as sites or elements of one group each
         for name in rest:
             if not few[blocks[name]].all():
                 raise SandwichError(
                     f"Site '{name}' holds effects of groups and what all groups share, whose errors differ in kind: "
                     "make two sites of it."
                 )
-        whole += rest
-    return tuple(dict.fromkeys(t for k in whole for t in terms[k]))
+        found += rest
+    return tuple(dict.fromkeys(t for k in found for t in terms[k]))
+
+
+def _terms_of(objective: Objective) -> dict[str, list[str]]:
+    """The prior's terms that vary with each site, by site."""
+    values = objective.unravel(objective.position)
+    closed, shapes = jax.make_jaxpr(objective.prior_terms, return_shape=True)(values)
+    inputs = [k for k in sorted(values) for _ in jax.tree.leaves(values[k])]
+    outputs = {k: varying_outputs(closed.jaxpr, [k == i for i in inputs]) for k in values}
+    return {k: [t for t, varies in zip(sorted(shapes), of, strict=True) if varies] for k, of in outputs.items()}
 
 
 def _are_effects(gradients: np.ndarray, columns: np.ndarray) -> bool:
@@ -63,7 +72,10 @@ def _are_effects(gradients: np.ndarray, columns: np.ndarray) -> bool:
     used = size > 1e-3 * np.median(size[size > 0]) if (size > 0).any() else size > 0
     if used.sum() < 2 * _LEAST_GROUPS:
         return False
-    sign_by = np.random.default_rng(0).normal(size=len(columns))
+    sign_by, other = np.random.default_rng(0).normal(size=(2, len(columns)))
+    ratio = np.sort(own[used] @ other / (own[used] @ sign_by))  # of the direction alone, and cheap
+    if 1 + np.sum(np.diff(ratio) > 100 * _tolerance() * (1 + np.abs(ratio[1:]))) > min(len(columns), used.sum() / 2):
+        return False
     direction = own[used] / size[used, None]
     sign = np.where(direction @ sign_by < 0, -1.0, 1.0)
     direction *= sign[:, None]
@@ -88,9 +100,14 @@ def _are_effects(gradients: np.ndarray, columns: np.ndarray) -> bool:
     return bool((alike & ((np.abs(means) > 1e-6 * scale).sum(axis=0) > 1)).any())
 
 
+def _tolerance() -> float:
+    """How far directions of one group are apart by rounding."""
+    return 1e3 * float(np.finfo(jnp.result_type(float)).eps)
+
+
 def _clusters(direction: np.ndarray, along: np.ndarray) -> np.ndarray | None:
     """Which rows have one direction, (N,), from a projection of them; None where there is no such thing."""
-    tolerance = 1e3 * float(np.finfo(jnp.result_type(float)).eps)
+    tolerance = _tolerance()
     order = np.argsort(along)
     step = np.diff(along[order]) > tolerance * np.linalg.norm(along) / len(along) ** 0.5
     label = np.empty(len(along), int)
