@@ -230,7 +230,7 @@ def compare(
     record = pd.DataFrame(columns, names).join(pd.DataFrame.from_dict(found, orient="index"))
     sentence = None
     if likelihoods is not None:
-        scale = score_scale(energies[names[0]]) if rule is HYVARINEN else None
+        scale = score_scale(energies[names[0]]) if rule == HYVARINEN else None
         sentence = find_sentence(likelihoods, errors, scores, rule, scale)
     lines = [f"{len(names)} fits on {len(rows)} rows; ≈ is for a difference within {ERRORS:.0f} standard errors."]
     if order_kl is not None and likelihoods is not None:

@@ -28,7 +28,7 @@ def comparison_page(comparison: Comparison) -> str:
     sides = 1 if comparison.order_kl is None else 2
     title = f"Comparison of {', '.join(names)}"
     rule = comparison.rule
-    blind = " and sees little of the weights of modes far apart" if rule is HYVARINEN else ""
+    blind = " and sees little of the weights of modes far apart" if rule == HYVARINEN else ""
     scores = f"sum over the rows of {rule.formula}; lower is better. It needs no normaliser{blind}."
     meaning = [(k, v) for k, v in (_MEANING | {rule.score: scores}).items() if k in shown.index]
     body = [
