@@ -21,7 +21,7 @@ from numpyro.distributions.transforms import IdentityTransform, IndependentTrans
 from numpyro_score.energy import varying_outputs
 from numpyro_score.placement import fetch
 from numpyro_score.programs import shared_jit
-from numpyro_score.uncertainty.mixing import mixed_effects
+from numpyro_score.uncertainty.mixing import mixed_effects, varying_terms
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
 
 __all__ = [
@@ -53,8 +53,7 @@ def nested_terms(terms: Terms, values: dict[str, Any]) -> tuple[str, ...]:
     if len(values) < 2:
         return ()
     sites = [k for k in sorted(values) for _ in jax.tree.leaves(values[k])]  # of each input
-    closed, shapes = jax.make_jaxpr(terms, return_shape=True)(values)
-    depends = {b: varying_outputs(closed.jaxpr, [k == b for k in sites]) for b in values}
+    varying = varying_terms(terms, values)
 
     def factor_ties(name: str) -> bool:
         slope = jax.make_jaxpr(jax.grad(lambda v: terms(v)[name]))(values).jaxpr
@@ -67,8 +66,8 @@ def nested_terms(terms: Terms, values: dict[str, Any]) -> tuple[str, ...]:
         )
 
     found = []
-    for i, name in enumerate(sorted(shapes)):
-        others = [b for b in values if b != name and depends[b][i]]
+    for name in sorted({term for of_site in varying.values() for term in of_site}):
+        others = [b for b in values if b != name and name in varying[b]]
         if (name in values and others) or (len(others) > 1 and factor_ties(name)):
             found.append(name)
     return tuple(found)
@@ -149,9 +148,9 @@ def effects(objective: Objective, gradients: np.ndarray) -> tuple[str, ...]:
     enters = (gradients != 0).astype(np.float32)
     rows = enters.sum(axis=0)
     if ((rows > 0) & (rows < len(enters))).any():
-        latents = jax.eval_shape(objective.prior_terms, objective.unravel(objective.position))
-        grouped = grouped_sites(enters.T @ enters > 0, objective.blocks())
-        found += tuple(k for k in grouped if k in latents and k not in found)
+        if grouped := grouped_sites(enters.T @ enters > 0, objective.blocks()):
+            latents = jax.eval_shape(objective.prior_terms, objective.unravel(objective.position))
+            found += tuple(k for k in grouped if k in latents and k not in found)
     return found + mixed_effects(objective, gradients, found)
 
 

@@ -8,14 +8,18 @@ of a group in proportion.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from numpyro_score.energy import varying_outputs
 from numpyro_score.uncertainty.objective import Objective, SandwichError
 
-__all__ = ["mixed_effects"]
+__all__ = ["mixed_effects", "varying_terms"]
 
 _LEAST_GROUPS = 3
 _INDEPENDENT = 1e-5  # of the largest singular value of the directions
@@ -39,7 +43,7 @@ def mixed_effects(objective: Objective, gradients: np.ndarray, known: tuple[str,
     rest = [k for k in sorted(blocks) if k not in whole and few[blocks[k]].any()]
     if not whole and not rest:
         return ()
-    terms = _terms_of(objective)
+    terms = varying_terms(objective.prior_terms, objective.unravel(objective.position))
     unknown = {k for k, of in terms.items() if of and not set(of) & set(known)}
     found, rest = [k for k in whole if k in unknown], [k for k in rest if k in unknown]
     columns = np.concatenate([np.zeros(0, int), *(blocks[k][few[blocks[k]]] for k in rest)])
@@ -54,10 +58,14 @@ def mixed_effects(objective: Objective, gradients: np.ndarray, known: tuple[str,
     return tuple(dict.fromkeys(t for k in found for t in terms[k]))
 
 
-def _terms_of(objective: Objective) -> dict[str, list[str]]:
-    """The prior's terms that vary with each site, by site."""
-    values = objective.unravel(objective.position)
-    closed, shapes = jax.make_jaxpr(objective.prior_terms, return_shape=True)(values)
+def varying_terms(terms: Callable[[dict[str, Any]], dict[str, Array]], values: dict[str, Any]) -> dict[str, list[str]]:
+    """The terms of a prior that vary with each site, by site.
+
+    Args:
+        terms: from values by site to the prior's terms, by the name of the latent site or factor.
+        values: some.
+    """
+    closed, shapes = jax.make_jaxpr(terms, return_shape=True)(values)
     inputs = [k for k in sorted(values) for _ in jax.tree.leaves(values[k])]
     outputs = {k: varying_outputs(closed.jaxpr, [k == i for i in inputs]) for k in values}
     return {k: [t for t, varies in zip(sorted(shapes), of, strict=True) if varies] for k, of in outputs.items()}
@@ -67,33 +75,30 @@ def _are_effects(gradients: np.ndarray, columns: np.ndarray) -> bool:
     """Whether rows have independent directions by group along these columns, and others move all groups."""
     if len(columns) < _LEAST_GROUPS:
         return False
-    own = gradients[:, columns]
-    size = np.linalg.norm(own, axis=1)
+    others = np.setdiff1d(np.arange(gradients.shape[1]), columns)
+    size = np.linalg.norm(gradients[:, columns], axis=1)
     used = size > 1e-3 * np.median(size[size > 0]) if (size > 0).any() else size > 0
-    if used.sum() < 2 * _LEAST_GROUPS:
+    if not len(others) or used.sum() < 2 * _LEAST_GROUPS:
         return False
-    sign_by, other = np.random.default_rng(0).normal(size=(2, len(columns)))
-    ratio = np.sort(own[used] @ other / (own[used] @ sign_by))  # of the direction alone, and cheap
-    if 1 + np.sum(np.diff(ratio) > 100 * _tolerance() * (1 + np.abs(ratio[1:]))) > min(len(columns), used.sum() / 2):
+    own, most = gradients[np.ix_(used, columns)], min(len(columns), used.sum() / 2)
+    one, other = (own @ v for v in np.random.default_rng(0).normal(size=(2, len(columns))))
+    ratio = np.sort(other / one)  # of the direction alone, and cheap
+    if 1 + np.sum(np.diff(ratio) > 100 * _tolerance() * (1 + np.abs(ratio[1:]))) > most:
         return False
-    direction = own[used] / size[used, None]
-    sign = np.where(direction @ sign_by < 0, -1.0, 1.0)
-    direction *= sign[:, None]
-    label = _clusters(direction, direction @ sign_by)
+    length = np.where(one < 0, -1.0, 1.0) * size[used]
+    direction = own / length[:, None]
+    label = _clusters(direction, one / length)
     if label is None:
         return False
     count = label.max() + 1
-    if not _LEAST_GROUPS <= count <= min(len(columns), used.sum() / 2):
+    if not _LEAST_GROUPS <= count <= most:
         return False
     number = np.bincount(label)
     centre = np.stack([np.bincount(label, weights=d) for d in direction.T], axis=1) / number[:, None]
     singular = np.linalg.svd(centre, compute_uv=False)
     if singular[-1] <= _INDEPENDENT * singular[0]:
         return False
-    others = np.setdiff1d(np.arange(gradients.shape[1]), columns)
-    share = gradients[np.ix_(used, others)] / (sign * size[used])[:, None]
-    if not len(others):
-        return False
+    share = gradients[np.ix_(used, others)] / length[:, None]
     means = np.stack([np.bincount(label, weights=s) for s in share.T], axis=1) / number[:, None]
     scale = np.abs(means).max(axis=0)
     alike = (np.abs(share - means[label]) <= 1e-2 * scale).all(axis=0) & (scale > 0)
