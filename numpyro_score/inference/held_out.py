@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy, as_array, join_arrays, split_arrays
+from numpyro_score.energy import Energy, join_arrays, split_arrays
 from numpyro_score.inference.loop import Course
 from numpyro_score.inference.processes import require_common
+from numpyro_score.inference.reading import as_arguments
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.losses import total_loss
 from numpyro_score.losses.base import at_least_one
@@ -41,11 +42,7 @@ class HeldOut:
         if hasattr(svi.score_loss, "no_objective"):
             name = type(svi.score_loss).__name__
             raise TypeError(f"{name} has no value to look at, as {svi.score_loss.no_objective}: leave out held_out.")
-        args = tuple(as_array("held_out", v) for v in (rows if isinstance(rows, tuple) else (rows,)))
-        if not isinstance(rows, tuple) and not isinstance(args[0], jax.Array | np.ndarray):
-            raise TypeError(
-                f"held_out is a {type(rows).__name__}: give an array, or a tuple of the model's arguments, as a batch."
-            )
+        args = as_arguments("held_out", rows)
         self.every = at_least_one("run_batches", "held_out_every", every)
         self.args = jax.tree.map(lambda v: jnp.asarray(v) if isinstance(v, np.ndarray) else v, args)
         self._arrays, static = split_arrays((self.args, {}))

@@ -16,7 +16,7 @@ import numpy as np
 
 from numpyro_score.energy import as_array, split_arrays
 
-__all__ = ["END", "Batch", "Prefetched", "Source"]
+__all__ = ["END", "Batch", "Prefetched", "Source", "as_arguments"]
 
 END: Any = object()
 """Stands for the batch after the last one."""
@@ -38,6 +38,21 @@ class Batch(NamedTuple):
     static: Any
     args: tuple[Any, ...]
     position: str | None
+
+
+def as_arguments(name: str, item: Any) -> tuple[Any, ...]:
+    """The model's positional arguments from one item, an array or a tuple, tables among them as arrays.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    args = tuple(as_array(name, v) for v in (item if isinstance(item, tuple) else (item,)))
+    if not isinstance(item, tuple) and not isinstance(args[0], jax.Array | np.ndarray):
+        raise TypeError(
+            f"{name} is a {type(item).__name__}: give an array, or a tuple of the model's arguments, e.g. "
+            "(np.asarray(item),)."
+        )
+    return args
 
 
 class Source:
@@ -205,14 +220,8 @@ class Prefetched:
             raise
 
     def _move(self, item: Any, position: str | None) -> Batch:
-        args = item if isinstance(item, tuple) else (item,)
         number = self._source.number - 1
-        args = tuple(as_array(f"batch {number}", v) for v in args)
-        if not isinstance(item, tuple) and not isinstance(args[0], jax.Array | np.ndarray):
-            raise TypeError(
-                f"Batch {number} is a {type(item).__name__}: give an array, or a tuple of the model's arguments, "
-                "e.g. (np.asarray(item),)."
-            )
+        args = as_arguments(f"Batch {number}", item)
         is_array = [isinstance(v, jax.Array | np.ndarray) for v in jax.tree.leaves(args)]
         leaves = [v for v, yes in zip(jax.tree.leaves(args), is_array, strict=True) if yes]
         forms = [f"{v.dtype}{list(v.shape)}" for v in leaves]
