@@ -22,6 +22,7 @@ from numpyro.infer.autoguide import (
 from numpyro.primitives import Messenger
 
 from numpyro_score.energy import Sealed, Site, takes_keyword
+from numpyro_score.printed import without_addresses
 
 __all__ = [
     "GUIDES_WITH_DENSITY",
@@ -32,12 +33,12 @@ __all__ = [
     "check_keywords",
     "check_memory",
     "check_optimizer",
-    "fingerprint",
     "is_loss",
     "named_leaves",
     "numbers_of",
     "refuse_misplaced",
     "refuse_unknown",
+    "told",
 ]
 
 GUIDES_WITH_DENSITY = (
@@ -229,6 +230,12 @@ def check_inside(init_params: dict[str, Any] | None, supports: dict[str, constra
 def numbers_of(value: Any) -> Any:
     """An array of numbers, which keys are made of."""
     return jax.random.key_data(value) if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) else value
+
+
+def told(tree: Any, most: int) -> list[Any]:
+    """The leaves of a tree: arrays by their :func:`fingerprint`, all else as text."""
+    arrays = jax.Array | np.ndarray
+    return [fingerprint(v, most) if isinstance(v, arrays) else without_addresses(v) for v in jax.tree.leaves(tree)]
 
 
 def fingerprint(value: Any, most: int) -> list[Any]:

@@ -141,7 +141,7 @@ class FromBatches:
         weight = _weight(num_rows, self._shape[1], getattr(self.guide, "prototype_trace", None) or {})
         state = self._laid_out(strongly_typed(state if init_state is None else init_state), first.arrays)
         check_memory(state, self.score_loss, self._mutable)
-        check_state(self, state.optim_state)
+        check_state("run_batches", self, state.optim_state)
         start = int(state.optim_state[0])
         own = dict(loss=self.score_loss, learning_rate=self.learning_rate, average=self.average)
         options = dict(num_steps=num_steps, num_rows=num_rows, start=start, rng_key=rng_key)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_score.inference.arguments import fingerprint, named_leaves, numbers_of
+from numpyro_score.inference.arguments import named_leaves, numbers_of, told
 from numpyro_score.inference.optim import first_step, sums
 from numpyro_score.inference.processes import by_first
 from numpyro_score.losses.base import positive
@@ -58,12 +58,8 @@ class Checkpoint:
         if not isinstance(directory, str | os.PathLike):
             raise TypeError(f"checkpoint must be the path of a directory, got {type(directory).__name__}.")
         positive("run", "checkpoint_every, seconds between two saves", every)
-        self.directory, self.every, self.settings, self.like = (
-            Path(directory).expanduser().absolute(),
-            float(every),
-            settings,
-            like,
-        )
+        self.directory, self.every = Path(directory).expanduser().absolute(), float(every)
+        self.settings, self.like = settings, like
         self.position: str | None = None  # among batches, of the save that was read
         self._manager: Any = None
         self._last = time.perf_counter()
@@ -88,13 +84,12 @@ class Checkpoint:
         """
         if directory is None:
             return None
-        data = [fingerprint(v, _SAMPLED) if _is_array(v) else without_addresses(v) for v in jax.tree.leaves(args)]
         fitter, state = begin
         made = {
             "format": _FORMAT,
             "kind": kind,
             **{k: _plain(v) for k, v in settings.items()},
-            "data": data,
+            "data": told(args, _SAMPLED),
             "optimizer": first_step(fitter, state.optim_state),
             "begin": sums(fitter.get_params(state)),
         }
@@ -280,10 +275,6 @@ def _differences(was: Any, new: Any) -> str:
     return "; ".join(shown) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, jax.Array | np.ndarray)
-
-
 def _alike(was: Any, new: Any) -> bool:
     """Whether settings are the same; sums of numbers may differ as on other devices."""
     if isinstance(was, dict) and isinstance(new, dict) and was.keys() == new.keys():
@@ -300,5 +291,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, jax.Array | np.ndarray):
         return np.asarray(numbers_of(value)).tolist()
     fields = [getattr(value, f.name) for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
-    inside = [fingerprint(v, _SAMPLED) for v in jax.tree.leaves(fields) if _is_array(v)]
+    inside = told([v for v in jax.tree.leaves(fields) if isinstance(v, jax.Array | np.ndarray)], _SAMPLED)
     return without_addresses(value) + (f" with the arrays {inside}" if inside else "")

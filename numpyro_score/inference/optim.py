@@ -141,15 +141,13 @@ def is_averaged(optim_state: Any) -> bool:
 def sums(tree: Any) -> dict[str, float]:
     """Sums, and sums of squares, of the leaves of a tree that are no whole numbers: they tell other values."""
     leaves = {k: jnp.asarray(v) for k, v in named_leaves(tree).items()}
-    leaves = {k: v for k, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+    leaves = {k: v.astype(float) for k, v in leaves.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
 
-    def of(values: list[Array]) -> list[Array]:
-        return [jnp.sum(jnp.abs(v.astype(float)) ** p) for v in values for p in (1, 2)] + [
-            jnp.sum(v.astype(float)) for v in values
-        ]
+    def of(leaves: dict[str, Array]) -> dict[str, Array]:
+        kinds = {"absolute": jnp.abs, "square": jnp.square, "sum": lambda v: v}
+        return {f"{k}, {name}": jnp.sum(f(v)) for k, v in leaves.items() for name, f in kinds.items()}
 
-    names = [f"{k}, {p}" for k in leaves for p in ("absolute", "square")] + [f"{k}, sum" for k in leaves]
-    return dict(zip(names, map(float, fetch(run_compiled(of, list(leaves.values())))), strict=True))
+    return {k: float(v) for k, v in fetch(run_compiled(of, leaves)).items()}
 
 
 def first_step(fitter: Any, optim_state: Any) -> dict[str, float] | None:
@@ -170,10 +168,11 @@ def first_step(fitter: Any, optim_state: Any) -> dict[str, float] | None:
     return sums(run_compiled(step, jax.tree.map(jnp.asarray, optim_state)))
 
 
-def check_state(fitter: Any, optim_state: Any) -> None:
-    """Raises ValueError where a state to go on from has an average and the fit keeps none, or the other way round.
+def check_state(owner: str, fitter: Any, optim_state: Any) -> None:
+    """Raises ValueError for a state that a fit cannot go on from, and where processes have optimisers that differ.
 
-    And where processes have optimisers that differ.
+    A fit cannot where the state has an average and the fit keeps none, or the other way round, or it has lost its
+    optimiser's part.
     """
     average = fitter.average
     if len(optim_state) > 1 and isinstance(optim_state[1], tuple) and not optim_state[1]:
@@ -183,7 +182,7 @@ def check_state(fitter: Any, optim_state: Any) -> None:
         )
     if jax.process_count() > 1:
         step = first_step(fitter, optim_state)
-        require_common("run", [], optim=step and {k: f"{v:.3g}" for k, v in step.items()})
+        require_common(owner, [], optim=step and {k: f"{v:.3g}" for k, v in step.items()})
     if average is not None and not is_averaged(optim_state):
         raise ValueError(
             "init_state has no average of the parameters, which this fit keeps: pass a state of a fit with average, or "

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from numpyro_score.inference.arguments import fingerprint
-from numpyro_score.printed import without_addresses
+from numpyro_score.inference.arguments import told
 
 __all__ = ["agreed", "by_first", "gathered", "interrupts", "is_first", "require_common"]
 
@@ -40,7 +39,7 @@ def require_common(owner: str, arrays: list[Any], **settings: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    texts = [str(_told(v)) for v in settings.values()]
+    texts = [str(told(v, _SAMPLED)) for v in settings.values()]
     votes = gathered(*(zlib.crc32(text.encode()) for text in texts))
     for name, text, vote in zip(settings, texts, votes.T, strict=True):
         if len(np.unique(vote)) > 1:
@@ -50,18 +49,11 @@ def require_common(owner: str, arrays: list[Any], **settings: Any) -> None:
             )
     if not all(v.is_fully_addressable for v in arrays):
         return
-    if len(np.unique(gathered(zlib.crc32(repr([fingerprint(v, _SAMPLED) for v in arrays]).encode())))) > 1:
+    if len(np.unique(gathered(zlib.crc32(repr(told(arrays, _SAMPLED)).encode())))) > 1:
         raise ValueError(
             f"{owner} got other data in each process, of which the others know nothing: join them, e.g. by "
             "jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec('rows')), rows)."
         )
-
-
-def _told(value: Any) -> list[Any]:
-    """A setting as text and fingerprints."""
-    leaves = jax.tree.leaves(value)
-    is_array = [isinstance(v, jax.Array | np.ndarray) for v in leaves]
-    return [fingerprint(v, _SAMPLED) if yes else without_addresses(v) for v, yes in zip(leaves, is_array, strict=True)]
 
 
 def agreed(size: int, save: bool, stop: bool) -> tuple[int, bool, bool]:

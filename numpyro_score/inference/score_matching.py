@@ -303,7 +303,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
             state = self.init(rng_key, *given[0], init_params=init_params, **given[1])
         state = init_state if init_state is not None else state
         check_memory(state, self.score_loss, self._mutable)
-        check_state(self, state.optim_state)
+        check_state("run", self, state.optim_state)
         start = int(state.optim_state[0])
         state = self._laid_out(strongly_typed(state), (args, kwargs))
         if self._default_optim and self._default_guide:
