@@ -15,6 +15,7 @@ import pytest
 from numpyro.distributions import constraints
 
 from numpyro_score import Energy
+from numpyro_score.inference import loop
 from numpyro_score.kernels import langevin_chains, mala_chains
 
 # Compiles in half the time, where the compiled function runs once.
@@ -26,6 +27,18 @@ RUGGED = {"K": K, "a": np.array([0.1, 0.3, 0.2])}
 # Conditions in text are looked at when the test is to run, in the test's module, which imports jax.
 two_devices = pytest.mark.skipif("jax.device_count() < 2", reason="needs two devices, which conftest.py makes of a CPU")
 only_on_cpus = pytest.mark.skipif("jax.default_backend() != 'cpu'", reason="is about programs for CPUs")
+
+
+def stop_after(monkeypatch, calls):
+    """Ctrl-C between two calls of the device, each of at most 32 steps."""
+    left = iter(range(calls))
+
+    def next_size(n, seconds):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return 32
+
+    monkeypatch.setattr(loop, "next_size", next_size)
 
 
 @functools.cache

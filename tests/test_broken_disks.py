@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from models import stop_after
 from numpyro.distributions import constraints
 
 from numpyro_score import ISM, ScoreMatching
@@ -89,15 +90,8 @@ def test_other_devices(tmp_path, monkeypatch):
     two = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("rows",)), PartitionSpec("rows"))
     spread, whole = jax.device_put(ROWS, two), run()
     for i, (first, second) in enumerate([(spread, ROWS), (ROWS, spread)]):
-        left = iter(range(3))
-
-        def stopping(n, seconds, left=left):
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            return 32
-
         with monkeypatch.context() as patch, pytest.warns(UserWarning, match="Interrupted"):
-            patch.setattr(loop, "next_size", stopping)
+            stop_after(patch, 3)
             part = run(tmp_path / str(i), x=first)
         assert 0 < len(part.losses) < STEPS
         rest = run(tmp_path / str(i), x=second)

@@ -14,10 +14,10 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from models import stop_after
 from numpyro.distributions import constraints
 
 from numpyro_score import MALA, NCE, PCD, SSM, AdversarialDynamicsEmbedding, LearnedFlow, ScoreMatching
-from numpyro_score.inference import loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loss was still falling")
 LOSS = PCD(kernel=MALA(step_size=0.1), num_chains=32, num_steps=2)
@@ -43,18 +43,6 @@ def assert_identical(one, other):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype
-
-
-def stop_after(monkeypatch, calls):
-    """Ctrl-C between two calls of the device, each of at most 32 steps."""
-    left = iter(range(calls))
-
-    def next_size(n, seconds):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return 32
-
-    monkeypatch.setattr(loop, "next_size", next_size)
 
 
 @pytest.fixture(scope="module")
