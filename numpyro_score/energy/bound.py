@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -13,6 +13,7 @@ from numpyro.distributions import constraints
 
 from numpyro_score.energy.base import AnyArray, ModelAtValues
 from numpyro_score.energy.binding import data_arguments, rebound
+from numpyro_score.energy.latents import assignments
 from numpyro_score.energy.layout import (
     DataArray,
     by_name,
@@ -52,6 +53,13 @@ class BoundModel(ModelAtValues):
     def num_rows(self) -> int:
         """N, the number of rows of the model's data."""
         return self._layout.num_rows
+
+    @property
+    def row_axes(self) -> tuple[tuple[str | None, int], ...]:
+        """The axes that number the rows, outermost first: the plate, if it is one, and the length."""
+        layout = self._layout
+        names = layout.row_plates or (None,) * len(layout.row_shape)
+        return tuple(zip(names, layout.row_shape, strict=True))
 
     @property
     def resizable(self) -> bool:
@@ -287,13 +295,28 @@ class BoundModel(ModelAtValues):
         at = self.at(x)
         if rows is not None:
             at = at._replace(_plates={**at._plates, **dict.fromkeys(at._layout.row_plates, rows)})
-        sites = at._run().sites
-        if rows is not None and any(sites[p]["args"][0] != len(rows) for p in at._layout.row_plates):
-            raise ValueError("A plate of rows has a fixed size.")
-        terms = [sum_rows(term_log_prob(sites[k]), at._layout) for k in at._layout.terms]
+        total = at._sum_of_terms(at._layout.terms, rows)
         coordinates = at.coordinates(x)
         for a in at._layout.arrays:
             u = coordinates[a.name]
             if (log_jacobian := a.support.log_jacobian(u, a.support.to_data(u))) is not None:
-                terms.append(rows_first(log_jacobian, a.row_axes).sum(-1))
-        return functools.reduce(jnp.add, terms)
+                total += rows_first(log_jacobian, a.row_axes).sum(-1)
+        return total
+
+    def _sum_of_terms(self, names: Sequence[str], rows: Array | None = None) -> Float[Array, "n"]:
+        """Some terms of each row together, (N,): log Σ_z p(z) e^{terms} where latent sites z are summed."""
+        terms = self._terms_by_assignment(names, rows)
+        return jax.nn.logsumexp(terms, axis=0) if self._layout.latents else terms[0]
+
+    def _terms_by_assignment(self, names: Sequence[str], rows: Array | None = None) -> Float[Array, "a n"]:
+        """The same for each of the values that the latent sites of a row take together, with log p(z): (A, N)."""
+        layout = self._layout
+        latents = [latent.name for latent in layout.latents]
+
+        def of(values: dict[str, Any]) -> Array:
+            sites = self._replace(_pinned={**self._pinned, **values})._run().sites
+            if rows is not None and any(sites[p]["args"][0] != len(rows) for p in layout.row_plates):
+                raise ValueError("A plate of rows has a fixed size.")
+            return functools.reduce(jnp.add, [sum_rows(term_log_prob(sites[k]), layout) for k in [*names, *latents]])
+
+        return jax.vmap(of)(assignments(layout.latents)) if latents else of({})[None]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from numpyro_score import operators
 from numpyro_score.energy.base import AnyArray
 from numpyro_score.energy.check import check
+from numpyro_score.energy.latents import marginals
 from numpyro_score.energy.reading import ReadModel
 from numpyro_score.energy.values import check_rows
 
@@ -118,6 +119,25 @@ class Energy(ReadModel):
         # The forward Laplacian differentiates values.
         of = functools.partial(operators.value_score_laplacian, self.row_log_density, forward=self.has_density)
         return self._over_rows(of, x)
+
+    def latent_probabilities(self, x: Float[AnyArray, "n d"]) -> dict[str, Float[Array, "n *rest k"]]:
+        """The law of the discrete latent sites of each row given its data, by site, (N, ..., K) for K values.
+
+        They are those that the density is summed over, marked by `infer={"enumerate": "parallel"}`: e.g. from which
+        component of a mixture each row is.
+
+        Raises:
+            ValueError: if the model has no such site.
+        """
+        layout = self._layout
+        if not layout.latents:
+            raise ValueError(
+                "The model has no latent site of rows that is summed: mark one in the plate of rows, e.g. "
+                "numpyro.sample('z', dist.Categorical(w), infer={'enumerate': 'parallel'})."
+            )
+        at = self.at(x)
+        joint = jax.nn.softmax(at._terms_by_assignment(at._layout.terms), axis=0)
+        return marginals(layout.latents, joint)
 
     def require_continuous(self, owner: str = "A score") -> None:
         """Raises TypeError if some of the data are discrete, whose density has no derivatives."""

@@ -18,8 +18,6 @@ from jaxtyping import Array
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 
 from numpyro_score.energy.bound import BoundModel
-from numpyro_score.energy.layout import sum_rows
-from numpyro_score.energy.trace import term_log_prob
 from numpyro_score.operators import full_precision, value_score
 from numpyro_score.placement import fetch
 from numpyro_score.programs import compiled, run_compiled
@@ -130,9 +128,7 @@ def _away_from_zero(energy: BoundModel) -> BoundModel | None:
 
 def _terms(energy: BoundModel, terms: Sequence[str], x: Array) -> Array:
     """The sum of some terms of the log density of rows (N, D), (N,)."""
-    at = energy.at(x)
-    sites = at._run().sites
-    return functools.reduce(jnp.add, [sum_rows(term_log_prob(sites[k]), at._layout) for k in terms])
+    return energy.at(x)._sum_of_terms(terms)
 
 
 # -- the operations ---------------------------------------------------------------------------------------------------

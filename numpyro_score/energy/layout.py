@@ -19,6 +19,7 @@ from jax.extend.core import Jaxpr
 from numpyro.distributions import constraints
 
 from numpyro_score.energy.dependence import depends_on_inputs
+from numpyro_score.energy.latents import Latent
 from numpyro_score.energy.supports import Block, Shape, Support, base_constraint, innermost, limits, row_width
 from numpyro_score.energy.trace import Recorder, Site, is_factor, is_observed_sample, unwrap
 from numpyro_score.energy.values import check_precision
@@ -56,6 +57,7 @@ class Layout(NamedTuple):
     width: int = 1  # the most numbers for one row that an operation of the density gives
     numbers_per_row: int = 1  # that all its operations give together
     score_terms: tuple[str, ...] = ()  # terms whose derivative in the data is known, but not their value
+    latents: tuple[Latent, ...] = ()  # discrete sites of each row that the density is summed over
     quadratic: bool = False  # in discrete data, with second derivatives that are the same for all rows
 
     @property

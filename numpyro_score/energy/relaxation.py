@@ -35,7 +35,7 @@ def bare(energy: M) -> M:
 
 def is_quadratic_in_data(energy: BoundModel) -> bool:
     """Whether the log density is a quadratic of the discrete numbers, whose second derivatives all rows share."""
-    if not (energy.resizable and energy.has_density):
+    if not (energy.resizable and energy.has_density) or energy._layout.latents:
         return False
     x = jax.ShapeDtypeStruct((2, energy.dim), energy.dtype)
     try:

@@ -8,10 +8,11 @@ from typing import Any, NoReturn
 
 import jax.numpy as jnp
 
+from numpyro_score.energy.latents import find_latents
 from numpyro_score.energy.layout import DataArray, Layout, Trace
 from numpyro_score.energy.supports import Shape
 from numpyro_score.energy.text import plural
-from numpyro_score.energy.trace import Site, is_factor, is_score_term, unwrap
+from numpyro_score.energy.trace import Site, is_factor, is_score_term, is_summed, unwrap
 
 __all__ = ["assemble"]
 
@@ -101,10 +102,15 @@ def check_sites(sites: Trace, layout: Layout) -> None:
         if not rows or not rows <= {f.name for f in site["cond_indep_stack"]}:
             continue
         plate = min(rows)
+        if is_summed(site):
+            continue
         if not site["is_observed"]:
+            few = site["fn"].support is not None and site["fn"].support.is_discrete
             raise ValueError(
-                f"Latent site '{name}' stands inside the data plate '{plate}', one value per row: marginalise it out "
-                "of the density, or observe it."
+                f"Latent site '{name}' stands inside the data plate '{plate}', one value per row: "
+                + ("write infer={'enumerate': 'parallel'} to have the density summed over it" if few else "")
+                + ("" if few else "marginalise it out of the density")
+                + ", or observe it."
             )
         if not is_factor(site):
             continue
@@ -157,8 +163,23 @@ def assemble(arrays: Sequence[DataArray], sites: Trace, shapes: dict[str, Shape]
         unwrap(sites[k]["fn"])[1] or jnp.ndim(0 if sites[k]["scale"] is None else sites[k]["scale"]) for k in entering
     )
     score_terms = tuple(k for k in entering if is_score_term(sites[k]))
+    latents = find_latents(sites, row_plates, row_dims)
+    if latents and score_terms:
+        raise ValueError(
+            f"Site '{score_terms[0]}' is a score_factor, whose density is unknown, so that none can be summed over the "
+            f"values of '{latents[0].name}': declare an energy with numpyro.factor."
+        )
     layout = Layout(
-        tuple(arrays), entering, penalties, row_plates, row_dims, row_shape, masked, False, score_terms=score_terms
+        tuple(arrays),
+        entering,
+        penalties,
+        row_plates,
+        row_dims,
+        row_shape,
+        masked,
+        False,
+        score_terms=score_terms,
+        latents=latents,
     )
     check_sites(sites, layout)
     return layout

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.primitives import Messenger
 
@@ -53,7 +54,11 @@ class _Pin(Messenger):
         elif kind == "control_flow":
             msg["kwargs"]["substitute_stack"].append(("substitute", self.values))
         elif kind in ("sample", "param", "mutable"):
-            if name in self.values:
+            if is_summed(msg):
+                points = jnp.asarray(support_points(msg))
+                numbers = self.values.get(name, 0)  # of the points; the first where it does not matter
+                msg["value"] = jnp.broadcast_to(points[numbers], msg["fn"].shape())
+            elif name in self.values:
                 value = self.values[name]
                 # A module updates its mutable state in place: give every run its own copy.
                 msg["value"] = dict(value) if kind == "mutable" and isinstance(value, dict) else value
@@ -87,7 +92,7 @@ def keep(sites: dict[str, Site], msg: Site) -> None:
 
 
 class Parameters(Messenger):
-    """Shows the handlers outside every site of a model but the observed ones, and keeps all of them.
+    """Shows the handlers outside every site of a model but the observed and the summed ones, and keeps all of them.
 
     While a handler outside treats a site it may send messages of its own: under NUTS the log determinant of a
     constrained site, under `reparam` the auxiliary site. Those pass by.
@@ -100,12 +105,15 @@ class Parameters(Messenger):
         super().__init__()
 
     def process_message(self, msg: Site) -> None:
-        """Keeps the message, and hides the observed sites."""
+        """Keeps the message, and hides the observed sites and those that the density is summed over."""
         if self._outside is not None:
             return
         if is_observed_sample(msg):
             if not is_factor(msg):
                 check_observed(msg)
+            msg["stop"] = True
+        elif is_summed(msg):
+            msg["value"] = jnp.broadcast_to(support_points(msg)[0], msg["fn"].shape())
             msg["stop"] = True
         else:
             self._outside = msg
@@ -197,6 +205,35 @@ def is_score_term(site: Site) -> bool:
 def is_observed_sample(site: Site) -> bool:
     """Whether a site is a sample site with a value from outside of the model."""
     return site["type"] == "sample" and site["is_observed"]
+
+
+def is_summed(site: Site) -> bool:
+    """Whether a site is a latent one of each row that the density is to be summed over, as NumPyro marks these."""
+    return site["type"] == "sample" and not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
+
+
+def support_points(site: Site) -> np.ndarray:
+    """The values that one number of a site to be summed takes.
+
+    Raises:
+        ValueError: if they are not a few numbers that are known.
+    """
+    law = unwrap(site["fn"])[0]
+    while isinstance(law, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        law = law.base_dist
+    if law.event_dim == 0 and law.has_enumerate_support:
+        try:
+            with jax.ensure_compile_time_eval():
+                return np.asarray(law.enumerate_support(expand=False)).reshape(-1)
+        except (
+            NotImplementedError,
+            jax.errors.ConcretizationTypeError,
+        ):  # a Binomial of various counts
+            pass
+    raise ValueError(
+        f"Site '{site['name']}' is to be enumerated, and {type(law).__name__} has no fixed set of values for one "
+        "number: use Categorical, Bernoulli or DiscreteUniform, or sum over it in the model."
+    )
 
 
 def term_log_prob(site: Site) -> jax.Array:
