@@ -4,6 +4,7 @@ from numpyro_score.inference.adjustment import adjust_draws
 from numpyro_score.inference.adversarial import AdversarialDynamicsEmbedding
 from numpyro_score.inference.adversarial_result import AdversarialResult, AdversarialState, AdversarialTerms
 from numpyro_score.inference.cost import FitCost
+from numpyro_score.inference.dependent import dependent_rows
 from numpyro_score.inference.generator import DenoisingGenerator, GeneratorResult, GeneratorState
 from numpyro_score.inference.loop import NonFiniteLossError
 from numpyro_score.inference.optim import default_optimizer, optax_optimizer
@@ -30,6 +31,7 @@ __all__ = [
     "Windham",
     "adjust_draws",
     "default_optimizer",
+    "dependent_rows",
     "generalized_bayes",
     "load",
     "optax_optimizer",

@@ -187,6 +187,7 @@ def save_fit(fit: Any, path: str | os.PathLike[str]) -> None:
         "state": arrays.leaves(fit.state),
         "losses": arrays.put(fit.losses),
         "held_out": None if fit.held_out is None else arrays.put(fit.held_out),
+        "dependence": None if fit.dependence is None else fit.dependence.encode(arrays.put),
         "interrupted": fit.interrupted,
         "cost": None if fit.cost is None else fit.cost._asdict(),
         "labels": fit.labels.encode(),

@@ -35,6 +35,7 @@ from numpyro_score.random import Key, as_key
 from numpyro_score.uncertainty import (
     MAX_PARAMETERS,
     Curvature,
+    Dependence,
     Objective,
     Parametrisation,
     SandwichError,
@@ -67,6 +68,7 @@ class ScoreMatchingResult:
         of_batches: the curvature of more rows than `args` holds, see :meth:`over_batches`.
         labels: names of the axes and columns of tables among the model's arguments.
         held_out: steps taken and the mean loss of the rows held out there, (K, 2), see `run_batches`.
+        dependence: which rows depend on each other, see :func:`~numpyro_score.dependent_rows`.
     """
 
     params: dict[str, Any]
@@ -80,6 +82,7 @@ class ScoreMatchingResult:
     of_batches: Curvature | None = None
     labels: Labels = NO_LABELS
     held_out: np.ndarray | None = None
+    dependence: Dependence | None = None
 
     def __post_init__(self) -> None:
         if self.has_data:  # which may be tables, where `dataclasses.replace` gives it
@@ -231,14 +234,15 @@ class ScoreMatchingResult:
         if diagonal and of is not None:
             raise ValueError("stderr takes of=... or diagonal=True, not both.")
         if diagonal:
-            self._refuse_batches("stderr(diagonal=True)")
+            self._refuse_batches("stderr(diagonal=True)", independent=True)
             return diagonal_stderr(self._objective)
         if of is None:
             return self.coordinates.stderr(self.curvature.covariance)
         if self.of_batches is not None:
             return stderr_from(self._objective, of, self.curvature.covariance)
         dense = self.curvature if len(self.coordinates.position) <= MAX_PARAMETERS else None
-        return stderr_of(self._objective, of, *(dense.hessian, dense.effects) if dense else (None, None))
+        hessian, effects = (dense.hessian, dense.effects) if dense else (None, None)
+        return stderr_of(self._objective, of, hessian, effects, self.dependence)
 
     def influence(self, of: Function | None = None) -> Any:
         r"""How much each row moves the estimates: by site, (N, ...), in constrained space (delta method).
@@ -350,7 +354,7 @@ class ScoreMatchingResult:
     @cached_property
     def curvature(self) -> Curvature:
         """Hessians, spread of the gradients and sandwich at the estimates; see :meth:`covariance`."""
-        return curvature(self._objective) if self.of_batches is None else self.of_batches
+        return curvature(self._objective, self.dependence) if self.of_batches is None else self.of_batches
 
     def over_batches(self, batches: Iterable[Any], *, num_rows: int | None = None) -> ScoreMatchingResult:
         """The same fit with the standard errors of all rows of `batches`, one batch in memory at a time.
@@ -374,7 +378,9 @@ class ScoreMatchingResult:
         objectives = objectives_of(self._objective, self.svi, self.coordinates, batches)
         return replace(self, of_batches=curvature_of_batches(objectives, num_rows))
 
-    def _refuse_batches(self, what: str) -> None:
+    def _refuse_batches(self, what: str, independent: bool = False) -> None:
+        if independent and self.dependence is not None:
+            raise SandwichError(f"{what} takes rows as independent: use stderr(of=...).")
         if self.of_batches is not None:
             raise SandwichError(f"{what} is of rows in memory: take the fit that over_batches or windham was given.")
 

@@ -20,7 +20,15 @@ from numpyro_score.losses.base import positive
 from numpyro_score.operators import full_precision
 from numpyro_score.placement import fetch
 from numpyro_score.programs import shared_jit
-from numpyro_score.uncertainty import Curvature, Objective, SandwichError, check_rows, check_size, require_curved
+from numpyro_score.uncertainty import (
+    Curvature,
+    Objective,
+    SandwichError,
+    check_rows,
+    check_size,
+    require_curved,
+    spread_root,
+)
 
 __all__ = ["Windham", "windham"]
 
@@ -73,7 +81,7 @@ def windham(fit: ScoreMatchingResult, c: float) -> ScoreMatchingResult:
     spread of its rows. Densities are in the coordinates of :meth:`Energy.flatten <numpyro_score.Energy.flatten>`.
 
     Args:
-        fit: a point fit by a loss of score matching, to rows that are independent.
+        fit: a point fit by a loss of score matching, whose rows are independent or of :func:`dependent_rows`.
         c: how much the weights differ, above zero.
 
     Returns:
@@ -118,11 +126,10 @@ def windham(fit: ScoreMatchingResult, c: float) -> ScoreMatchingResult:
     objective, found = _fixed_point(objective, c)
     gradient, fixed, jacobian, rows = found
     require_curved(objective, fixed)
-    g = rows[used]
-    root = np.linalg.qr(g - g.mean(axis=0), mode="r") * (len(g) / (len(g) - 1)) ** 0.5
+    root = spread_root(rows, used, fit.dependence)
     errors = np.linalg.norm(np.linalg.solve(jacobian, root.T), axis=1)
     distance = np.abs(np.linalg.solve(jacobian, gradient)) / np.where(errors > 0, errors, np.inf)
-    size = np.sqrt(np.sum(g**2, axis=0))
+    size = np.sqrt(np.sum(rows[used] ** 2, axis=0))
     rate = float(objective.learning_rate)
     none = np.full_like(jacobian, np.nan)  # there is no objective whose Hessian it were
     curvature = Curvature(jacobian, none, root / rate, size, rate, None, (), distance)

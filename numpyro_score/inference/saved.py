@@ -31,6 +31,7 @@ from numpyro_score.losses import (
     PseudoLikelihood,
     RatioMatching,
 )
+from numpyro_score.uncertainty import Dependence
 
 __all__ = ["load"]
 
@@ -106,7 +107,10 @@ def load(
     cost = None if head["cost"] is None else FitCost(**head["cost"])
     losses = np.asarray(arrays.get(head["losses"]))
     held_out = None if head.get("held_out") is None else np.asarray(arrays.get(head["held_out"]))
-    fit = ScoreMatchingResult(params, state, losses, svi, args, kwargs, head["interrupted"], cost, held_out=held_out)
+    dependence = None if head.get("dependence") is None else Dependence.decode(head["dependence"], arrays.get)
+    fit = ScoreMatchingResult(
+        params, state, losses, svi, args, kwargs, head["interrupted"], cost, held_out=held_out, dependence=dependence
+    )
     # Those of the file, unless the arguments given again are tables, which bring their own.
     return fit if fit.labels.axes else replace(fit, labels=Labels.decode(head.get("labels")))
 

@@ -165,7 +165,8 @@ def _convergence(fit: Any) -> str:
     limit = 3.0 if hasattr(fit.svi.score_loss, "settle") else ARRIVED
     if distance <= limit:
         close = f"less than {max(10 ** np.ceil(np.log10(max(distance, 1e-3))), 1e-3):g}"
-        return f"Converged: the minimum is {close} standard errors away. Errors are those of the sandwich."
+        how = "the sandwich" if fit.dependence is None else f"the sandwich, where {fit.dependence.text}"
+        return f"Converged: the minimum is {close} standard errors away. Errors are those of {how}."
     return (
         f"{NOT_CONVERGED}: the minimum is {distance:.2g} standard errors away. Take more steps, or another optimiser "
         "such as optax.lbfgs()."

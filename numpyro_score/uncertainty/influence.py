@@ -17,9 +17,10 @@ from numpyro.distributions.transforms import IndependentTransform
 from numpyro_score.operators import full_precision
 from numpyro_score.placement import fetch
 from numpyro_score.programs import shared_jit
+from numpyro_score.uncertainty.dependence import Dependence
 from numpyro_score.uncertainty.hierarchy import rows_along, sum_of_terms, ties, unshared_sites, warn_if_few_groups
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError, norm_of_columns
-from numpyro_score.uncertainty.sandwich import check_rows, distance_to_minimum, warn_if_not_converged
+from numpyro_score.uncertainty.sandwich import check_rows, distance_to_minimum, used_rows, warn_if_not_converged
 
 __all__ = ["diagonal_stderr", "influence", "stderr_from", "stderr_of"]
 
@@ -59,6 +60,7 @@ def stderr_of(
     of: Callable[[dict[str, Any]], Any],
     hessian: np.ndarray | None,
     effects: tuple[str, ...] | None = None,
+    dependence: Dependence | None = None,
 ) -> Any:
     """Standard errors of what `of` returns, in its structure: of the rows' influence, and a hierarchy's own part.
 
@@ -68,8 +70,11 @@ def stderr_of(
         hessian: of the objective, or None, as for :func:`influence`, which also says what is raised.
         effects: the terms of the prior that are part of the law of the data; if None, they are
             looked for. See :func:`~numpyro_score.uncertainty.curvature`.
+        dependence: which rows depend on each other; None for independent ones.
     """
     rows, directions = _influence(objective, of, hessian)
+    if dependence is not None:
+        rows = _pieces(rows, used_rows(objective), dependence)
     variances, unravel = ravel_pytree(jax.tree.map(lambda v: jnp.sum(v**2, axis=0), rows))
     errors = ravel_pytree(jax.tree.map(norm_of_columns, rows))[0]
     if effects is None:
@@ -93,6 +98,18 @@ def stderr_from(objective: Objective, of: Callable[[dict[str, Any]], Any], covar
     errors = np.sqrt(np.einsum("kp,pq,kq->k", jacobian, covariance, jacobian))
     flat, unravel = ravel_pytree(values)
     return unravel(jnp.asarray(errors, flat.dtype))
+
+
+def _pieces(rows: Any, used: np.ndarray, dependence: Dependence) -> Any:
+    """What the variances are sums of squares of, from the influence of rows that depend on each other."""
+    dependence.check(used)
+    corrected = (used.sum() / (used.sum() - 1)) ** 0.5  # as if they were independent
+
+    def of(leaf: Array) -> Array:
+        host = fetch(leaf).astype(np.float64).reshape(len(used), -1) / corrected
+        return jnp.asarray(dependence.pieces(host, used), leaf.dtype).reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(of, rows)
 
 
 @partial(shared_jit, static_argnames=("names",))

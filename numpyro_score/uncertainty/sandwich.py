@@ -16,7 +16,15 @@ from jaxtyping import Array
 
 from numpyro_score.placement import fetch
 from numpyro_score.programs import shared_jit
-from numpyro_score.uncertainty.hierarchy import between, effects, refuse_products, ties, warn_if_few_groups
+from numpyro_score.uncertainty.dependence import Dependence, spread_root
+from numpyro_score.uncertainty.hierarchy import (
+    between,
+    effects,
+    refuse_products,
+    rows_along,
+    ties,
+    warn_if_few_groups,
+)
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
 
 __all__ = [
@@ -30,6 +38,7 @@ __all__ = [
     "derivatives",
     "distance_to_minimum",
     "gradient_at",
+    "gradients_of_rows",
     "require_curved",
     "used_rows",
     "warn_if_not_converged",
@@ -47,7 +56,7 @@ class Curvature:
 
     hessian: np.ndarray  # (P, P), of the whole objective: β Σ w_n ∇²ℓ_n − ∇² log π₀
     loss_hessian: np.ndarray  # (P, P), of the losses alone, without β: Σ w_n ∇²ℓ_n
-    root: np.ndarray  # (min(N, P), P): rootᵀ root = S = N cov_n(w_n ∇ℓ_n), without β
+    root: np.ndarray  # (min(N, P), P): rootᵀ root = S, N cov_n(w_n ∇ℓ_n) of independent rows, without β
     size: np.ndarray  # (P,), root mean square of w_n ∇ℓ_n times √N: what `root` is small or large against
     learning_rate: float  # β
     between: np.ndarray | None  # (P, P), Hessian of the prior's terms that are part of the law of the data, if any
@@ -82,7 +91,7 @@ def _sandwich(hessian: np.ndarray, root: np.ndarray, between: np.ndarray | None)
     return half @ half.T + inverse @ between @ inverse
 
 
-def curvature(objective: Objective) -> Curvature:
+def curvature(objective: Objective, dependence: Dependence | None = None) -> Curvature:
     r"""Hessians, spread of the gradients and sandwich covariance of an objective at its minimum.
 
     The sandwich of the minimiser of :math:`\beta\sum_n w_n \ell_n(\theta) - \log\pi_0(\theta)` is
@@ -103,6 +112,10 @@ def curvature(objective: Objective) -> Curvature:
     group, along which another site moves all of them. The minimum is the joint mode: scales of effects come out too
     small, the more so the fewer rows a group has, and with them the errors.
 
+    Args:
+        objective: at its minimum.
+        dependence: which rows depend on each other; None for independent ones.
+
     Raises:
         SandwichError: for more than MAX_PARAMETERS parameters, fewer than two rows, an H that is not positive
             definite, or losses that see two sites by their product alone.
@@ -118,9 +131,10 @@ def curvature(objective: Objective) -> Curvature:
     beta, loss_hessian = float(objective.learning_rate), np.asarray(loss_hessian, np.float64)
     hessian = beta * loss_hessian + np.asarray(prior_hessian, np.float64)
     require_curved(objective, hessian)
-    g = fetch(gradients).astype(np.float64)[used]
+    all_gradients = fetch(gradients).astype(np.float64)
+    g = all_gradients[used]
     gradient = beta * g.sum(axis=0) + np.asarray(prior_gradient, np.float64)
-    root = np.linalg.qr(g - g.mean(axis=0), mode="r") * (len(g) / (len(g) - 1)) ** 0.5
+    root = spread_root(all_gradients, used, dependence)
     refuse_products(objective, g)
     names = effects(objective, g)
     warn_if_few_groups(objective, names)
@@ -255,6 +269,16 @@ def warn_if_not_converged(objective: Objective, distance: dict[str, Any]) -> Non
             "Take more steps, or another optimiser such as optax.lbfgs().",
             stacklevel=5,
         )
+
+
+def gradients_of_rows(objective: Objective) -> np.ndarray:
+    """The gradients of the rows' weighted losses (N, P) on the host, of independent rows and not."""
+    return fetch(_gradients_of_rows(objective)).astype(np.float64)
+
+
+@shared_jit
+def _gradients_of_rows(objective: Objective) -> Array:
+    return rows_along(objective, jnp.eye(len(objective.position), dtype=objective.position.dtype))
 
 
 @shared_jit

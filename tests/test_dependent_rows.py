@@ -1,0 +1,239 @@
+"""Standard errors where rows depend on each other: against least squares of statsmodels, and slow sums."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import statsmodels.api as sm
+from numpyro.distributions import constraints
+
+from numpyro_score import SandwichError, ScoreMatching, ScoreMatchingResult, dependent_rows, load, windham
+
+FLAT = dist.ImproperUniform(constraints.real, (), ())
+GROUPS, EACH = 40, 5
+N = GROUPS * EACH
+
+
+def line(y: Any, z: Any) -> None:
+    """Least squares: the gradient of the loss of a row is its residual times its covariates."""
+    a, b = numpyro.param("a", 0.0), numpyro.param("b", 0.0)
+    with numpyro.plate("rows", len(y)):
+        y = numpyro.sample("y", FLAT, obs=y)
+        numpyro.factor("energy", -0.5 * (y - a - b * z) ** 2)
+
+
+def field(x: Any) -> None:
+    """The mean of a field."""
+    mu = numpyro.param("mu", 0.0)
+    with numpyro.plate("row", x.shape[0], dim=-2), numpyro.plate("column", x.shape[1], dim=-1):
+        x = numpyro.sample("x", FLAT, obs=x)
+        numpyro.factor("energy", -0.5 * (x - mu) ** 2)
+
+
+def mixed_effects(y: Any, group: Any) -> None:
+    m = numpyro.sample("m", dist.Normal(0.0, 10.0))
+    with numpyro.plate("groups", GROUPS):
+        mu = numpyro.sample("mu", dist.Normal(m, 1.0))
+    with numpyro.plate("rows", len(y)):
+        y = numpyro.sample("y", FLAT, obs=y)
+        numpyro.factor("energy", -0.5 * (y - mu[group]) ** 2)
+
+
+@functools.cache
+def series() -> tuple[np.ndarray, np.ndarray]:
+    """A response and a covariate whose products with the residual go on from row to row."""
+    rng = np.random.default_rng(0)
+    noise, z = rng.normal(size=(2, N))
+    for t in range(1, N):
+        noise[t] += 0.6 * noise[t - 1]
+        z[t] += 0.6 * z[t - 1]
+    return (1.0 + 0.5 * z + noise).astype(np.float32), z.astype(np.float32)
+
+
+@functools.cache
+def fitted() -> ScoreMatchingResult:
+    y, z = series()
+    return ScoreMatching(line).run(jax.random.key(0), jnp.asarray(y), jnp.asarray(z), progress_bar=False)
+
+
+@functools.cache
+def fitted_field() -> ScoreMatchingResult:
+    x = np.random.default_rng(1).normal(size=(20, 15)).cumsum(axis=1)[:, 3:].astype(np.float32)
+    return ScoreMatching(field).run(jax.random.key(0), jnp.asarray(x), progress_bar=False)
+
+
+def least_squares(**how: Any) -> np.ndarray:
+    y, z = (v.astype(np.float64) for v in series())
+    return np.asarray(sm.OLS(y, sm.add_constant(z)).fit(use_t=False, **how).bse)
+
+
+LABELS = np.random.default_rng(2).permutation(np.repeat(np.arange(GROUPS), EACH))
+
+
+@pytest.mark.parametrize(
+    "labels", [LABELS, [f"patient {k}" for k in LABELS], LABELS.astype(float), jnp.asarray(LABELS)]
+)
+def test_groups_are_those_of_least_squares(labels: Any) -> None:
+    """Clustered errors of statsmodels, but for its G/(G − 1) alone, which is ours; labels of any kind."""
+    errors = dependent_rows(fitted(), groups=labels).stderr()
+    expected = least_squares(cov_type="cluster", cov_kwds={"groups": LABELS, "use_correction": False})
+    np.testing.assert_allclose([errors["a"], errors["b"]], expected * (GROUPS / (GROUPS - 1)) ** 0.5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("lags", [1, 4])
+def test_lags_are_those_of_least_squares(lags: int) -> None:
+    """Newey and West's of statsmodels, times N/(N − 1)."""
+    errors = dependent_rows(fitted(), lags=lags).stderr()
+    expected = least_squares(cov_type="HAC", cov_kwds={"maxlags": lags, "use_correction": False})
+    np.testing.assert_allclose([errors["a"], errors["b"]], expected * (N / (N - 1)) ** 0.5, rtol=2e-4)
+
+
+def test_lags_in_a_field_are_products() -> None:
+    """Against the double sum over pairs of cells, with weights (1 − |i|/3)(1 − |j|/5) of lags 2 and 4."""
+    fit = fitted_field()
+    x = np.asarray(fit.args[0], np.float64)
+    centred = x - x.mean()
+    rows, columns = x.shape
+    total = 0.0
+    for i in range(-2, 3):
+        for j in range(-4, 5):
+            weight = (1 - abs(i) / 3) * (1 - abs(j) / 5)
+            there = centred[max(i, 0) : rows + min(i, 0), max(j, 0) : columns + min(j, 0)]
+            here = centred[max(-i, 0) : rows + min(-i, 0), max(-j, 0) : columns + min(-j, 0)]
+            total += weight * np.sum(here * there)
+    expected = (total * x.size / (x.size - 1)) ** 0.5 / x.size
+    with pytest.warns(UserWarning, match="windows that fit 16 times into the rows"):
+        error = dependent_rows(fit, lags={"row": 2, "column": 4}).stderr()["mu"]
+    np.testing.assert_allclose(error, expected, rtol=1e-4)
+
+
+def test_a_plate_names_groups() -> None:
+    """Each row of the field on its own: the same as labels."""
+    fit = fitted_field()
+    with pytest.warns(UserWarning, match="over 20 groups: with fewer than 30 they come out too small"):
+        named = dependent_rows(fit, groups="row").stderr()["mu"]
+    with pytest.warns(UserWarning, match="over 20 groups"):
+        labels = dependent_rows(fit, groups=np.repeat(np.arange(20), 12)).stderr()["mu"]
+    assert named == labels
+    assert named > 2 * fit.stderr()["mu"]
+
+
+def test_lags_along_one_plate_leave_the_other_independent() -> None:
+    """All lags along a row of the field, at weights near one, are the sums of rows."""
+    fit = fitted_field()
+    with pytest.warns(UserWarning, match="over 20 groups"):
+        groups = dependent_rows(fit, groups="row").stderr()["mu"]
+    with pytest.warns(UserWarning, match="windows that fit"):
+        lags = dependent_rows(fit, lags={"column": 11}).stderr()["mu"]
+    assert 0.6 * groups < lags < groups  # Bartlett's weights fall off
+
+
+def test_automatic_lags_follow_the_dependence() -> None:
+    """Andrews' choice by hand of each coordinate's first autocorrelation; none where rows are independent."""
+    y, z = (v.astype(np.float64) for v in series())
+    residual = y - sm.OLS(y, sm.add_constant(z)).fit().fittedvalues
+    gradients = np.stack([residual, residual * z], axis=-1)
+    gradients -= gradients.mean(axis=0)
+    rho = (gradients[1:] * gradients[:-1]).sum(axis=0) / (gradients**2).sum(axis=0)
+    window = np.ceil(1.1447 * (N * np.mean(4 * rho**2 / ((1 - rho) ** 2 * (1 + rho) ** 2))) ** (1 / 3))
+    with pytest.warns(UserWarning, match="windows that fit"):
+        automatic = dependent_rows(fitted(), lags="auto")
+        assert f"up to {window - 1:.0f} apart" in automatic.summary().lines[1]
+    noise = jax.random.normal(jax.random.key(3), (N,))
+    white = ScoreMatching(line).run(
+        jax.random.key(0), noise, jnp.asarray(z[::-1].copy(), jnp.float32), progress_bar=False
+    )
+    assert dependent_rows(white, lags="auto").stderr()["a"] < 1.3 * white.stderr()["a"]
+
+
+def test_a_row_of_its_own_is_independent() -> None:
+    """Groups of one row give the ordinary errors, of functions and robust fits, too."""
+    fit = fitted()
+    own = dependent_rows(fit, groups=np.arange(N))
+    np.testing.assert_allclose(own.covariance(), fit.covariance(), rtol=1e-5)
+
+    def ratio(estimates: dict[str, Any]) -> Any:
+        return {"ratio": estimates["a"] / estimates["b"], "both": jnp.stack([estimates["a"], estimates["b"]])}
+
+    for got, expected in zip(jax.tree.leaves(own.stderr(of=ratio)), jax.tree.leaves(fit.stderr(of=ratio)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4)
+    np.testing.assert_allclose(windham(own, 0.1).stderr()["b"], windham(fit, 0.1).stderr()["b"], rtol=1e-4)
+
+
+def test_functions_and_files_keep_the_dependence(tmp_path: Any) -> None:
+    fit = dependent_rows(fitted(), groups=LABELS)
+    np.testing.assert_allclose(fit.stderr(of=lambda e: 2 * e["b"]), 2 * fit.stderr()["b"], rtol=1e-4)
+    fit.save(tmp_path / "fit")
+    for again in (load(tmp_path / "fit", line), pickle.loads(pickle.dumps(fit))):
+        assert again.stderr()["b"] == fit.stderr()["b"]
+        assert "rows of one of 40 groups depend on each other" in again.summary().lines[1]
+
+
+def test_rows_without_weight_are_in_no_group() -> None:
+    """Masked rows: as the fit without them."""
+    y, z = map(jnp.asarray, series())
+
+    def masked(y: Any, z: Any, keep: Any) -> None:
+        with numpyro.handlers.mask(mask=keep):
+            line(y, z)
+
+    keep = jnp.asarray(LABELS >= 5)
+    fit = ScoreMatching(masked).run(jax.random.key(0), y, z, keep, progress_bar=False)
+    fewer = ScoreMatching(line).run(jax.random.key(0), y[keep], z[keep], progress_bar=False)
+    got = dependent_rows(fit, groups=LABELS).stderr()
+    expected = dependent_rows(fewer, groups=LABELS[keep]).stderr()
+    np.testing.assert_allclose([got["a"], got["b"]], [expected["a"], expected["b"]], rtol=1e-4)
+
+
+def few(fit: Callable[[], ScoreMatchingResult], **how: Any) -> Callable[[], Any]:
+    return lambda: dependent_rows(fit(), **how).stderr()
+
+
+REFUSED = {
+    "neither": (few(fitted), ValueError, "takes groups=... or lags=..., one of them"),
+    "both": (few(fitted, groups=LABELS, lags=1), ValueError, "one of them"),
+    "not a fit": (lambda: dependent_rows({"a": 0.0}, lags=1), TypeError, "takes a fit of ScoreMatching, got dict"),
+    "unknown plate": (few(fitted, groups="schools"), ValueError, "'schools' is no plate of rows, which are ['rows']"),
+    "another length": (few(fitted, groups=LABELS[1:]), ValueError, "shape (199,), and the data have 200 rows"),
+    "missing labels": (few(fitted, groups=[None, *LABELS[1:]]), ValueError, "no label for rows [0]"),
+    "nan": (few(fitted, groups=np.where(LABELS == 3, np.nan, LABELS)), ValueError, "no label for rows"),
+    "one group": (few(fitted, groups=np.zeros(N)), SandwichError, "and these are 1: give smaller groups"),
+    "too many lags": (few(fitted, lags=N), ValueError, "reaches beyond the 200 rows of rows"),
+    "no lag": (few(fitted, lags=0), ValueError, "a lags of at least 1"),
+    "half a lag": (few(fitted, lags=1.5), TypeError, "an integer as lags"),
+    "a word": (few(fitted, lags="some"), ValueError, "lags must be a number, 'auto'"),
+    "which plate": (few(fitted_field, lags=2), ValueError, "write lags={'column': 2}"),
+    "no such plate": (few(fitted_field, lags={"time": 2}), ValueError, "names 'time', which is no plate of rows"),
+    "diagonal": (
+        lambda: dependent_rows(fitted(), lags=1).stderr(diagonal=True),
+        SandwichError,
+        "takes rows as independent",
+    ),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused(case: str) -> None:
+    call, error, message = REFUSED[case]
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_effects_of_groups_are_counted_once() -> None:
+    """A hierarchy says already how the rows of a group depend on each other."""
+    group = np.repeat(np.arange(GROUPS), EACH)
+    y = jnp.asarray(np.random.default_rng(3).normal(size=GROUPS)[group], jnp.float32) + jnp.asarray(series()[0])
+    fit = ScoreMatching(mixed_effects).run(jax.random.key(0), y, jnp.asarray(group), progress_bar=False)
+    with pytest.raises(SandwichError, match="prior of site 'mu' says how rows of a group depend on each other"):
+        dependent_rows(fit, groups=group)
