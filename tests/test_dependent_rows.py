@@ -6,6 +6,7 @@ import functools
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 import statsmodels.api as sm
+from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
-from numpyro_score import SandwichError, ScoreMatching, ScoreMatchingResult, dependent_rows, load, windham
+from numpyro_score import DSM, ISM, SandwichError, ScoreMatching, ScoreMatchingResult, dependent_rows, load, windham
 
 FLAT = dist.ImproperUniform(constraints.real, (), ())
 GROUPS, EACH = 40, 5
@@ -195,6 +198,68 @@ def test_rows_without_weight_are_in_no_group() -> None:
     np.testing.assert_allclose([got["a"], got["b"]], [expected["a"], expected["b"]], rtol=1e-4)
 
 
+def in_a_scan(x: Any) -> None:
+    """An autoregression of first order, whose first value is from N(0, 1/τ)."""
+    a, tau = numpyro.param("a", 0.1), numpyro.param("tau", 1.0)
+
+    def step(before: Any, value: Any) -> Any:
+        value = numpyro.sample("x", FLAT, obs=value)
+        numpyro.factor("energy", -0.5 * tau * (value - a * before) ** 2)
+        return value, None
+
+    scan(step, 0.0, x)
+
+
+def as_one_site(x: Any) -> None:
+    a, tau = numpyro.param("a", 0.1), numpyro.param("tau", 1.0)
+    x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (len(x),)), obs=x)
+    numpyro.factor("energy", -0.5 * tau * jnp.sum((x - a * jnp.append(0.0, x[:-1])) ** 2))
+
+
+def parts_by_hand(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """½ s_t² + ∂_t s_t of the autoregression: s = −τQx, with Q tridiagonal."""
+    a, tau = theta
+    residual = x - a * np.append(0.0, x[:-1])
+    score = -tau * (residual - a * np.append(residual[1:], 0.0))
+    return 0.5 * score**2 - tau * np.where(np.arange(len(x)) < len(x) - 1, 1 + a**2, 1.0)
+
+
+@pytest.mark.parametrize("model", [in_a_scan, as_one_site])
+def test_a_series_of_one_point(model: Any) -> None:
+    """The sandwich of its parts, from derivatives by differences in double precision: windows of four."""
+    x = series()[1]
+    fit = ScoreMatching(model, loss=ISM(), optim=optax.lbfgs(), num_steps=50)
+    fit = fit.run(jax.random.key(0), jnp.asarray(x), progress_bar=False)
+    assert fit.energy.num_rows == 1
+    with pytest.raises(SandwichError, match="the data are one row"):
+        fit.stderr()
+    theta, steps, parts = np.array([float(fit.estimates[k]) for k in ("a", "tau")]), 1e-4 * np.eye(2), []
+    at = partial(parts_by_hand, x=x.astype(np.float64))
+    for e in steps:
+        parts.append((at(theta + e) - at(theta - e)) / 2e-4)
+    hessian = [
+        [np.sum(at(theta + d + e) - at(theta + d - e) - at(theta - d + e) + at(theta - d - e)) for d in steps]
+        for e in steps
+    ]
+    g = np.transpose(parts)
+    g = g - g.mean(axis=0)
+    spread = sum(
+        (1 - abs(k) / 4) * g[max(k, 0) : N + min(k, 0)].T @ g[max(-k, 0) : N + min(-k, 0)] for k in range(-3, 4)
+    )
+    inverse = np.linalg.inv(np.array(hessian) / 4e-8)
+    expected = np.sqrt(np.diag(inverse @ spread @ inverse) * N / (N - 1))
+    errors = dependent_rows(fit, lags=3).stderr()
+    np.testing.assert_allclose([errors["a"], errors["tau"]], expected, rtol=2e-3)
+
+
+def test_automatic_lags_of_one_point() -> None:
+    """By SSM, the default of a long series; one lag more or less than of ISM's parts is chance."""
+    fit = ScoreMatching(in_a_scan, optim=optax.lbfgs(), num_steps=50)
+    fit = dependent_rows(fit.run(jax.random.key(0), jnp.asarray(series()[1]), progress_bar=False), lags="auto")
+    assert 0.03 < fit.stderr()["a"] < 0.2  # √((1 − a²)/N) = 0.057 by likelihood
+    assert "apart along the series depend on each other" in fit.summary().lines[-1]
+
+
 def few(fit: Callable[[], ScoreMatchingResult], **how: Any) -> Callable[[], Any]:
     return lambda: dependent_rows(fit(), **how).stderr()
 
@@ -214,6 +279,16 @@ REFUSED = {
     "a word": (few(fitted, lags="some"), ValueError, "lags must be a number, 'auto'"),
     "which plate": (few(fitted_field, lags=2), ValueError, "write lags={'column': 2}"),
     "no such plate": (few(fitted_field, lags={"time": 2}), ValueError, "names 'time', which is no plate of rows"),
+    "one point by another loss": (
+        lambda: dependent_rows(
+            ScoreMatching(as_one_site, loss=DSM(0.1), num_steps=2).run(
+                jax.random.key(0), jnp.asarray(series()[0]), progress_bar=False
+            ),
+            lags=1,
+        ),
+        SandwichError,
+        "need the loss as a sum over its numbers",
+    ),
     "diagonal": (
         lambda: dependent_rows(fitted(), lags=1).stderr(diagonal=True),
         SandwichError,

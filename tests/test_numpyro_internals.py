@@ -6,6 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from numpyro.infer import MCMC
 
 from numpyro_score import MALA
@@ -29,6 +30,22 @@ def test_mask_of_a_masked_distribution():
         # What the package relies on beside the name: zero where the mask is, the base's density elsewhere.
         value, base = jnp.ones(3), fn.base_dist.log_prob(jnp.ones(3))
         np.testing.assert_array_equal(fn.log_prob(value), jnp.where(mask, base, 0.0), MOVED)
+
+
+def test_what_tells_a_site_of_a_scan():
+    """`_control_flow_done` marks the sites of a scan, which are shown to handlers again after it ran."""
+    seen = []
+
+    class Look(numpyro.primitives.Messenger):
+        def process_message(self, msg):
+            seen.append((msg.get("name"), msg.get("_control_flow_done")))
+
+    with Look(), handlers.seed(rng_seed=0):
+        scan(lambda c, v: (c, numpyro.sample("x", dist.Normal(), obs=v)), 0.0, jnp.ones(3))
+    assert ("x", True) in seen, (
+        "NumPyro marks the sites of a scan elsewhere than in `_control_flow_done`: `is_in_control_flow` "
+        "(numpyro_score/energy/trace.py) must follow, or a series in a scan counts as independent rows."
+    )
 
 
 def test_what_tells_mcmc_that_a_kernel_is_initialised(monkeypatch):

@@ -12,7 +12,7 @@ from numpyro_score.energy.latents import find_latents
 from numpyro_score.energy.layout import DataArray, Layout, Trace
 from numpyro_score.energy.supports import Shape
 from numpyro_score.energy.text import plural
-from numpyro_score.energy.trace import Site, is_factor, is_score_term, is_summed, unwrap
+from numpyro_score.energy.trace import Site, is_factor, is_in_control_flow, is_score_term, is_summed, unwrap
 
 __all__ = ["assemble"]
 
@@ -23,7 +23,7 @@ def find_rows(
     """What counts as one row: `(row_dims, row_shape, row_plates)`.
 
     Rows are numbered by the plates that all terms of the density share. Without plates the terms' common batch shape
-    numbers them, and a scalar density has one row: the whole data.
+    numbers them, and a scalar density has one row: the whole data. So has a series in a scan of NumPyro.
     """
     if not terms:
         names = ", ".join(f"'{a.name}'" for a in arrays)
@@ -44,7 +44,8 @@ def find_rows(
         )
 
     shapes = {k: shapes[k] for k in terms}
-    if () in shapes.values():
+    # A scan passes on what it has seen: its data are one point, as a series is.
+    if () in shapes.values() or any(is_in_control_flow(sites[k]) for k in terms):
         return (), (), ()
     if len(set(shapes.values())) > 1:
         raise ValueError(f"The sites {shapes} differ in shape: put them in one plate that numbers the rows.")

@@ -44,7 +44,7 @@ class _Pin(Messenger):
 
     def process_message(self, msg: Site) -> None:
         kind, name = msg["type"], msg.get("name", "")
-        if msg.get("_control_flow_done"):  # a site of numpyro's scan or cond, shown again after it ran
+        if is_in_control_flow(msg):
             return
         if kind == "plate":
             size = msg["args"][0]
@@ -200,6 +200,14 @@ class ScoreUnit(dist.Unit):
 def is_score_term(site: Site) -> bool:
     """Whether a site is a `score_factor`."""
     return isinstance(unwrap(site["fn"])[0], ScoreUnit)
+
+
+def is_in_control_flow(site: Site) -> bool:
+    """Whether a site is one of NumPyro's scan or cond, shown again after it ran.
+
+    NumPyro has no public way to tell. tests/test_numpyro_internals.py watches this name.
+    """
+    return bool(site.get("_control_flow_done"))
 
 
 def is_observed_sample(site: Site) -> bool:

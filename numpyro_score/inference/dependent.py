@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
 from numpyro_score.inference.result import ScoreMatchingResult
+from numpyro_score.losses import loss_for
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.uncertainty import Dependence, SandwichError, automatic_window, check_size, gradients_of_rows
 
@@ -35,8 +37,12 @@ def dependent_rows(
     What is computed from the sandwich follows: `stderr`, `covariance`, `summary`, `sample_posterior`, `to_arviz`,
     `calibrated_learning_rate`, `adjust_draws`. :meth:`influence` stays that of each row.
 
+    Data of one point, such as a series that is one site or in a scan of NumPyro, have no rows at all; there the loss is
+    a sum over the numbers of the point, and g_t is the gradient of its parts at time t, the first axis of the data.
+
     Args:
-        fit: of rows in memory, without effects of groups, whose prior says already how rows depend on each other.
+        fit: of rows in memory, without effects of groups, whose prior says already how rows depend on each other; or of
+            one point of real numbers by ISM or variance-reduced SSM.
         groups: the name of a plate of rows, one of several within each other; or a label for each row, (N,), of any
             kind, such as a column of a table.
         lags: L, how many rows apart rows depend on each other, where they are in order; "auto" chooses it from the
@@ -74,16 +80,43 @@ def dependent_rows(
     if (groups is None) == (lags is None):
         raise ValueError("dependent_rows takes groups=... or lags=..., one of them.")
     fit._refuse_batches("dependent_rows")
-    if fit.curvature.effects:
+    axes, parts = fit.energy.row_axes, None
+    if fit.energy.num_rows == 1:
+        length, parts = _parts_of_a_point(fit)
+        axes = (("the series", length),)
+    elif fit.curvature.effects:
         raise SandwichError(
             f"The prior of site '{fit.curvature.effects[0]}' says how rows of a group depend on each other, and the "
             "errors count it already: leave dependent_rows out, or the effects."
         )
-    axes = fit.energy.row_axes
-    shape, names = [n for _, n in axes] or [1], [name or "the rows" for name, _ in axes] or ["the rows"]
+    shape, names = [n for _, n in axes], [name or "the rows" for name, _ in axes]
     if groups is not None:
-        return replace(fit, dependence=Dependence.of_groups(*_numbered(groups, shape, names)))
-    return replace(fit, dependence=Dependence.of_windows(shape, _windows(fit, lags, shape, names), names))
+        dependence = Dependence.of_groups(*_numbered(groups, shape, names))
+    else:
+        dependence = Dependence.of_windows(shape, _windows(fit, lags, shape, names, parts), names)
+    return replace(fit, dependence=dependence if parts is None else dependence.of_parts(parts))
+
+
+def _parts_of_a_point(fit: ScoreMatchingResult) -> tuple[int, scipy.sparse.csr_array]:
+    """The length T of the first axis of data that are one point, and which of its D numbers are where, (T, D)."""
+    energy, loss = fit.energy, loss_for(fit.svi.score_loss, fit.energy)
+    if not (hasattr(loss, "by_coordinate") and getattr(loss, "variance_reduced", True)):
+        raise SandwichError(
+            f"The data are one point, whose errors need the loss as a sum over its numbers, and {type(loss).__name__} "
+            "is none: fit by ISM() or SSM()."
+        )
+    lengths = {a.shape[0] if a.shape else 1 for a in energy.arrays}
+    if len(lengths) > 1 or any(a.support.kind != "real" for a in energy.arrays):
+        shapes = {a.name: (a.support.kind, a.shape) for a in energy.arrays}
+        raise SandwichError(
+            f"The data are one point of {shapes}: errors by its own parts need real sites whose first axes, those of "
+            "time, are all of one length."
+        )
+    length = lengths.pop()
+    at = np.concatenate([np.repeat(np.arange(length), (b.stop - b.start) // length) for b in energy.blocks])
+    return length, scipy.sparse.csr_array(
+        (np.ones(energy.dim), (at, np.arange(energy.dim))), shape=(length, energy.dim)
+    )
 
 
 def _numbered(groups: Any, shape: list[int], names: list[str]) -> tuple[np.ndarray, str]:
@@ -109,7 +142,7 @@ def _numbered(groups: Any, shape: list[int], names: list[str]) -> tuple[np.ndarr
     return numbers, "groups"
 
 
-def _windows(fit: ScoreMatchingResult, lags: Any, shape: list[int], names: list[str]) -> dict[int, int]:
+def _windows(fit: ScoreMatchingResult, lags: Any, shape: list[int], names: list[str], parts: Any) -> dict[int, int]:
     """L + 1 of each axis along which rows depend on each other."""
     if not isinstance(lags, Mapping):
         if len(shape) > 1:
@@ -129,7 +162,8 @@ def _windows(fit: ScoreMatchingResult, lags: Any, shape: list[int], names: list[
             if len(lags) > 1:
                 raise ValueError("lags='auto' is for one plate: give numbers for several.")
             check_size(fit._objective)
-            gradients = gradients_of_rows(fit._objective).reshape(*shape, -1)
+            gradients = gradients_of_rows(replace(fit._objective, by_coordinate=parts is not None))
+            gradients = (gradients if parts is None else parts @ gradients).reshape(*shape, -1)
             series = np.moveaxis(gradients, axis, 0).reshape(shape[axis], -1)
             windows[axis] = min(automatic_window(series), shape[axis])
             continue

@@ -390,10 +390,10 @@ class ScoreMatchingResult:
         if (why := getattr(svi.score_loss, "no_curvature", None)) is not None:
             raise SandwichError(f"{type(svi.score_loss).__name__} gives no standard errors, as {why}.")
         if hasattr(svi.score_loss, "settle"):
-            settle = jax.jit(svi.score_loss.settle)
-            energy = settle(energy, jax.random.fold_in(self.state.rng_key, 1))
-        at = energy, self.coordinates, svi.score_loss, svi.learning_rate, svi.prior
-        return Objective.of(*at, self.args, self.kwargs, self.state.rng_key)
+            energy = jax.jit(svi.score_loss.settle)(energy, jax.random.fold_in(self.state.rng_key, 1))
+        at = self.coordinates, svi.score_loss, svi.learning_rate, svi.prior, self.args, self.kwargs
+        objective = Objective.of(energy, *at, self.state.rng_key)
+        return replace(objective, by_coordinate=getattr(self.dependence, "of_coordinates", False))
 
 
 def _all(estimates: dict[str, Any]) -> dict[str, Any]:

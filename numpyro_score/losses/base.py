@@ -60,6 +60,9 @@ class Loss(Protocol):
     Over several devices a loss is called with the rows of one, and asks by `energy.over_devices(jax.lax.pmean, ...)`
     for what needs all of them.
 
+    Errors of one point of data, such as a series, need its loss as a sum over coordinates: a method
+    `by_coordinate(energy, rng_key)` gives the parts, (N, D).
+
     A loss that a jump of the score in the data makes wrong says why in the attribute `no_kinks`, and one that only a
     jump whose place depends on the parameters makes wrong in `no_moving_kinks`; :func:`check_settings` then looks for
     one. It does not if the attribute `allow_kinks` is true.

@@ -31,6 +31,10 @@ class DefaultLoss:
         """One value per row of the energy's data, (N,)."""
         return self.of(energy)(energy, rng_key)
 
+    def by_coordinate(self, energy: Energy, rng_key: Array) -> Float[Array, "n d"]:
+        """As of the loss chosen, of continuous data."""
+        return self.of(energy).by_coordinate(energy, rng_key)  # type: ignore[attr-defined]
+
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """As of the loss chosen."""
         return self.of(energy).rows_per_chunk(energy)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from numpyro_score.energy import Energy, RowWeight
 from numpyro_score.losses.base import true_or_false
 from numpyro_score.losses.chunks import narrowness, rows_at_once
-from numpyro_score.losses.terms import check_boundary_weight, check_row_weight, exact_terms
+from numpyro_score.losses.terms import check_boundary_weight, check_row_weight, exact_terms, sliced_terms
 
 __all__ = ["ISM"]
 
@@ -57,6 +57,12 @@ class ISM:
         """One value per row of the energy's data, (N,)."""
         score, laplacian = exact_terms(energy, self.boundary_weight)
         return 0.5 * jnp.sum(score**2, axis=-1) + laplacian
+
+    def by_coordinate(self, energy: Energy, rng_key: Array) -> Float[Array, "n d"]:
+        """The part of each coordinate, ½ s_j² + ∂_j s_j, on R^D: (N, D); costs D Hessian-vector products at once."""
+        v = jnp.broadcast_to(jnp.eye(energy.dim, dtype=energy.dtype)[:, None], (energy.dim, *energy.data.shape))
+        score, second = sliced_terms(energy, v, score=True)
+        return 0.5 * score**2 + second.T
 
     def check(self, energy: Energy) -> None:
         """Raises ValueError for a `RowWeight` that does not vanish at the boundary."""

@@ -15,6 +15,7 @@ from numpyro_score.energy import Energy, RowWeight
 from numpyro_score.losses.base import set_counts, true_or_false
 from numpyro_score.losses.chunks import rows_at_once, rows_in_cache
 from numpyro_score.losses.terms import check_boundary_weight, check_row_weight, sliced_terms
+from numpyro_score.operators import score_and_directional
 
 __all__ = ["SSM"]
 
@@ -66,6 +67,13 @@ class SSM:
         if self.variance_reduced:
             return 0.5 * jnp.sum(first**2, axis=-1) + jnp.mean(second, axis=0)
         return jnp.mean(0.5 * first**2 + second, axis=0)
+
+    def by_coordinate(self, energy: Energy, rng_key: Array) -> Float[Array, "n d"]:
+        """The part of each coordinate, ½ s_j² + v_j (∇s v)_j, on R^D, of the variance-reduced form: (N, D)."""
+        x = energy.data
+        v = draw_directions(self.projection, rng_key, (self.num_projections, *x.shape), x.dtype)
+        score, curvature = score_and_directional(energy.row_log_density, x, v)
+        return 0.5 * score**2 + jnp.mean(v * curvature, axis=0)
 
     def check(self, energy: Energy) -> None:
         """Raises ValueError for a `RowWeight` that does not vanish at the boundary."""

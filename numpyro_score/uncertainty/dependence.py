@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -27,11 +27,17 @@ class Dependence:
         sums: A, (M, N): each of its rows adds up rows of the data.
         by_groups: whether these are groups, each row of the data in one.
         text: what they are, for people.
+        of_coordinates: whether the rows are the numbers of one point, such as a series.
     """
 
     sums: scipy.sparse.csr_array
     by_groups: bool
     text: str
+    of_coordinates: bool = False
+
+    def of_parts(self, whole: scipy.sparse.sparray) -> Dependence:
+        """The same for the numbers of one point, from sums over its parts (M, T), and these sums of numbers (T, D)."""
+        return replace(self, sums=scipy.sparse.csr_array(self.sums @ whole), of_coordinates=True)
 
     @classmethod
     def of_groups(cls, numbers: Int[np.ndarray, "n"], name: str) -> Dependence:
@@ -73,13 +79,13 @@ class Dependence:
         """As JSON, with arrays that `put` takes."""
         a = self.sums
         parts = {k: put(v) for k, v in (("data", a.data), ("indices", a.indices), ("indptr", a.indptr))}
-        return {**parts, "shape": list(a.shape), "by_groups": self.by_groups, "text": self.text}
+        return {**parts, "shape": list(a.shape), **{k: getattr(self, k) for k in _SAID}}
 
     @classmethod
     def decode(cls, entry: dict[str, Any], get: Callable[[Any], np.ndarray]) -> Dependence:
         """The inverse of :meth:`encode`."""
         parts = tuple(get(entry[k]) for k in ("data", "indices", "indptr"))
-        return cls(scipy.sparse.csr_array(parts, shape=entry["shape"]), entry["by_groups"], entry["text"])
+        return cls(scipy.sparse.csr_array(parts, shape=entry["shape"]), **{k: entry[k] for k in _SAID})
 
     def pieces(self, rows: Float[np.ndarray, "n k"], used: np.ndarray) -> Float[np.ndarray, "m k"]:
         """What the spread is the sum of squares of, from rows of mean zero, which are zero where they are not used."""
@@ -115,6 +121,9 @@ class Dependence:
 
     def _rows_of_a_window(self) -> int:
         return int(np.diff(self.sums.indptr).max())
+
+
+_SAID = ("by_groups", "text", "of_coordinates")
 
 
 def spread_root(

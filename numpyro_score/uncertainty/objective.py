@@ -83,7 +83,7 @@ class Parametrisation:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("position", "transforms", "energy", "arrays", "learning_rate", "rng_key"),
-    meta_fields=("unravel", "loss", "prior", "static"),
+    meta_fields=("unravel", "loss", "prior", "static", "by_coordinate"),
 )
 @dataclass(frozen=True)
 class Objective:
@@ -103,6 +103,7 @@ class Objective:
     loss: Any
     prior: Any
     static: Any
+    by_coordinate: bool = False  # whether the rows are the numbers of one point of data
 
     @classmethod
     def of(
@@ -128,12 +129,16 @@ class Objective:
     @full_precision
     def rows(self, vector: Array) -> Array:
         """The weighted loss of each row, w_n ℓ_n, (N,): without β."""
-        values, weights = row_losses(self.loss, self.energy.with_params(self.constrain(vector)), self.rng_key)
+        energy = self.energy.with_params(self.constrain(vector))
+        if self.by_coordinate:
+            return energy.weights * self.loss.by_coordinate(energy, self.rng_key)[0]
+        values, weights = row_losses(self.loss, energy, self.rng_key)
         return weights * values
 
     def used(self) -> Array:
         """Which rows have a weight, (N,): the others, masked ones for instance, are no data."""
-        return self.energy.usable()[1] != 0
+        used = self.energy.usable()[1] != 0
+        return jnp.broadcast_to(used, self.energy.dim) if self.by_coordinate else used
 
     @full_precision
     def penalty(self, vector: Array) -> Array:
