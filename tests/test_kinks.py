@@ -20,6 +20,7 @@ from numpyro_score import (
     ScoreMatching,
     audit,
     compare,
+    fisher_divergence,
     generalized_bayes,
     hyvarinen_score,
 )
@@ -272,10 +273,21 @@ def test_who_refuses():
 def test_hyvarinen_scores_of_jumps_are_refused():
     """Of a density, and of compare, which ranks by them as well; that of a smooth one is given."""
     jumps, smooth = (energy_of(f, 0.5, X) for f in (JUMPS["Laplace"][0], lambda t, x: t * q(x)))
-    for refused in (lambda: hyvarinen_score(jumps), lambda: compare({"a": smooth, "b": jumps}, X, rng_key=KEY)):
-        with pytest.raises(ValueError, match=r"'abs'.*Hyvärinen score would be wrong.*Use kl_divergence, or a smooth"):
+    for refused in (
+        lambda: hyvarinen_score(jumps),
+        lambda: compare({"a": smooth, "b": jumps}, X, rng_key=KEY),
+        lambda: fisher_divergence(X, jumps),
+        lambda: fisher_divergence(X[:, 0], dist.Laplace(0.1, 2.0)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"'abs'.*Hyvärinen score would be wrong.*Use kl_divergence, or a form that bends"
+        ):
             refused()
     assert np.isfinite(hyvarinen_score(smooth).estimate)
+    assert np.isfinite(fisher_divergence(X, smooth).value)
+    # Between laws no second derivative is taken: E ½(sign x − sign(x)/2)² = ⅛.
+    found = fisher_divergence(dist.Laplace(0.0, 1.0), dist.Laplace(0.0, 2.0), KEY)
+    assert found.value == pytest.approx(0.125, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 from numpyro.infer import MCMC
 
 from numpyro_score.comparison.posterior import Posterior, draw_losses, draws_of
-from numpyro_score.energy import Energy, find_kink
+from numpyro_score.energy import Energy
 from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
-from numpyro_score.losses.base import SMOOTH_FORM, refuse_kink
+from numpyro_score.losses.base import refuse_kinks_of_score
 from numpyro_score.losses.terms import exact_terms
 from numpyro_score.normaliser.ratios import mcse, pareto_smoothed, partition_ratios
 from numpyro_score.operators import full_precision
@@ -161,7 +161,7 @@ def hyvarinen_loo(
     rng_key = as_key(0 if rng_key is None else rng_key)
     draw_key, ratio_key = jax.random.split(rng_key)
     posterior = draws_of(source, draws, draw_key, num_samples, args, kwargs)
-    _refuse_kinks(posterior.energy)
+    refuse_kinks_of_score(posterior.energy, "kl_divergence")
     losses = draw_losses(posterior.energy, posterior.draws, posterior.loss, posterior.rng_key)
     log_weights = posterior.log_weights[:, None] + float(posterior.learning_rate) * np.asarray(losses, np.float64)
     return _weighted(posterior, log_weights, predictive, ratio_key, "loo", smooth=True)
@@ -196,7 +196,7 @@ def hyvarinen_score(
             raise TypeError("A fit predicts by its estimates: pass generalized_bayes(model, loss) for draws.")
         energy = at_arguments(source, args, kwargs)
         energy.check()
-        _refuse_kinks(energy)
+        refuse_kinks_of_score(energy, "kl_divergence")
         values, weights = jax.device_get(_plug_in(energy))
         return _summary(values, weights, np.zeros(len(values)), 0.0, None, None, 1, "plug-in", "held-out")
     if predictive not in (None, "pool", "mixture"):
@@ -204,7 +204,7 @@ def hyvarinen_score(
     rng_key = as_key(0 if rng_key is None else rng_key)
     posterior = draws_of(source, draws, rng_key, 0, args, kwargs)
     posterior.energy.check()
-    _refuse_kinks(posterior.energy)
+    refuse_kinks_of_score(posterior.energy, "kl_divergence")
     log_weights = np.zeros((posterior.num_samples, posterior.energy.num_rows))
     return _weighted(posterior, log_weights, predictive or "pool", rng_key, "held-out", smooth=predictive == "mixture")
 
@@ -219,15 +219,6 @@ def at_arguments(source: Energy | ScoreMatchingResult | AdversarialResult, args:
         raise TypeError("Pass the model's arguments with the new rows after the fit; its own rows have seen it.")
     energy = source.energy
     return Energy.bound_to(energy.model, energy.params, {}, None, energy.data_name, args, kwargs)
-
-
-def _refuse_kinks(energy: Energy) -> None:
-    if (kink := find_kink(energy)) is not None:
-        refuse_kink(
-            kink,
-            "the Hyvärinen score would be wrong, as its second derivative leaves the jump out",
-            f"kl_divergence, {SMOOTH_FORM}",
-        )
 
 
 @jax.jit

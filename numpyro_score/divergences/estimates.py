@@ -23,7 +23,7 @@ from numpyro_score.divergences.law import (
 )
 from numpyro_score.energy import Energy
 from numpyro_score.losses import ESM, ISM, Loss, row_losses
-from numpyro_score.losses.base import positive
+from numpyro_score.losses.base import positive, refuse_kinks_of_score
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.normaliser import LogPartition
 from numpyro_score.normaliser.coordinates import row_log_jacobian
@@ -75,6 +75,8 @@ def fisher_divergence(p: Any, q: Any, rng_key: Key | None = None, *, num_samples
     p, q = read_pair("fisher_divergence", p, q)
     draws = draw(p, q, rng_key, num_samples)
     check_rows(q.energy, draws.flat)
+    if p.energy is None:
+        refuse_kinks_of_score(q.energy.at(draws.flat) if q.energy.resizable else q.energy, "kl_divergence")
     values, weights = _fisher_values(p.energy, q.energy, draws.flat)
     if not (weights[0] and (weights == weights[0]).all()):
         raise ValueError("q masks or weighs its rows: bind its model without the mask or scale.")

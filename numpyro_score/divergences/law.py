@@ -131,7 +131,7 @@ def _observe(x: Array, law: dist.Distribution) -> None:
 
 
 def _rows_are_data(energy: Energy) -> bool:
-    return all(a.support.kind in ("real", "box") for a in energy.arrays)
+    return all(a.support.kind in ("real", "circle", "box") for a in energy.arrays)
 
 
 def _coordinates(energy: Energy) -> list[Any]:

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from numpyro.distributions import constraints
 
 from numpyro_score.divergences.columns import chain_columns, data_columns
 from numpyro_score.divergences.law import Draws, thin
-from numpyro_score.energy import Energy, base_constraint, numbered
+from numpyro_score.energy import Energy, numbered
 
 __all__ = ["MomentTest", "moment_test", "permutation_test"]
 
@@ -109,7 +108,7 @@ def _without_angles(energy: Energy, names: list[str], *columns: np.ndarray) -> t
     angles: list[bool] = []
     for a in energy.arrays:
         size = len(numbered("", tuple(s for i, s in enumerate(a.shape) if i not in a.row_axes)))
-        angles += [isinstance(base_constraint(energy.supports[a.name]), type(constraints.circular))] * size
+        angles += [a.support.kind == "circle"] * size
     angle = np.array(angles)
     if not angle.any():
         return names, list(columns)

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from numpyro.distributions import constraints
 
 from numpyro_score.divergences.discrete_stein import discrete_rows, discrete_stein_kernel
 from numpyro_score.divergences.kernels import KernelName, check_kernel, profile
 from numpyro_score.divergences.law import check_rows, draw, read_pair, refuse_rows, refuse_weights, thin, weighted
 from numpyro_score.divergences.pairs import median_distance, pair_sums
-from numpyro_score.energy import SIMPLICES, Energy, base_constraint
+from numpyro_score.energy import SIMPLICES, Energy
 from numpyro_score.losses.base import at_least_one, positive
 from numpyro_score.normaliser.coordinates import from_free, has_domain, to_free
 from numpyro_score.random import Key, as_key
@@ -274,7 +273,7 @@ def spheres_of(energy: Energy) -> Spheres:
     start = 0
     for a, block in zip(energy.arrays, energy.blocks, strict=True):
         width, size = block.stop - block.start, block.size
-        if isinstance(base_constraint(energy.supports[a.name]), type(constraints.circular)):
+        if a.support.kind == "circle":
             width, size = 2 * width, 2
         elif a.support.kind in SIMPLICES:
             start += width // size * (size - 1)

@@ -20,11 +20,12 @@ from numpyro_score.energy.devices import by_device, sum_by_device
 from numpyro_score.energy.discrete import evaluations, lattice_density, log_ratios, num_values, part
 from numpyro_score.energy.domains import Domain, ball, flat_simplex, polygon
 from numpyro_score.energy.energy import Energy
-from numpyro_score.energy.kinks import Kink, find_kink
+from numpyro_score.energy.kinks import NOT_PERIODIC, Kink, find_kink
 from numpyro_score.energy.layout import rows_first
 from numpyro_score.energy.relaxation import relaxed
 from numpyro_score.energy.score_terms import curl, score_factor
 from numpyro_score.energy.supports import (
+    FLAT,
     SIMPLICES,
     RowWeight,
     base_constraint,
@@ -40,6 +41,8 @@ from numpyro_score.energy.trace import Parameters, Sealed, Site
 from numpyro_score.energy.values import check_rows
 
 __all__ = [
+    "FLAT",
+    "NOT_PERIODIC",
     "NO_LABELS",
     "SIMPLICES",
     "AnyArray",

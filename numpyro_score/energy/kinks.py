@@ -22,7 +22,7 @@ from numpyro_score.operators import full_precision, value_score
 from numpyro_score.placement import fetch
 from numpyro_score.programs import compiled, run_compiled
 
-__all__ = ["Kink", "find_kink"]
+__all__ = ["NOT_PERIODIC", "Kink", "find_kink"]
 
 _DATA, _PARAMS = 1, 2
 _OPERATIONS = {
@@ -61,7 +61,9 @@ _OPERATIONS = {
     "eigh": "eigh",
     "svd": "svd",
 }
+NOT_PERIODIC = "wrap_angle"  # the operation where angles meet that are π and −π
 _NAMED = {"relu", "relu6", "leaky_relu", "elu", "clip", "hard_tanh", "hard_sigmoid", "floor", "round", "sort"}
+_NAMED |= {NOT_PERIODIC}
 # Functions of JAX whose parts have kinks, but not they themselves.
 _SMOOTH = {"logaddexp", "softplus", "logsumexp", "softmax", "log_softmax", "log_sigmoid"}
 
@@ -257,6 +259,11 @@ def _lines(energy: BoundModel, rows: np.ndarray, starts: np.ndarray, spread: np.
         ends[rows, -1] = _parents(distance[rows], order[rows, 0], _FAR * float(np.linalg.norm(spread)))
         near = (starts, np.swapaxes(some[ends], 0, 1))
     begin, end = np.broadcast_arrays(*(np.asarray(e, x.dtype) for e in near))
+    for column in _angles(energy):
+        if (across := _across_the_end(starts, column, spread[column])) is not None:
+            begin, end = (
+                np.concatenate([a, b[None].astype(a.dtype)]) for a, b in zip((begin, end), across, strict=True)
+            )
     near = begin, end
     if not energy.flat:  # further out may be outside of the support
         return near, None
@@ -264,6 +271,24 @@ def _lines(energy: BoundModel, rows: np.ndarray, starts: np.ndarray, spread: np.
     away = 10 * np.where(spread > 0, spread, 1.0) * rng.normal(size=(4, *start.shape))
     ends = np.concatenate([-np.broadcast_to(start, (1, *start.shape)), start + away])
     return near, np.broadcast_arrays(start, ends.astype(x.dtype))
+
+
+def _angles(energy: BoundModel) -> list[int]:
+    """The columns that are angles."""
+    return [j for block in energy.blocks if block.kind == "circle" for j in range(block.start, block.stop)]
+
+
+def _across_the_end(starts: np.ndarray, column: int, spread: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """Lines (M, D) over the place where angles of π and −π meet, at rows near to it; None if there are none."""
+    angles = np.sort(starts[:, column].astype(np.float64))
+    gap = 2 * np.pi - angles[-1] + angles[0]
+    if gap > max(_FAR * spread, 20 * np.median(np.diff(angles)) if len(angles) > 1 else 0.0):
+        return None
+    nearest = np.argsort(np.pi - abs(starts[:, column]))
+    begin = starts[np.resize(nearest[: max(len(nearest) // 8, 1)], len(starts))].copy()
+    end = begin.copy()
+    begin[:, column], end[:, column] = angles[-1], angles[0] + 2 * np.pi
+    return begin, end
 
 
 def _parents(distance: np.ndarray, nearest: np.ndarray, far: float) -> np.ndarray:

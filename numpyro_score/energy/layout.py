@@ -20,7 +20,7 @@ from numpyro.distributions import constraints
 
 from numpyro_score.energy.dependence import depends_on_inputs
 from numpyro_score.energy.latents import Latent
-from numpyro_score.energy.supports import Block, Shape, Support, base_constraint, innermost, limits, row_width
+from numpyro_score.energy.supports import FLAT, Block, Shape, Support, base_constraint, innermost, limits, row_width
 from numpyro_score.energy.trace import Recorder, Site, is_factor, is_observed_sample, unwrap
 from numpyro_score.energy.values import check_precision
 
@@ -73,7 +73,7 @@ class Layout(NamedTuple):
     @property
     def flat(self) -> bool:
         """Whether the data fill R^D, so that score matching needs no boundary weight and no curvature."""
-        return all(a.support.kind in ("real", "other") for a in self.arrays)
+        return all(a.support.kind in FLAT for a in self.arrays)
 
     @property
     def blocks(self) -> tuple[Block, ...]:

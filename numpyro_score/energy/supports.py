@@ -8,7 +8,7 @@ symmetric matrix A(x) and a drift b(x):
 
 | data | A | b | source |
 |---|---|---|---|
-| real | I | 0 | Hyvärinen 2005 |
+| real, and angles | I | 0 | Hyvärinen 2005 |
 | bounded, coordinate by coordinate | diag √h_j | h_j' | Hyvärinen 2007; Yu, Drton & Shojaie 2019 |
 | unit sphere in R^d | P = I − xxᵀ | −(d−1) x | Mardia, Kent & Laha 2016 |
 | simplex, as z = √x on the sphere | √h P | P∇h − (d−1) h z | Scealy & Wood 2022 |
@@ -60,6 +60,9 @@ Weight = Callable[[Array], Array] | RowWeight
 DISCRETE = ("binary", "levels", "counts")
 """The kinds of discrete support: 0 and 1, the integers of an interval, and all integers from a least one on."""
 
+FLAT = ("real", "circle", "other")
+"""The kinds whose coordinates fill R^D: angles go on over the ends of their interval, with the period of a density."""
+
 SIMPLICES = ("simplex", "flat simplex")
 """The kinds of support of compositions, by their metric."""
 
@@ -67,7 +70,7 @@ SIMPLICES = ("simplex", "flat simplex")
 class Support(NamedTuple):
     """The support of one array of data: static and hashable."""
 
-    kind: str  # "real", "box", "sphere", "simplex", "flat simplex", "domain", "other" or one of DISCRETE
+    kind: str  # "real", "circle", "box", "sphere", "simplex", "flat simplex", "domain", "other" or DISCRETE
     constraint: constraints.Constraint | None = None  # of the kind "other"
     size: int | None = None  # the most values that a number of finite discrete data has; None if not known
     dtype: str | None = None  # of discrete data, as the model sees them, unless they are floats
@@ -78,9 +81,10 @@ class Support(NamedTuple):
         base = base_constraint(constraint)
         if base.is_discrete:
             return cls._of_discrete(base, dtype)
-        # Densities on the circle are periodic, so that nothing is lost at the ends of the interval.
-        if isinstance(base, type(constraints.real) | type(constraints.circular)):
+        if isinstance(base, type(constraints.real)):
             return cls("real")
+        if isinstance(base, type(constraints.circular)):
+            return cls("circle")
         if hasattr(base, "lower_bound") or hasattr(base, "upper_bound"):
             return cls("box")
         if isinstance(base, type(constraints.sphere)):
@@ -137,6 +141,8 @@ class Support(NamedTuple):
         """Coordinates to data."""
         if self.kind == "simplex":
             return coordinates**2
+        if self.kind == "circle":
+            return wrap_angle(coordinates)
         if self.dtype is not None:
             return coordinates.astype(self.dtype)
         return coordinates if self.constraint is None else biject_to(self.constraint)(coordinates)
@@ -148,6 +154,12 @@ class Support(NamedTuple):
         if self.constraint is None:
             return None
         return biject_to(self.constraint).log_abs_det_jacobian(coordinates, data)
+
+
+@jax.jit  # under whose name `energy/kinks.py` knows it
+def wrap_angle(x: Array) -> Array:
+    """The angle in [−π, π), with derivative one everywhere."""
+    return x - 2 * math.pi * jnp.floor((x + math.pi) / (2 * math.pi))
 
 
 def base_constraint(constraint: constraints.Constraint) -> constraints.Constraint:
@@ -327,8 +339,8 @@ def row_width(support: Support, shape: Shape, row_axes: Shape) -> int:
 
 
 def can_be_outside(kind: str, constraint: constraints.Constraint) -> bool:
-    """Whether real numbers may lie outside of a support; angles are treated as real, but have an interval."""
-    return kind != "real" or isinstance(base_constraint(constraint), type(constraints.circular))
+    """Whether real numbers may lie outside of a support."""
+    return kind != "real"
 
 
 def outside(kind: str, value: Any, constraint: constraints.Constraint) -> Array:

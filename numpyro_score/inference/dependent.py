@@ -106,7 +106,7 @@ def _parts_of_a_point(fit: ScoreMatchingResult) -> tuple[int, scipy.sparse.csr_a
             "is none: fit by ISM() or SSM()."
         )
     lengths = {a.shape[0] if a.shape else 1 for a in energy.arrays}
-    if len(lengths) > 1 or any(a.support.kind != "real" for a in energy.arrays):
+    if len(lengths) > 1 or not energy.flat:
         shapes = {a.name: (a.support.kind, a.shape) for a in energy.arrays}
         raise SandwichError(
             f"The data are one point of {shapes}: errors by its own parts need real sites whose first axes, those of "

@@ -237,7 +237,7 @@ class DenoisingGenerator(Compiling):
 
 def _require_real(what: str, energy: Energy) -> None:
     for a in energy.arrays:
-        if a.support.kind != "real":
+        if a.support.kind not in ("real", "circle"):
             raise NotImplementedError(
                 f"The generator's samples are real, and site '{a.name}' of the {what} is not: transform the data to "
                 "the real line in the model, with the Jacobian as a factor."

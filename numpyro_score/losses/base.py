@@ -13,7 +13,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy, Kink, by_device, find_kink, sum_by_device
+from numpyro_score.energy import NOT_PERIODIC, Energy, Kink, by_device, find_kink, sum_by_device
 from numpyro_score.losses.chunks import chunks_in_a_pass
 from numpyro_score.losses.memory import spread_sites
 from numpyro_score.random import integer
@@ -28,6 +28,7 @@ __all__ = [
     "positive",
     "refuse_kink",
     "refuse_kinks",
+    "refuse_kinks_of_score",
     "require_equal_rows",
     "required",
     "row_losses",
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 
-SMOOTH_FORM = "or a smooth form such as softplus, logcosh or sqrt(x**2 + eps)"
+SMOOTH_FORM = "or a form that bends over the width of many rows, by softplus, logcosh or sqrt(x**2 + eps)"
 
 
 @runtime_checkable
@@ -165,14 +166,30 @@ def refuse_kinks(loss: Loss, energy: Energy) -> None:
     if getattr(loss, "allow_kinks", False) or not (always or moving):
         return
     kink = find_kink(energy)
-    if kink is not None and (always or kink.moves):
+    # Where angles end the density may jump by what the parameters are.
+    if kink is not None and (always or kink.moves or kink.operation == NOT_PERIODIC):
         name = type(loss).__name__
         way_on = f"{SMOOTH_FORM}; if you know that the jump does no harm, write {name}(..., allow_kinks=True)"
         refuse_kink(kink, f"{name} would be wrong, as {always or moving}", f"NCE, PCD, CD or KLContraction, {way_on}")
 
 
+def refuse_kinks_of_score(energy: Energy, instead: str) -> None:
+    """Raises ValueError where the density's slope jumps among the data, for what needs its second derivatives."""
+    if (kink := find_kink(energy)) is not None:
+        refuse_kink(
+            kink, "the Hyvärinen score would be wrong, as its second derivative leaves the jump out",
+            f"{instead}, {SMOOTH_FORM}",
+        )  # fmt: skip
+
+
 def refuse_kink(kink: Kink, wrong: str, instead: str) -> NoReturn:
     """Raises ValueError: what is wrong there, and what to use instead."""
+    if kink.operation == NOT_PERIODIC:
+        raise ValueError(
+            f"Site '{kink.site}' is not periodic in the angles of the data: its density or slope seems to jump where "
+            f"π and -π meet: {wrong}. Use functions of cos(x) and sin(x), or, for data that end at ±π, a site with the "
+            "support constraints.interval(-np.pi, np.pi)."
+        )
     raise ValueError(
         f"Site '{kink.site}' passes the data through '{kink.operation}', and the density or its slope seems to jump at "
         f"or near them: {wrong}. Use {instead}."

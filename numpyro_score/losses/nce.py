@@ -179,7 +179,7 @@ class NCE:
         energy.require_continuous("NCE")
         require_equal_rows(energy, "NCE")
         for a in energy.arrays:
-            if a.support.kind not in ("real", "box", "domain"):
+            if a.support.kind not in ("real", "circle", "box", "domain"):
                 raise NotImplementedError(
                     f"NCE needs data in their own coordinates, and those of site '{a.name}' are changed "
                     f"({a.support.kind}): transform the data to the real line in the model, with the Jacobian as a "

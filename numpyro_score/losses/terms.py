@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score import operators
-from numpyro_score.energy import Energy, RowWeight, make_frame, weight_at_boundary
+from numpyro_score.energy import FLAT, Energy, RowWeight, make_frame, weight_at_boundary
 from numpyro_score.placement import fetch
 from numpyro_score.programs import run_compiled
 
@@ -73,7 +73,7 @@ def require_flat(energy: Energy, owner: str, remedy: str = LOSS_REMEDY) -> None:
     """
     energy.require_continuous(owner)
     for a in energy.arrays:
-        if a.support.kind not in ("real", "other"):
+        if a.support.kind not in FLAT:
             raise NotImplementedError(
                 f"{owner} would move the data off the support of site '{a.name}' ({a.support.kind}): {remedy}."
             )

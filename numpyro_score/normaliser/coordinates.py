@@ -158,7 +158,7 @@ def _pieces(energy: Energy, chart: Chart) -> Sequence[Piece]:
         width, start = block.stop - block.start, pieces[-1].free.stop if pieces else 0
         base = base_constraint(supports[a.name])
         num_free, embedded = width, 0
-        if isinstance(base, type(constraints.circular)):
+        if block.kind == "circle":
             if chart == "angles":
                 maps = _elementwise(constraints.interval(-math.pi, math.pi))
             else:
