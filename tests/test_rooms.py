@@ -12,6 +12,7 @@ ROOMS = [
     "models",
     "operators",
     "random",
+    "closures",
     "programs",
     "placement",
     "printed",

@@ -214,7 +214,7 @@ def expand(
     size = coordinates.size
     if not 0 < size <= MAX_PARAMETERS:
         raise ClosedFormError(f"A closed form takes 1 to {MAX_PARAMETERS} parameters, and the model has {size}.")
-    arrays, static = split_arrays((args, kwargs))
+    arrays, static = split_arrays((args, kwargs), target.model, target.loss)
     problem = Problem(target.model, target.data, target.loss, static, coordinates.unravel)
     inputs = Inputs(energy, arrays, target.learning_rate, rng_key)
 

@@ -221,7 +221,7 @@ class GradientSpread:
             **kwargs: the model's keyword arguments.
         """
         coordinates, energy = _start(target, args, kwargs)
-        arrays, static = split_arrays((args, kwargs))
+        arrays, static = split_arrays((args, kwargs), target.model, target.loss)
         problem = Problem(target.model, target.data, target.loss, static, coordinates.unravel)
         inputs = Inputs(energy, arrays, target.learning_rate, as_key(rng_key))
         theta = Coordinates(coordinates.supports, {k: estimates[k] for k in coordinates.supports}).ravel()

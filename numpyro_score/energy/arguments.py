@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.primitives import Messenger
 
+from numpyro_score.closures import outside_values
 from numpyro_score.energy.values import check_argument, check_list
 from numpyro_score.placement import label_auto
 
-Static = tuple[Any, tuple[Any, ...]]
+Static = tuple[Any, tuple[Any, ...], Hashable]
 
 
 class _Array:
@@ -31,10 +32,11 @@ class _Array:
 _ARRAY = _Array()
 
 
-def split_arrays(tree: Any) -> tuple[list[Any], Static]:
+def split_arrays(tree: Any, *functions: Any) -> tuple[list[Any], Static]:
     """Splits a pytree into its NumPy and JAX arrays and a hashable rest.
 
-    Python numbers stay static: a model may use them as sizes or in `if`.
+    Python numbers stay static: a model may use them as sizes or in `if`. The rest also holds what `functions`, such as
+    the model, read from outside, so that a program with the rest as a static argument is traced anew when that changes.
     """
     leaves, treedef = jax.tree.flatten(tree)
     is_array = [isinstance(v, jax.Array | np.ndarray) for v in leaves]
@@ -45,12 +47,14 @@ def split_arrays(tree: Any) -> tuple[list[Any], Static]:
                 f"A model argument is a {type(v).__name__}: pass NumPy or JAX arrays, e.g. np.asarray(...)."
             )
     # As JAX arrays, so that a model can index them by traced plate indices.
-    return [label_auto(jnp.asarray(v)) for v, yes in zip(leaves, is_array, strict=True) if yes], (treedef, rest)
+    return [label_auto(jnp.asarray(v)) for v, yes in zip(leaves, is_array, strict=True) if yes], (
+        treedef, rest, tuple(map(outside_values, functions)),
+    )  # fmt: skip
 
 
 def join_arrays(arrays: list[Any], static: Static) -> Any:
     """The inverse of :func:`split_arrays`."""
-    treedef, rest = static
+    treedef, rest, _ = static
     it = iter(arrays)
     return jax.tree.unflatten(treedef, [next(it) if v is _ARRAY else v for v in rest])
 
@@ -79,7 +83,7 @@ def check_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: di
 
 def named_arrays(model: Callable[..., Any], static: Static) -> tuple[dict[str, int], str | None]:
     """The arguments `(args, kwargs)` that are one array, as name to index, and the name of the first positional one."""
-    treedef, rest = static
+    treedef, rest, _ = static
     index = iter(range(len(rest)))
     args, kwargs = jax.tree.unflatten(treedef, [next(index) if v is _ARRAY else None for v in rest])
     names = positional(model)
@@ -99,7 +103,7 @@ def is_given(model: Callable[..., Any], static: Static, name: str) -> bool | Non
     model = _innermost(model)
     if isinstance(model, functools.partial) and name in model.keywords:
         return True
-    treedef, rest = static
+    treedef, rest, _ = static
     args, kwargs = jax.tree.unflatten(treedef, rest)
     signature = inspect.signature(model)
     if name not in signature.parameters:

@@ -102,7 +102,7 @@ class ModelAtValues:
     ) -> None:
         args, kwargs, labels = read_arguments(model, args, kwargs)
         self.model, self.params = model, params
-        self._arrays, self._static = split_arrays((args, kwargs))
+        self._arrays, self._static = split_arrays((args, kwargs), model)
         self._places = places_of(self._arrays)
         self._axes: tuple[str, ...] = ()  # of a mesh, inside of a program for the rows of each device
         self._choice = choice
@@ -126,7 +126,7 @@ class ModelAtValues:
         return {**state, "arguments": join_arrays(self._arrays, self._static)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._arrays, self._static = split_arrays(state.pop("arguments"))
+        self._arrays, self._static = split_arrays(state.pop("arguments"), state["model"])
         self._places = places_of(self._arrays)
         self.__dict__.update(state)
 

@@ -31,7 +31,7 @@ def rebound(energy: Any, arguments: Mapping[str, Any]) -> Any:
             raise TypeError(
                 f"The model takes no keyword '{name}': add it with a default, e.g. def model(x, {name}=1.0)."
             )
-    arrays, static = split_arrays((tuple(args), kwargs))
+    arrays, static = split_arrays((tuple(args), kwargs), energy.model)
     new = energy._replace(_arrays=arrays, _static=static, _places=places_of(arrays))
     try:
         new._layout = new._read_layout()

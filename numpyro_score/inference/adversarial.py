@@ -232,7 +232,7 @@ class AdversarialDynamicsEmbedding(Compiling):
         if (state := init_state) is None or self._svi.constrain_fn is None:
             state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         state = replicate(strongly_typed(state if init_state is None else init_state), (args, kwargs))
-        arrays, static = split_arrays((args, kwargs))
+        arrays, static = split_arrays((args, kwargs), self.model)
         transforms = self._svi.constrain_fn.args[0]
         start = int(state.optim_state[0])
         advance = partial(self._advance, transforms, arrays, start, num_steps, static=static)

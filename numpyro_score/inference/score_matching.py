@@ -296,7 +296,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         args, kwargs, labels = read_arguments(self.score_model, *given)
         args, kwargs = label_auto((args, kwargs))
         result = partial(ScoreMatchingResult, svi=self, args=args, kwargs=kwargs, labels=labels)
-        arrays, static = split_arrays((args, kwargs))
+        arrays, static = split_arrays((args, kwargs), self.score_model, self.score_loss)
         alike = dict(key=rng_key, num_steps=num_steps, arguments=static[1], loss=self.score_loss)
         require_common("run", arrays, **alike, init_params=init_params)
         if init_state is None or self.constrain_fn is None:

@@ -49,7 +49,7 @@ class CompiledStart:
 
         None if no start is found at which penalties and priors are finite; NumPyro then says why.
         """
-        arrays, static = split_arrays((args, kwargs))
+        arrays, static = split_arrays((args, kwargs), self.model)
         if self.guide.prototype_trace is None and not self._set_up(rng_key, arrays, static):
             return None
         state, transforms, held = self._init(rng_key, arrays, self.guide._init_locs, init_params, static=static)

@@ -31,7 +31,7 @@ class CompiledTrace:
 
     def __call__(self, values: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The sites by name; arrays in them are those of the program."""
-        arrays, static = split_arrays((args, kwargs))
+        arrays, static = split_arrays((args, kwargs), self.model)
         return self._run(values, arrays, static=static).trace()
 
     def _trace(self, values: dict[str, Any], arrays: list[Any], *, static: Any) -> Sites:

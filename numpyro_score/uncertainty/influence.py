@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from numpyro.distributions.transforms import IndependentTransform
 
+from numpyro_score.closures import Keyed
 from numpyro_score.operators import full_precision
 from numpyro_score.placement import fetch
 from numpyro_score.programs import shared_jit
@@ -94,7 +95,7 @@ def stderr_of(
 def stderr_from(objective: Objective, of: Callable[[dict[str, Any]], Any], covariance: np.ndarray) -> Any:
     """Standard errors of what `of` returns, in its structure, by the delta method from a covariance (P, P)."""
     values = of(objective.constrain(objective.position))
-    jacobian = np.asarray(_jacobian(objective, of=of), np.float64)
+    jacobian = np.asarray(_jacobian(objective, of=Keyed(of)), np.float64)
     errors = np.sqrt(np.einsum("kp,pq,kq->k", jacobian, covariance, jacobian))
     flat, unravel = ravel_pytree(values)
     return unravel(jnp.asarray(errors, flat.dtype))
@@ -128,11 +129,15 @@ def _influence(
     objective: Objective, of: Callable[[dict[str, Any]], Any], hessian: np.ndarray | None
 ) -> tuple[Any, Float[Array, "k p"]]:
     """The influence of rows, and H⁻¹∇g for each number that `of` returns."""
+    if not callable(of):
+        raise TypeError(
+            f"of must be a function of the estimates, e.g. lambda estimates: estimates['scale'] ** 2, got {of!r}."
+        )
     used = jnp.asarray(check_rows(objective))
     values = of(objective.constrain(objective.position))
     if not all(jnp.issubdtype(jnp.result_type(v), jnp.floating) for v in jax.tree.leaves(values)):
         raise TypeError(f"of must return arrays of floats, differentiable in the estimates; it returned {values}.")
-    jacobian = _jacobian(objective, of=of)
+    jacobian = _jacobian(objective, of=Keyed(of))
     if hessian is None:
         directions, gradient = _conjugate_gradients(objective, jacobian)
     else:  # whoever formed the Hessian has looked at the convergence

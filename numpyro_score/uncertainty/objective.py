@@ -118,7 +118,7 @@ class Objective:
         rng_key: Array,
     ) -> Objective:
         """At the estimates; `prior` is the model's parameters alone, as :func:`prior_model` makes it."""
-        arrays, static = split_arrays((args, kwargs))
+        arrays, static = split_arrays((args, kwargs), prior, loss)
         c = coordinates
         return cls(c.position, c.transforms, energy, arrays, learning_rate, rng_key, c.unravel, loss, prior, static)
 
