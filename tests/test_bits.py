@@ -115,3 +115,8 @@ def test_errors():
         jax.jit(lambda x: bits_by_noise(energy, x, KEY, noise_range=RANGE).bits)(NORMAL)
     with pytest.raises(FloatingPointError, match=r"score at noise .* is not finite in row"):
         bits_by_noise(Energy(cliff, {}, NORMAL), NORMAL, KEY, noise_range=RANGE)
+
+
+def test_levels_at_which_the_data_are_not_normal_yet():
+    with pytest.warns(UserWarning, match="largest noise level of bits_by_noise, 1, is less than twice"):
+        bits_by_noise(Energy(normal, {}, NORMAL), NORMAL, KEY, noise_range=(0.05, 1.0))

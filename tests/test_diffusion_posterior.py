@@ -214,12 +214,24 @@ def test_what_is_refused(unchecked):
     with pytest.raises(TypeError, match=r"'smc' needs the density.*use 'tds'"):
         posterior(Energy(score, {}, DATA), observed, KEY, np.zeros(1), method="smc", **settings)
 
+    with pytest.raises(TypeError, match=r"'y' holds float16 values"):
+        posterior(source, observed, KEY, np.zeros(1, np.float16), **settings)
+    with pytest.raises(TypeError, match=r"'x' holds float16 values"):
+        inpaint(source, np.zeros(2, np.float16), np.array([True, True]), KEY, **settings)
     def broken(x, y):
         numpyro.factor("e", jnp.log(x[0] - 1e3))
         numpyro.sample("y", dist.Normal(x.sum(), 1.0), obs=y)
 
     with pytest.raises(FloatingPointError, match=r"weights are NaN or infinite from noise 20 on, after 0 of 32 steps"):
         posterior(source, broken, KEY, 0.0, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:At some noise level", "ignore:The 2 runs", "ignore:One run")
+@pytest.mark.parametrize("method", ["tds", "guided"])
+def test_levels_at_which_the_prior_is_not_normal_yet(method):
+    settings = {"noise_range": (0.02, 0.5), "num_particles": 64, "num_runs": 2, "method": method}
+    with pytest.warns(UserWarning, match="largest noise level of posterior, 0.5, is less than twice"):
+        posterior(Energy(energy, {}, DATA), observed, KEY, np.zeros(1), **settings)
 
 
 @pytest.mark.slow

@@ -82,3 +82,15 @@ def test_end_law_is_that_of_noised_data(x64):
     np.testing.assert_allclose(law.score(u, 2.0), score)
     draws = law.sample(jax.random.key(0), 100_000, 2.0)
     np.testing.assert_allclose(np.cov(draws.T), covariance, atol=0.15)
+
+
+@pytest.mark.parametrize("sde", [LinearSDE(jnp.ones_like, jnp.sqrt, 1e4), EDM(1e5), VP()], ids=["root", "EDM", "VP"])
+def test_small_levels_have_times_of_their_own(sde):
+    """To the last digits of the noise, also where it is a tiny part of the largest."""
+    rho = jnp.asarray([1e-4, 1e-3, 1e-2, 1.0, 90.0], jnp.float32)
+    np.testing.assert_allclose(noise_at(sde, jax.jit(time_at, static_argnums=0)(sde, rho)), rho, rtol=2e-6)
+
+
+def test_an_alpha_that_is_not_positive():
+    with pytest.raises(ValueError, match=r"needs an alpha above zero.*turn the signs"):
+        LinearSDE(lambda t: -jnp.ones_like(t), lambda t: -t, 100.0)

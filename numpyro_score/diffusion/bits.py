@@ -14,7 +14,7 @@ from numpyro_score import random
 from numpyro_score.diffusion.end import NoisyNormal
 from numpyro_score.diffusion.flow import require_finite
 from numpyro_score.diffusion.noise_range import shared_noise_range
-from numpyro_score.diffusion.samplers import field_of
+from numpyro_score.diffusion.samplers import field_of, warn_of_structure
 from numpyro_score.diffusion.source import noisy_model
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.energy import plural, rows_text
@@ -116,6 +116,7 @@ def bits_by_noise(
     if len(rows) < 2:
         raise ValueError(f"bits_by_noise has errors from the spread over rows, and got {plural(len(rows), 'row')}.")
     field = field_of(model)
+    warn_of_structure("bits_by_noise", field, high, "bits at that noise are of a normal law", stacklevel=2)
     rho = np.geomspace(low, high, num_levels)
     keys = jax.random.split(key, (num_draws, num_levels))
     errors = np.mean([np.asarray(_errors(field, rows, jnp.asarray(rho, rows.dtype), k), float) for k in keys], axis=0)

@@ -14,16 +14,18 @@ import scipy.stats
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
+from numpyro_score.closures import Keyed
 from numpyro_score.diffusion.observations import check_call, check_observation, log_likelihood
 from numpyro_score.diffusion.posteriors import Method, Problem
 from numpyro_score.diffusion.samplers import diffuse
 from numpyro_score.diffusion.source import as_data
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.diffusion.twists import Twist
-from numpyro_score.energy import join_arrays, split_arrays, takes_keyword
+from numpyro_score.energy import check_rows, join_arrays, split_arrays, takes_keyword
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import data_to_row, row_to_data
 from numpyro_score.normaliser.source import Source
+from numpyro_score.programs import run_compiled
 from numpyro_score.random import Key, as_key
 
 __all__ = ["SimulationRanks", "simulation_ranks"]
@@ -144,7 +146,7 @@ def simulation_ranks(
         if i == 0:
             check_observation(problem.observation, problem.field, args, {**kwargs, **y})
         found = problem.run_checked(run_keys[i], arrays, static)
-        held = (problem.observation, static, functions, num_draws)
+        held = (Keyed(problem.observation), static, tuple((k, Keyed(f)) for k, f in functions), num_draws)
         points, at = jax.device_get(
             _values(
                 problem.field,
@@ -202,6 +204,8 @@ def _check_quantities(problem: Problem, functions: Any, row: Float[Array, "d"], 
 def _rows(problem: Problem, truths: Any) -> Float[Array, "sets d"]:
     energy = problem.field.model.energy
     values = truths if isinstance(truths, Mapping) else {energy.arrays[0].name: truths}
+    for name, value in values.items():
+        check_rows(name, value)
     shapes = {k: v.shape for k, v in row_to_data(energy, jnp.zeros(energy.dim, energy.dtype)).items()}
     got = {k: np.shape(v) for k, v in values.items()}
     if got.keys() != shapes.keys() or any(len(v) == 0 or v[1:] != shapes[k] for k, v in got.items()):
@@ -221,7 +225,7 @@ def _simulated(
         trace = handlers.trace(seeded).get_trace(as_data(problem.field.model.energy, row), *args, **kwargs)
         return {k: s["value"] for k, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
 
-    found = jax.device_get(jax.jit(jax.vmap(one))(rows, keys))
+    found = jax.device_get(run_compiled(jax.vmap(one), rows, keys))
     if missing := [k for k in found if not takes_keyword(problem.observation, k)]:
         raise TypeError(
             f"The observation model takes no argument '{missing[0]}', the name of what it observes: write "

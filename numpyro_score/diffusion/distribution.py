@@ -149,6 +149,20 @@ class ScoreDistribution(dist.Distribution):
         require_solved("ScoreDistribution", jnp.isfinite(found).all(0))
         return found
 
+    @property
+    def mean(self) -> Array:
+        """Not known; draws have it."""
+        raise NotImplementedError(_BY_DRAWS.format("mean", "x.mean(0)"))
+
+    @property
+    def variance(self) -> Array:
+        """Not known; draws have it."""
+        raise NotImplementedError(_BY_DRAWS.format("variance", "x.var(0)"))
+
+    def entropy(self) -> Array:
+        """Not known; draws have an estimate of it."""
+        raise NotImplementedError(_BY_DRAWS.format("entropy", "-d.log_prob(x).mean()"))
+
     def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Array:
         """Independent draws, (sample shape, event shape), of the data with the smallest noise."""
         n = num_draws("ScoreDistribution", sample_shape)
@@ -159,6 +173,9 @@ class ScoreDistribution(dist.Distribution):
         values, arrived = decoded(self.settings, self.flow, z)
         require_solved("ScoreDistribution.sample", arrived)
         return values.reshape(shape)
+
+
+_BY_DRAWS = "ScoreDistribution has no {} in closed form: draw x = d.sample(key, (1000,)) and take {}."
 
 
 def _rows(energy: Energy, events: Array) -> tuple[Float[Array, "n d"], Float[Array, "n"]]:

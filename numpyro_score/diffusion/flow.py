@@ -192,7 +192,8 @@ def solve(
     alpha, sigma = (jnp.asarray(v) for v in (sde.alpha(flow.final_time), sde.sigma(flow.final_time)))
     law = NoisyNormal(alpha * flow.end.mean, flow.end.axes, alpha**2 * flow.end.variances)
     at_end = law.log_prob(alpha * (x if backwards else u), sigma) + x.shape[1] * jnp.log(sde.alpha(flow.start_time))
-    return u, at_end[:, None] + (-integral if backwards else integral), num_steps, arrived
+    value = at_end[:, None] + (-integral if backwards else integral)
+    return u, value, num_steps, arrived & ~jnp.isnan(value).any(-1)
 
 
 @partial(jax.jit, static_argnums=0)  # traced once, and not at each of the places where Diffrax calls it

@@ -20,7 +20,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_score.diffusion.source import as_data
 from numpyro_score.diffusion.steps import Field
-from numpyro_score.energy import join_arrays, split_arrays, varying_outputs
+from numpyro_score.energy import check_rows, join_arrays, split_arrays, varying_outputs
 from numpyro_score.programs import being_traced
 
 __all__ = ["check_call", "check_observation", "log_likelihood", "refuse_traced", "split_observation"]
@@ -170,6 +170,7 @@ def _check_value(site: dict[str, Any]) -> None:
     value: Any = site["value"]
     if not isinstance(value, numbers.Number | np.ndarray | np.generic | jax.Array):
         raise TypeError(f"The observed value of site '{name}' is {value!r}: give a number or an array.")
+    check_rows(name, value)
     shape, expected = getattr(value, "shape", ()), site["fn"].shape()
     try:
         np.broadcast_shapes(shape, expected)

@@ -15,16 +15,17 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 from numpyro import handlers
 
+from numpyro_score.closures import Keyed
 from numpyro_score.diffusion.evidence import ALONE, evidence_of, require_numbers, warn_of_few
 from numpyro_score.diffusion.grids import levels_on
 from numpyro_score.diffusion.noise_range import shared_noise_range
 from numpyro_score.diffusion.observations import check_call, log_likelihood, refuse_traced, split_observation
 from numpyro_score.diffusion.particles import Run, run_particles
-from numpyro_score.diffusion.samplers import field_of
+from numpyro_score.diffusion.samplers import field_of, warn_of_structure
 from numpyro_score.diffusion.source import NoisyModel, as_data, noisy_model
 from numpyro_score.diffusion.steps import Field
 from numpyro_score.diffusion.twists import Twist
-from numpyro_score.energy import join_arrays, split_arrays
+from numpyro_score.energy import check_rows, join_arrays, split_arrays
 from numpyro_score.losses.base import at_least_one, positive
 from numpyro_score.normaliser.coordinates import row_to_data
 from numpyro_score.normaliser.source import Source
@@ -116,9 +117,10 @@ def posterior(
             particles of a run. With the noise, and the number of runs.
 
     Warns:
-        UserWarning: if fewer than ten particles of a run counted at some level (for "guided" fewer than two, if its
-            draws had their weights); if one run holds most of the evidence, or there is but one; for "tds" if the
-            evidence moved from half the steps by more than three standard errors.
+        UserWarning: if the largest level is less than twice the data's standard deviation, but for "smc"; if fewer than
+            ten particles of a run counted at some level (for "guided" fewer than two, if its draws had their weights);
+            if one run holds most of the evidence, or there is but one; for "tds" if the evidence moved from half the
+            steps by more than three standard errors.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -195,7 +197,10 @@ class Problem(NamedTuple):
         model = noisy_model(owner, source)
         _check_method(owner, model, method)
         levels = levels_on(None, grid, num_steps, shared_noise_range(owner, source, None, noise_range), owner)
-        return cls(field_of(model), levels.rho, observation, method, twist, num_particles, num_runs)
+        field = field_of(model)
+        if method != "smc":  # whose weights are of the model at every level
+            warn_of_structure(owner, field, levels.rho[0], "particles start from a normal law", stacklevel=3)
+        return cls(field, levels.rho, observation, method, twist, num_particles, num_runs)
 
     def run(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         """All runs, for one observation, on the host."""
@@ -226,7 +231,7 @@ class Problem(NamedTuple):
         # In one array; those that take fewer steps stop early.
         padded = np.stack([np.append(v, np.repeat(v[-1], len(self.rho) - len(v))) for v in levels])
         rho, num_steps = jnp.asarray(padded, self.field.model.dtype), jnp.asarray([len(v) - 1 for v in levels])
-        settings = (self.observation, static, self.method, self.twist, self.num_particles)
+        settings = (Keyed(self.observation), static, self.method, self.twist, self.num_particles)
         return jax.device_get(_runs(self.field, rho, num_steps, keys, arrays, *settings))
 
     def log_weights(self, found: Run) -> Float[np.ndarray, "rn"]:
@@ -269,6 +274,7 @@ def inpaint(
     x, mask = np.asarray(x), np.asarray(mask)
     if x.dtype.kind not in "fiub" and not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"inpaint needs numbers as x, got {x.dtype}: pass one row, and mask where it is known.")
+    check_rows("x", x)
     x = x.astype(np.float64)
     if x.shape != shape or mask.shape != shape or mask.dtype != bool:
         raise ValueError(

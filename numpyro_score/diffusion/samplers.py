@@ -134,7 +134,7 @@ def diffuse(
             )
         check_sharding("diffuse", "num_samples", sharding, (num_samples, model.dim))
         field = field_of(model)
-        _warn_of_structure(field, levels.rho[0])
+        warn_of_structure("diffuse", field, levels.rho[0], "chains start from a normal law", stacklevel=3)
         plan = jax.tree.map(lambda v: jnp.asarray(v, model.dtype), method.plan(levels, field.end))
 
     start_key, run_key = jax.random.split(key)
@@ -163,11 +163,12 @@ def _denoised(field: Field, u: Float[Array, "n d"], rho: Float[Array, ""]) -> Fl
     return field.denoised(u, rho)
 
 
-def _warn_of_structure(field: Field, largest: float) -> None:
+def warn_of_structure(owner: str, field: Field, largest: float, what: str, *, stacklevel: int) -> None:
+    """Warns if the data with the largest noise may not be normal yet, where `what` takes them to be."""
     scale = float(jnp.sqrt(field.end.variances[-1]))
     if largest < 2 * scale:
         warnings.warn(
-            f"The largest noise level, {largest:.3g}, is less than twice the data's standard deviation of {scale:.3g}: "
-            "chains start from a normal law, and the noisy data may not be normal yet; fit at larger levels.",
-            stacklevel=3,
+            f"The largest noise level of {owner}, {largest:.3g}, is less than twice the data's standard deviation of "
+            f"{scale:.3g}: {what}, and the noisy data may not be normal yet; fit at larger levels.",
+            stacklevel=stacklevel + 1,
         )

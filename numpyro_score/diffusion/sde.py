@@ -140,7 +140,8 @@ class LinearSDE:
 
     Raises:
         TypeError: for what is no function.
-        ValueError: if σ/α does not grow, or is not finite and positive inside, or a function changes the shape of t.
+        ValueError: if σ/α does not grow, or α or σ/α is not finite and positive inside, or a function changes the shape
+            of t.
     """
 
     alpha: Callable[[Time], Time]
@@ -159,7 +160,13 @@ class LinearSDE:
                     f"LinearSDE's {name} gave shape {shape} for times of shape {t.shape}: return one number for each, "
                     "e.g. jnp.ones_like(t)."
                 )
-        rho = self.sigma(t) / self.alpha(t)
+        if not (scale := self.alpha(t)).min() > 0:  # NaN included
+            where = float(t[jnp.argmin(scale)])
+            raise ValueError(
+                f"LinearSDE needs an alpha above zero, the scale of the data, and at t={where:.3g} it is "
+                f"{float(scale.min()):.3g}: turn the signs of alpha and sigma, or end before it is zero."
+            )
+        rho = self.sigma(t) / scale
         wrong = ~(jnp.isfinite(rho) & (rho > 0) & jnp.r_[True, jnp.diff(rho) > 0])
         if wrong.any():
             raise ValueError(
@@ -174,18 +181,22 @@ def noise_at(sde: SDE, t: Time) -> Time:
 
 
 def time_at(sde: SDE, rho: Float[AnyArray, "..."]) -> Time:
-    """The times at which σ/α is ρ, by bisection to the last digits; beyond the ends, these."""
+    """The times at which σ/α is ρ, by bisection to the last digit of each; beyond the ends, these.
+
+    Of the bits of t, which as integers are in the order of the times: small times have as many digits as large ones.
+    """
     rho = jnp.asarray(rho)
-    low, high = jnp.zeros_like(rho), jnp.full_like(rho, sde.final_time)
+    whole = jnp.int32 if rho.dtype.itemsize == 4 else jnp.int64
+    low, high = (jax.lax.bitcast_convert_type(jnp.full_like(rho, t), whole) for t in (0.0, sde.final_time))
 
     def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
-        middle = 0.5 * (low + high)
-        above = noise_at(sde, middle) > rho
+        middle = low + (high - low) // 2
+        above = noise_at(sde, jax.lax.bitcast_convert_type(middle, rho.dtype)) > rho
         return jnp.where(above, low, middle), jnp.where(above, middle, high)
 
-    low, high = jax.lax.fori_loop(0, jnp.finfo(rho.dtype).nmant + 8, halve, (low, high))
-    return 0.5 * (low + high)
+    low, high = jax.lax.fori_loop(0, 8 * rho.dtype.itemsize - 1, halve, (low, high))
+    return jax.lax.bitcast_convert_type(low, rho.dtype)
 
 
 def drift_and_diffusion(sde: SDE, t: Time) -> tuple[Time, Time]:

@@ -43,7 +43,7 @@ class ContinuousDSM:
       the range. In these coordinates it is the one above, divided by 2 ln(largest/smallest): the two differ in their
       unit, and so under a prior.
     - "edm": E[(σ² + σ_d²)/(σσ_d)² ‖D(x̃) − x‖²] with the denoiser D(x̃) = x̃ + σ²s and the data's standard deviation
-      σ_d, up to a constant, which is the mean of 2σ²(1 + σ²/σ_d²) J(σ). Levels are log-normal, ln(2σ/σ_d) ~ N(−1.2,
+      σ_d, up to a constant, which is the mean of 2σ²(1 + σ²/σ_d²) J(σ). Levels are log-normal, ln(σ/(2σ_d)) ~ N(−1.2,
       1.2²), cut to the range [Karras et al. 2022, section 5 and table 1, where σ_d = ½]. It favours the levels
       from which there is most to learn, and with :func:`~numpyro_score.preconditioned_score` all weigh the same.
     - a function λ: ∫ λ(σ) J(σ) d ln σ.
