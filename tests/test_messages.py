@@ -16,6 +16,7 @@ from numpyro_score import (
     DSM,
     ESM,
     ISM,
+    MALA,
     NCE,
     PCD,
     SSM,
@@ -27,6 +28,7 @@ from numpyro_score import (
     geometric_levels,
     log_partition,
     parzen_score,
+    report,
     to_arviz,
 )
 from numpyro_score.random import as_key
@@ -96,6 +98,9 @@ def fit():
         (lambda: DSM(0.5, weighting=2.0), "DSM needs a function of the level as weighting, got 2.0"),
         (lambda: SSM(jnp.array(3.0)), "SSM needs an integer as num_projections"),
         (lambda: SSM(jnp.array([3])), "SSM needs an integer as num_projections"),
+        (lambda: PCD(MALA(step_size=0.1)), "PCD needs an integer as num_chains, got MALA"),
+        (lambda: CD(MALA(step_size=0.1)), "CD needs an integer as num_steps, got MALA"),
+        (lambda: fit().stderr(of="a"), "of must be a function of the estimates.*got 'a'"),
     ],
 )
 def test_types(make, match):
@@ -114,11 +119,22 @@ def test_types(make, match):
         (lambda: fit().to_arviz(coords={"c": "ab"}, dims={"x": ["row", "d"]}), "coords has \\['c'\\]"),
         (lambda: fit().to_arviz(coords={"c": "abc"}, dims={"x": ["r", "c"]}), "3 labels for 'c'.*'x' has 2"),
         (lambda: fit().to_arviz(dims={"y": ["row"]}), "dims has \\['y'\\]"),
+        (lambda: Energy(prior, {"b": np.ones(7)}, X), r"site 'b' among the params has shape \(7,\).*has shape \(\)"),
+        (lambda: Energy(prior, {"b": np.ones((2, 1))}, X), r"site 'b'.*shape \(2, 1\)"),
+        (lambda: report(fit(), "."), "is a directory: give report a file"),
+        (lambda: report(fit(), "nowhere/fit.html"), "nowhere is no directory: make it"),
     ],
 )
 def test_values(make, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, OSError), match=match):
         make()
+
+
+def prior(x):
+    b = numpyro.sample("b", dist.Normal())
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(2), obs=x)
+        numpyro.factor("energy", -0.5 * jnp.sum((x - b) ** 2, axis=-1))
 
 
 def means(x):

@@ -326,18 +326,26 @@ class Draws(NamedTuple):
     diverging: int
 
     def __getitem__(self, group):
+        if group == "posterior":
+            return numpyro_score.arviz.dataset({"x": np.zeros((4, 1000))}, ("chain", "draw"))
         value = {"r_hat": self.r_hat, "ess": 321.4, "sample_stats": self.diverging}[group]
         return numpyro_score.arviz.dataset({"diverging" if group == "sample_stats" else "x": [value]}, ("one",))
 
 
 @pytest.mark.parametrize(
     ("draws", "verdict"),
-    [(Draws(1.004, 0), "good"), (Draws(1.02, 0), "look"), (Draws(1.0, 3), "look"), (Draws(np.nan, 0), "look")],
+    [
+        (Draws(1.004, 0), "good"),
+        (Draws(1.02, 0), "look"),
+        (Draws(1.0, 3), "good"),
+        (Draws(1.0, 21), "look"),
+        (Draws(np.nan, 0), "look"),
+    ],
 )
 def test_mixing(draws, verdict):
     found, given = checks._mixing(draws)
     assert given == verdict and f"R-hat {draws.r_hat:.3f}" in found and "size 321" in found
-    assert ("3 divergences" in found) == bool(draws.diverging)
+    assert (f"{draws.diverging} divergences in 4000" in found) == bool(draws.diverging)
 
 
 def test_stein_test_tells_data_from_a_wrong_model():

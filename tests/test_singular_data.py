@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 from models import improper
 from numpyro import handlers
 
-from numpyro_score import DSM, FSM, Energy, KLContraction
+from numpyro_score import DSM, FSM, ISM, Energy, KLContraction, SandwichError, ScoreMatching
 from numpyro_score.losses.rounding import density_noise
 
 X = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
@@ -121,3 +122,19 @@ def test_laws_of_numpyro_are_rounded_as_their_dtype():
             numpyro.sample("x", dist.StudentT(3.0, mu, 1.0), obs=x)
 
     FSM().check(Energy(model, {"k": 0.0}, jnp.asarray(X[:, 0] * 20)))
+
+
+@pytest.mark.filterwarnings("ignore:The loss was still falling")
+def test_why_there_is_no_minimum_is_told():
+    """Under ISM a constant column lets a precision grow without end, which the errors say."""
+    fit = ScoreMatching(precisions, loss=ISM(), num_steps=20, optim=optax.adam(0.05))
+    fit = fit.run(jax.random.key(0), jnp.asarray(CONSTANT), progress_bar=False)
+    with pytest.raises(SandwichError, match=r"The data are constant in x\[1\], so that there may be no minimum"):
+        fit.stderr()
+
+
+def precisions(x):
+    a, mu = numpyro.param("a", jnp.ones(3)), numpyro.param("mu", jnp.zeros(3))
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(3), obs=x)
+        numpyro.factor("energy", -0.5 * jnp.sum(a * (x - mu) ** 2, axis=-1))

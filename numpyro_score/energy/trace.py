@@ -60,6 +60,7 @@ class _Pin(Messenger):
                 msg["value"] = jnp.broadcast_to(points[numbers], msg["fn"].shape())
             elif name in self.values:
                 value = self.values[name]
+                _check_shape(msg, value)
                 # A module updates its mutable state in place: give every run its own copy.
                 msg["value"] = dict(value) if kind == "mutable" and isinstance(value, dict) else value
             elif kind == "sample" and not msg["is_observed"]:
@@ -73,6 +74,19 @@ class _Pin(Messenger):
                 )
             if is_observed_sample(msg) and not is_factor(msg):
                 check_observed(msg)
+
+
+def _check_shape(msg: Site, value: Any) -> None:
+    """Raises ValueError for a value of a latent site that its law has in another shape."""
+    if msg["type"] != "sample" or msg["is_observed"]:
+        return
+    shape, given = tuple(msg["fn"].shape()), tuple(jnp.shape(value))
+    # A mask around a site may give its law batch dimensions that its value has not.
+    if len(given) > len(shape) or any(n not in (1, m) for n, m in zip(given[::-1], shape[::-1], strict=False)):
+        raise ValueError(
+            f"The value of site '{msg['name']}' among the params has shape {given}, and the site has shape {shape}: "
+            "give one of that shape."
+        )
 
 
 def keep(sites: dict[str, Site], msg: Site) -> None:

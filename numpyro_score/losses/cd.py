@@ -102,13 +102,13 @@ class CD:
     not_finite: ClassVar[str] = RUN_AWAY
 
     def __post_init__(self) -> None:
+        set_counts(self, "num_steps")
         required(
             "CD",
             "kernel",
             self.kernel,
             "the step of its chains: start from CD(kernel=MALA(step_size=0.1 * float(x.var()))), in units of x²",
         )
-        set_counts(self, "num_steps")
         check_kernel("CD", self.kernel)
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:

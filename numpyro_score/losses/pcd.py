@@ -90,13 +90,13 @@ class PCD:
     slots: ClassVar[tuple[str, ...]] = (CHAINS_SITE,)
 
     def __post_init__(self) -> None:
+        set_counts(self, "num_chains", "num_steps")
         required(
             "PCD",
             "kernel",
             self.kernel,
             "the step of its chains: start from PCD(kernel=MALA(step_size=0.1 * float(x.var()))), in units of x²",
         )
-        set_counts(self, "num_chains", "num_steps")
         check_kernel("PCD", self.kernel)
         if not isinstance(self.restart, numbers.Real) or isinstance(self.restart, bool):
             raise TypeError(f"PCD needs a number as restart, got {self.restart!r}.")

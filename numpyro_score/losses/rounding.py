@@ -16,7 +16,7 @@ from numpyro_score.operators import full_precision
 from numpyro_score.placement import fetch
 from numpyro_score.programs import run_compiled
 
-__all__ = ["density_noise", "log_density_at", "warn_of_flat_data"]
+__all__ = ["constant_columns", "density_noise", "log_density_at", "warn_of_flat_data"]
 
 _POINTS, _ROWS = 7, 64
 
@@ -74,11 +74,7 @@ def warn_of_flat_data(owner: str, energy: Energy, by: str) -> None:
     columns = np.flatnonzero(used)[constant if constant.any() else dependent]
     if not len(columns):
         return
-    names: list[str] = []
-    for a in energy.arrays:
-        shape = a.support.coordinate_shape(a.shape)
-        names += numbered(a.name, tuple(s for i, s in enumerate(shape) if i not in a.row_axes))
-    shown = ", ".join(names[i] for i in columns[:4]) + (f" and {len(columns) - 4} more" if len(columns) > 4 else "")
+    shown = _names(energy, columns)
     what = f"The data are constant in {shown}" if constant.any() else f"One of {shown} follows from the others"
     warnings.warn(
         f"{what}: the data say nothing of the density's width there, and {owner}'s estimate of it is made by {by}. "
@@ -86,6 +82,29 @@ def warn_of_flat_data(owner: str, energy: Energy, by: str) -> None:
         "data with that noise are meant.",
         stacklevel=3,
     )
+
+
+def constant_columns(energy: Energy) -> str:
+    """A sentence that names the columns of the data that are constant; nothing if there are none.
+
+    For messages of fits that found no minimum, which may be why: the narrower such a column's law, the less the loss.
+    """
+    x, weights = fetch(run_compiled(lambda e: e.data_and_weights(), energy))
+    columns = np.flatnonzero(_flat_columns(x[weights != 0])[0])
+    if not len(columns):
+        return ""
+    return (
+        f" The data are constant in {_names(energy, columns)}, so that there may be no minimum: leave what is constant "
+        "out of data and model."
+    )
+
+
+def _names(energy: Energy, columns: np.ndarray) -> str:
+    names: list[str] = []
+    for a in energy.arrays:
+        shape = a.support.coordinate_shape(a.shape)
+        names += numbered(a.name, tuple(s for i, s in enumerate(shape) if i not in a.row_axes))
+    return ", ".join(names[i] for i in columns[:4]) + (f" and {len(columns) - 4} more" if len(columns) > 4 else "")
 
 
 def _flat_columns(x: Float[np.ndarray, "n d"]) -> tuple[Bool[np.ndarray, "d"], Bool[np.ndarray, "d"]]:

@@ -22,7 +22,7 @@ from numpyro_score.energy import Energy, lattice_density, num_values, rows_given
 from numpyro_score.kernels import DiscreteKernel, Gibbs, GibbsWithGradients
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser.coordinates import free_log_density, from_free, has_domain, row_to_data, to_free
-from numpyro_score.normaliser.mixing import mixed
+from numpyro_score.normaliser.mixing import mixed, too_many_diverged
 from numpyro_score.normaliser.source import Source, density_of, with_density
 from numpyro_score.normaliser.tails import check_counts
 from numpyro_score.placement import check_sharding
@@ -86,8 +86,8 @@ def sample(
             progress bar of such.
 
     Warns:
-        UserWarning: if an R-hat is above 1.01, or what chance makes of 400 or more effective draws; after divergences.
-            It says what to try.
+        UserWarning: if an R-hat is above 1.01, or what chance makes of many effective draws; if more than one in 200
+            transitions diverged. It says what to try.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -261,12 +261,13 @@ def _to_arviz(
     groups = {"posterior": draws, "sample_stats": dataset(sample_stats(stats), axes)}
     if x.shape[1] > 3:
         groups |= {"r_hat": az.rhat(draws), "ess": az.ess(draws)}
-        if not mixed(groups["r_hat"], groups["ess"], _MAX_R_HAT):
+        if not mixed(groups["r_hat"], groups["ess"], _MAX_R_HAT, math.prod(x.shape[:2])):
             warnings.warn(
                 _not_mixed(groups["r_hat"], x, bool(len(energy.discrete_columns))), stacklevel=3 if start is None else 4
             )
     # Paths that leave a domain end there, as divergences; the draws are no worse for it.
-    if (count := int(np.sum(stats.get("diverging", 0)))) and not has_domain(energy):
+    count = int(np.sum(stats.get("diverging", 0)))
+    if too_many_diverged(count, math.prod(x.shape[:-1])) and not has_domain(energy):
         warnings.warn(
             f"{count} of {math.prod(x.shape[:-1])} transitions diverged, and draws may miss narrow places: try smaller "
             "steps, kernel=functools.partial(NUTS, target_accept_prob=0.95), or look whether the density is "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ from jaxtyping import Array, Float
 
 from numpyro_score.divergences.moments import moment_test
 from numpyro_score.divergences.stein import kernel_stein_discrepancy
-from numpyro_score.energy import numbered
+from numpyro_score.energy import numbered, plural
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
-from numpyro_score.normaliser.mixing import mixed
+from numpyro_score.normaliser.mixing import mixed, too_many_diverged
 from numpyro_score.plots.fits import shares, solved_at_once
 from numpyro_score.uncertainty import ARRIVED
 
@@ -246,6 +247,7 @@ def _mixing(samples: Any) -> tuple[str, str]:
     stats = samples["sample_stats"]
     diverged = int(stats["diverging"].sum()) if "diverging" in stats else 0
     found = f"largest R-hat {r_hat:.4f}, least effective sample size {ess:.0f}"
-    found += f", {diverged} divergences." if diverged else "."
-    good = mixed(samples["r_hat"], samples["ess"], _R_HAT) and not diverged
+    draws = math.prod(next(iter(samples["posterior"].values())).shape[:2])
+    found += f", {plural(diverged, 'divergence')} in {draws} transitions." if diverged else "."
+    good = mixed(samples["r_hat"], samples["ess"], _R_HAT, draws) and not too_many_diverged(diverged, draws)
     return found, "good" if good else "look"

@@ -86,7 +86,11 @@ def report(fit: Fit | Comparison, path: str | Path, *, rng_key: Key | None = Non
         raise ValueError(f"report needs a num_samples of at least 4, or 0 for no draws, got {num_samples}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("report needs Matplotlib: pip install 'numpyro-score[plots]'.")
-    path = Path(path)
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory: give report a file in it, e.g. '{path / 'fit.html'}'.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no directory: make it, or give report a file in another one.")
     if isinstance(fit, Comparison):
         text = comparison_page(fit)
         path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")

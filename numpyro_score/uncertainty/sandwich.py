@@ -14,6 +14,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array
 
+from numpyro_score.losses.rounding import constant_columns
 from numpyro_score.placement import fetch
 from numpyro_score.programs import shared_jit
 from numpyro_score.uncertainty.dependence import Dependence, spread_root
@@ -181,7 +182,7 @@ def _lowest_eigenvalue(hessian: np.ndarray) -> float:
 def _why_not_curved(objective: Objective) -> str:
     names = ties(objective)
     if not names:
-        return ""
+        return constant_columns(objective.energy)
     return f" The prior of site '{names[0]}' depends on other sites; its scale may have collapsed. {USE_NUTS}"
 
 
