@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from numpyro.infer import MCMC
 
-from numpyro_score.energy import Energy
+from numpyro_score.energy import AnyEnergy
 from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.labels import site_dims, with_labels
 from numpyro_score.placement import fetch
@@ -224,9 +224,10 @@ def sample_stats(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def observed(energy: Energy) -> xr.Dataset:
+def observed(energy: AnyEnergy) -> xr.Dataset:
     """The data, in the sites' own shapes."""
-    return dataset(energy.unflatten(energy.data), ())
+    data = {k: v for part in energy.parts for k, v in part.unflatten(part.data).items()}
+    return dataset(data, ())
 
 
 def flat(values: dict[str, Any]) -> dict[str, Any]:

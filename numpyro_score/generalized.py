@@ -16,7 +16,7 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoDelta
 from numpyro.primitives import Messenger
 
-from numpyro_score.energy import Energy, Parameters, Site, base_law, read_arguments
+from numpyro_score.energy import AnyEnergy, Parameters, Site, base_law, bind, read_arguments
 from numpyro_score.losses import Loss
 from numpyro_score.losses.base import check_settings, declare_sites, positive, total_loss_and_memory
 from numpyro_score.placement import Places
@@ -102,11 +102,11 @@ class GeneralizedModel:
         args, kwargs, _ = read_arguments(self.model, args, kwargs)
         return self._find_rate(args, kwargs, lambda: np.asarray(self.energy(*args, **kwargs).data))
 
-    def energy(self, *args: Any, **kwargs: Any) -> Energy:
+    def energy(self, *args: Any, **kwargs: Any) -> Any:  # an Energy, or Energies
         """The energy at parameters drawn from the prior: for what does not depend on them, such as the data."""
         return self.energy_and_sites(*args, **kwargs)[0]
 
-    def energy_and_sites(self, *args: Any, **kwargs: Any) -> tuple[Energy, dict[str, Site]]:
+    def energy_and_sites(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Site]]:
         """The same, and the sites of the parameters there."""
         with handlers.block(), handlers.trace() as sites, handlers.seed(rng_seed=0):
             energy = _run_parameters(self.model, self.data, args, kwargs)[1]
@@ -118,7 +118,7 @@ def prior_model(
     data: str | None = None,
     *,
     loss: Loss | None = None,
-    inspect_energy: Callable[[Energy], None] | None = None,
+    inspect_energy: Callable[[Any], None] | None = None,
 ) -> Model:
     """The priors, params and penalties of `model` alone: its generalised posterior with β = 0.
 
@@ -131,7 +131,7 @@ class _PriorModel:
     """What :func:`prior_model` returns: a callable class, as a function made in a function cannot be pickled."""
 
     def __init__(
-        self, model: Model, data: str | None, loss: Loss | None, inspect_energy: Callable[[Energy], None] | None
+        self, model: Model, data: str | None, loss: Loss | None, inspect_energy: Callable[[Any], None] | None
     ) -> None:
         self._model, self._data, self._loss, self._inspect_energy = model, data, loss, inspect_energy
         functools.update_wrapper(self, model, updated=())
@@ -185,7 +185,7 @@ _SCALAR_PRIORS = {
 
 def _run_parameters(
     model: Model, data: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], places: Places | None = None
-) -> tuple[Any, Energy]:
+) -> tuple[Any, AnyEnergy]:
     """Runs the model with all its sites but the observed ones seen outside, and binds an energy to their values."""
     args, kwargs, labels = read_arguments(model, args, kwargs)
     parameters = Parameters()
@@ -200,7 +200,7 @@ def _run_parameters(
             "pass the data, e.g. Predictive(...)(key, x), which draws parameters and deterministic sites; for draws of "
             "the data use numpyro_score.sample(fit, key, 1000), with covariates sample(..., given={'z': z})."
         ) from error
-    energy = Energy.bound_to(
+    energy = bind(
         model, parameters.values(), parameters.subsamples(), numpyro.prng_key(), data, args, kwargs, places, labels
     )
     for name in energy.penalties:

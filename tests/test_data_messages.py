@@ -229,6 +229,6 @@ def test_data_in_different_plates(names):
                 numpyro.factor(f"e{site}", -(value**2))
 
     first, second = names
-    match = rf"different plates .*'ex' in '{first}'.*'ey' in '{second}'.*one plate if.*a model for each"
+    match = rf"different plates .*'ex' in '{first}'.*'ey' in '{second}'.*generalized_bayes fit all of them"
     with pytest.raises(ValueError, match=match):
         Energy(model, {}, X)

@@ -287,7 +287,7 @@ def test_chains_that_cannot_be_split(unchecked):
 def test_little_noise_is_suspected():
     """Chains start from a normal law."""
     with pytest.warns(
-        UserWarning, match=r"largest noise level, 1, is less than twice the data's standard deviation of"
+        UserWarning, match=r"largest noise level of diffuse, 1, is less than twice the data's standard deviation of"
     ):
         run(energy(normal_energy), noise_range=(0.02, 1.0))
 

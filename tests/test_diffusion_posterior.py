@@ -218,6 +218,7 @@ def test_what_is_refused(unchecked):
         posterior(source, observed, KEY, np.zeros(1, np.float16), **settings)
     with pytest.raises(TypeError, match=r"'x' holds float16 values"):
         inpaint(source, np.zeros(2, np.float16), np.array([True, True]), KEY, **settings)
+
     def broken(x, y):
         numpyro.factor("e", jnp.log(x[0] - 1e3))
         numpyro.sample("y", dist.Normal(x.sum(), 1.0), obs=y)

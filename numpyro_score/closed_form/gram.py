@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy, sum_by_device
+from numpyro_score.energy import AnyEnergy, Energies, Energy, sum_by_device
 from numpyro_score.operators import full_precision
 from numpyro_score.programs import shared_jit
 
@@ -26,7 +26,7 @@ _NUMBERS = 2**21  # of a chunk's Jacobian: 8 MB in float32
 _PROBES = 4
 
 
-def score_gram(energy: Energy, unravel: Callable[[Array], Any], size: int) -> np.ndarray | None:
+def score_gram(energy: AnyEnergy, unravel: Callable[[Array], Any], size: int) -> np.ndarray | None:
     """Σ_n w_n A_nᵀ A_n, (P, P) in float64; None unless the data fill R^D and the density takes any number of rows.
 
     Which parameters enter which coordinate of the score is read off a few rows, so compare the result with another
@@ -37,7 +37,7 @@ def score_gram(energy: Energy, unravel: Callable[[Array], Any], size: int) -> np
         unravel: from a vector (P,) to values by site.
         size: P.
     """
-    if not (energy.resizable and energy.flat):
+    if isinstance(energy, Energies) or not (energy.resizable and energy.flat):
         return None
     enters = np.asarray(_pattern(energy, unravel=unravel, size=size))
     colours = _colour(enters)

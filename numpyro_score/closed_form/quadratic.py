@@ -18,7 +18,15 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 
 from numpyro_score.closed_form.gram import score_gram
-from numpyro_score.energy import Energy, base_constraint, base_law, is_constant, is_quadratic, join_arrays, split_arrays
+from numpyro_score.energy import (
+    AnyEnergy,
+    base_constraint,
+    base_law,
+    is_constant,
+    is_quadratic,
+    join_arrays,
+    split_arrays,
+)
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import Loss, total_loss
 from numpyro_score.operators import full_precision
@@ -178,7 +186,7 @@ class Problem(NamedTuple):
 class Inputs(NamedTuple):
     """The arrays that they need."""
 
-    energy: Energy
+    energy: AnyEnergy
     arrays: Any  # of the model's arguments
     learning_rate: Any
     rng_key: Array
@@ -196,7 +204,7 @@ class Expansion(NamedTuple):
 def expand(
     target: GeneralizedModel,
     coordinates: Coordinates,
-    energy: Energy,
+    energy: AnyEnergy,
     rng_key: Array,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -301,8 +309,9 @@ def _products(directions: Any, inputs: Inputs, *, problem: Problem) -> Array | N
     f, directions = partial(_data_term, problem, inputs), jnp.asarray(directions, float)
     if not is_quadratic(f, directions[0]):
         return None
+    numbers = sum(part.num_rows * part.dim for part in inputs.energy.parts)
     # Some hundred megabytes for each of the model's intermediates, at most.
-    return _products_of(f, directions, min(max(2**24 // inputs.energy.data.size, 1), 16))
+    return _products_of(f, directions, min(max(2**24 // numbers, 1), 16))
 
 
 @full_precision
@@ -349,7 +358,7 @@ def _prior(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, ..
 def minimise(
     target: GeneralizedModel,
     sites: dict[str, Any],
-    energy: Energy,
+    energy: AnyEnergy,
     rng_key: Array,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],

@@ -15,7 +15,7 @@ from numpyro import handlers
 from numpyro.infer import init_to_feasible
 
 from numpyro_score.closed_form.quadratic import ClosedFormError, Coordinates, Inputs, Problem, Quadratic, expand
-from numpyro_score.energy import Energy, evaluate_for_check, split_arrays, sum_by_device
+from numpyro_score.energy import Energy, evaluate_for_check, one_plate, split_arrays, sum_by_device
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import row_losses
 from numpyro_score.losses.base import check_settings
@@ -277,7 +277,7 @@ def _start(target: GeneralizedModel, args: tuple[Any, ...], kwargs: dict[str, An
     sites = handlers.trace(prior).get_trace(*args, **kwargs)
     if any(s["type"] == "plate" and len(s["value"]) != s["args"][0] for s in sites.values()):
         raise ValueError("The model subsamples a plate: leave subsample_size out and pass batches instead.")
-    return Coordinates.of_sites(sites), found[0]
+    return Coordinates.of_sites(sites), one_plate(found[0])
 
 
 def _rows_used(energy: Energy) -> int:
@@ -302,7 +302,7 @@ def _spread(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, A
         g = jax.lax.map(push, jnp.eye(len(theta)), batch_size=8).T
         return g.T @ g, g.sum(axis=0)
     of_rows = partial(_spread_of_rows, problem=problem)
-    return sum_by_device(of_rows, inputs.energy, inputs.rng_key, theta, inputs.learning_rate)
+    return sum_by_device(of_rows, one_plate(inputs.energy), inputs.rng_key, theta, inputs.learning_rate)
 
 
 def _spread_of_rows(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from numpyro.infer import MCMC
 
 from numpyro_score.comparison.posterior import Posterior, draw_losses, draws_of
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, one_plate
 from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.base import refuse_kinks_of_score
@@ -217,7 +217,7 @@ def at_arguments(source: Energy | ScoreMatchingResult | AdversarialResult, args:
         return source
     if not args and not kwargs:
         raise TypeError("Pass the model's arguments with the new rows after the fit; its own rows have seen it.")
-    energy = source.energy
+    energy = one_plate(source.energy)
     return Energy.bound_to(energy.model, energy.params, {}, None, energy.data_name, args, kwargs)
 
 

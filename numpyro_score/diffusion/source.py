@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy, plural, rows_text, takes_keyword
+from numpyro_score.energy import Energy, one_plate, plural, rows_text, takes_keyword
 from numpyro_score.losses import ContinuousDSM
 from numpyro_score.losses.terms import require_flat
 from numpyro_score.normaliser.coordinates import row_to_data
@@ -85,7 +85,7 @@ def noisy_model(owner: str, source: Source) -> NoisyModel:
         ValueError: if rows have densities of their own.
         NotImplementedError: if the data have bounds.
     """
-    energy = source if isinstance(source, Energy) else getattr(source, "energy", None)
+    energy = one_plate(source if isinstance(source, Energy) else getattr(source, "energy", None))
     if not isinstance(energy, Energy):
         raise TypeError(f"{owner} needs a fit or an Energy, got {type(source).__name__}.")
     if not takes_keyword(energy.model, "sigma"):

@@ -17,7 +17,7 @@ import xarray as xr
 from jaxtyping import Array, Float
 from numpyro.diagnostics import effective_sample_size
 
-from numpyro_score.energy import Energy, as_array, innermost, rows_text
+from numpyro_score.energy import Energy, as_array, innermost, one_plate, rows_text
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.base import at_least_one
 from numpyro_score.normaliser import EnergyDistribution, LogPartition, log_partition, sample
@@ -98,7 +98,7 @@ def _read(name: str, given: Any) -> Law:
     if isinstance(given, dist.Distribution):
         return Law(name, _distribution_energy(name, given), (0.0, 0.0), given, draws)
     if isinstance(given, ScoreMatchingResult | AdversarialResult):
-        given = given.energy
+        given = one_plate(given.energy)
     if isinstance(given, Energy):
         if not given.is_concrete:
             raise TypeError(f"{name} is traced by a JAX transformation: call this outside of jit, vmap and grad.")

@@ -24,6 +24,7 @@ from numpyro_score.energy.kinks import NOT_PERIODIC, Kink, find_kink
 from numpyro_score.energy.layout import rows_first
 from numpyro_score.energy.relaxation import relaxed
 from numpyro_score.energy.score_terms import curl, score_factor
+from numpyro_score.energy.several import AnyEnergy, Energies, bind, one_plate
 from numpyro_score.energy.supports import (
     FLAT,
     SIMPLICES,
@@ -46,7 +47,9 @@ __all__ = [
     "NO_LABELS",
     "SIMPLICES",
     "AnyArray",
+    "AnyEnergy",
     "Domain",
+    "Energies",
     "Energy",
     "Kink",
     "Labels",
@@ -58,6 +61,7 @@ __all__ = [
     "ball",
     "base_constraint",
     "base_law",
+    "bind",
     "by_device",
     "check_rows",
     "coarsest_rounding",
@@ -78,6 +82,7 @@ __all__ = [
     "make_frame",
     "num_values",
     "numbered",
+    "one_plate",
     "part",
     "plural",
     "polygon",

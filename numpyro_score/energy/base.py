@@ -70,7 +70,7 @@ class ModelAtValues:
         params: dict[str, Any],
         plates: dict[str, Array],
         rng_key: Array | None,
-        data: str | None,
+        data: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         places: Places | None = None,
@@ -96,7 +96,7 @@ class ModelAtValues:
         params: Any,
         plates: Any,
         rng_key: Any,
-        choice: str | None,
+        choice: Any,
         args: Any,
         kwargs: Any,
     ) -> None:

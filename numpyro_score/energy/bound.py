@@ -55,6 +55,11 @@ class BoundModel(ModelAtValues):
         return self._layout.num_rows
 
     @property
+    def parts(self: M) -> tuple[M, ...]:
+        """Itself: where data stand in several plates, a fit has `Energies`, of one part for each."""
+        return (self,)
+
+    @property
     def row_axes(self) -> tuple[tuple[str | None, int], ...]:
         """The axes that number the rows, outermost first: the plate, if it is one, and the length."""
         layout = self._layout
@@ -97,8 +102,8 @@ class BoundModel(ModelAtValues):
         return self._layout.score_terms
 
     @property
-    def data_name(self) -> str | None:
-        """The site or argument that the user named as the data; None if it was found."""
+    def data_name(self) -> str | tuple[str, ...] | None:
+        """The site or argument that the user named as the data, or sites of one of several plates; None if found."""
         return self._choice
 
     @property

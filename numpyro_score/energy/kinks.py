@@ -260,7 +260,7 @@ def _lines(energy: BoundModel, rows: np.ndarray, starts: np.ndarray, spread: np.
         near = (starts, np.swapaxes(some[ends], 0, 1))
     begin, end = np.broadcast_arrays(*(np.asarray(e, x.dtype) for e in near))
     for column in _angles(energy):
-        if (across := _across_the_end(starts, column, spread[column])) is not None:
+        if (across := _across_the_end(starts, column, float(spread[column]))) is not None:
             begin, end = (
                 np.concatenate([a, b[None].astype(a.dtype)]) for a, b in zip((begin, end), across, strict=True)
             )

@@ -109,7 +109,7 @@ def find_arrays(
     leaves: Sequence[Any],
     argument_leaves: dict[str, int],
     first: str | None,
-    choice: str | None,
+    choice: str | tuple[str, ...] | None,
 ) -> list[DataArray]:
     """The arrays that hold the data, without their row axes.
 
@@ -118,12 +118,12 @@ def find_arrays(
         leaves: the array leaves of those arguments.
         argument_leaves: which leaf an argument is, for arguments that are one array.
         first: the name of the first positional argument.
-        choice: the user's `data=`, a site or an argument.
+        choice: the user's `data=`, a site or an argument; or the sites of one of several plates.
     """
     observed = {k: s for k, s in recorder.sites.items() if is_observed_sample(s) and not is_factor(s)}
     sites = _choose_sites(recorder, observed, leaves, argument_leaves, first, choice)
     if not sites:
-        name = choice if choice is not None else first
+        name = choice if isinstance(choice, str) else first
         if name is None or name not in argument_leaves:
             raise ValueError(
                 "The model has no data: observe a site, e.g. numpyro.sample('x', "
@@ -153,9 +153,11 @@ def _choose_sites(
     leaves: Sequence[Any],
     argument_leaves: dict[str, int],
     first: str | None,
-    choice: str | None,
+    choice: str | tuple[str, ...] | None,
 ) -> list[str]:
     """The observed sites that are the data; none where an argument is."""
+    if isinstance(choice, tuple):  # of one of several plates
+        return list(choice)
     if choice is not None:
         if choice not in observed and choice not in argument_leaves:
             known = ", ".join(f"'{n}'" for n in dict.fromkeys([*observed, *argument_leaves])) or "none"

@@ -14,7 +14,22 @@ from numpyro_score.energy.supports import Shape
 from numpyro_score.energy.text import plural
 from numpyro_score.energy.trace import Site, is_factor, is_in_control_flow, is_score_term, is_summed, unwrap
 
-__all__ = ["assemble"]
+__all__ = ["SeveralPlates", "assemble"]
+
+
+class SeveralPlates(ValueError):
+    """Data in plates that have no rows together.
+
+    Attributes:
+        groups: the data sites of each.
+    """
+
+    def __init__(self, message: str, groups: tuple[tuple[str, ...], ...]) -> None:
+        super().__init__(message)
+        self.groups = groups
+
+    def __reduce__(self) -> Any:
+        return type(self), (*self.args, self.groups)
 
 
 def find_rows(
@@ -63,10 +78,18 @@ def refuse_split_rows(
         where = "; ".join(
             f"{'data site' if k in data else 'site'} '{k}' in {' and '.join(repr(p) for p in frames[k])}" for k in terms
         )
+        seen = (
+            f"The sites that depend on the data stand in different plates ({where}), and none numbers the rows of all"
+        )
+        if len(groups := _by_plates({a.name: set(frames[a.name]) for a in arrays if a.name in frames})) > 1:
+            raise SeveralPlates(
+                f"{seen}: ScoreMatching and generalized_bayes fit all of them; an Energy is that of one, e.g. "
+                f"data='{groups[0][0]}'.",
+                groups,
+            )
         raise ValueError(
-            f"The sites that depend on the data stand in different plates ({where}), and no plate numbers the rows of "
-            "all: put them into one plate if they belong to the same rows, or write a model for each plate if they do "
-            "not."
+            f"{seen}: put them into one plate if they belong to the same rows; a term of data in one plate cannot "
+            "stand in another."
         )
     held = list(dict.fromkeys(p for f in frames.values() for p in f))
     sizes = {p: size for f in frames.values() for p, (_, size) in f.items()}
@@ -85,6 +108,16 @@ def refuse_split_rows(
         f"{'it' if len(outside) == 1 else 'them'} into the plate and give {'it' if len(outside) == 1 else 'each'} one "
         "value per row."
     )
+
+
+def _by_plates(plates: dict[str, set[str]]) -> tuple[tuple[str, ...], ...]:
+    """Names in groups that share plates, directly or by others."""
+    groups: list[tuple[list[str], set[str]]] = []
+    for name, own in plates.items():
+        joined = [g for g in groups if g[1] & own]
+        merged = ([n for names, _ in joined for n in names] + [name], own.union(*(p for _, p in joined)))
+        groups = [g for g in groups if g not in joined] + [merged]
+    return tuple(tuple(names) for names, _ in groups)
 
 
 def plate_shape(site: Site) -> Shape:

@@ -138,6 +138,10 @@ class FromBatches:
         alike = dict(key=rng_key, num_steps=num_steps, num_rows=num_rows, loss=self.score_loss)
         require_common("run_batches", first.arrays, **alike, init_params=init_params)
         state = self.init(rng_key, *first.args, init_params=init_params)
+        if self._num_plates > 1:
+            raise NotImplementedError(
+                f"run_batches reads rows of one plate, and the data stand in {self._num_plates}: give run all rows."
+            )
         weight = _weight(num_rows, self._shape[1], getattr(self.guide, "prototype_trace", None) or {})
         state = self._laid_out(strongly_typed(state if init_state is None else init_state), first.arrays)
         check_memory(state, self.score_loss, self._mutable)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from numpyro_score.energy import Energy, part
+from numpyro_score.energy import AnyEnergy, Energies, part
 from numpyro_score.losses import (
     CD,
     DSM,
@@ -44,7 +44,7 @@ class FitCost(NamedTuple):
     gradient_evaluations: float | None  # for each row of a step's data, in all steps; see `evaluations_per_row`
 
 
-def evaluations_per_row(loss: Loss, energy: Energy, num_rows: int) -> float | None:
+def evaluations_per_row(loss: Loss, energy: AnyEnergy, num_rows: int) -> float | None:
     """Evaluations of the log density in one step of a fit, for each row of the data in it.
 
     Counted as one each, at a point: a value, a score, and a second derivative along one direction. The gradient in
@@ -60,13 +60,15 @@ def evaluations_per_row(loss: Loss, energy: Energy, num_rows: int) -> float | No
       Metropolis correction is not counted;
     - the losses for discrete data: what their method `evaluations` says.
 
-    None for a loss that is not the package's.
+    None for a loss that is not the package's, and for data in several plates.
 
     Args:
         loss: the loss.
         energy: of a fit.
         num_rows: N, of the data of a step.
     """
+    if isinstance(energy, Energies):
+        return None
     loss = loss_for(loss, energy)
     count: float
     match loss:

@@ -80,6 +80,11 @@ def dependent_rows(
     if (groups is None) == (lags is None):
         raise ValueError("dependent_rows takes groups=... or lags=..., one of them.")
     fit._refuse_batches("dependent_rows")
+    if len(fit.energy.parts) > 1:
+        raise SandwichError(
+            "dependent_rows takes data in one plate, or in plates within each other, and these are in several beside "
+            "each other."
+        )
     axes, parts = fit.energy.row_axes, None
     if fit.energy.num_rows == 1:
         length, parts = _parts_of_a_point(fit)

@@ -19,14 +19,14 @@ def explain(fit: ScoreMatchingResult) -> str:
     for name, value in fit.estimates.items():
         if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(value)):
             return f"site '{name}' is no longer finite after the previous step"
-    energy = fit.energy
-    x, weights = energy.data_and_weights()
-    parts = {"log density": energy.log_density} if energy.has_density else {}
-    for what, of in {**parts, "score": energy.score}.items():
-        bad = ~jnp.isfinite(of(x)).reshape(len(x), -1).all(-1) & (weights != 0)
-        count, first = fetch((jnp.sum(bad), jnp.argmax(bad)))
-        if count:
-            return f"the {what} is not finite in {count} of {len(x)} rows, first row {first}"
+    for energy in fit.energy.parts:
+        x, weights = energy.data_and_weights()
+        parts = {"log density": energy.log_density} if energy.has_density else {}
+        for what, of in {**parts, "score": energy.score}.items():
+            bad = ~jnp.isfinite(of(x)).reshape(len(x), -1).all(-1) & (weights != 0)
+            count, first = fetch((jnp.sum(bad), jnp.argmax(bad)))
+            if count:
+                return f"the {what} is not finite in {count} of {len(x)} rows, first row {first}"
     other = "the loss's second derivatives or the prior are not"
     return f"the density and score are finite at the data, so {getattr(fit.svi.score_loss, 'not_finite', other)}"
 

@@ -18,7 +18,7 @@ from numpyro.infer import init_to_value
 from numpyro.infer.autoguide import AutoDelta
 
 from numpyro_score.arviz import as_arviz
-from numpyro_score.energy import NO_LABELS, Energy, Labels, read_arguments
+from numpyro_score.energy import NO_LABELS, Labels, bind, read_arguments
 from numpyro_score.inference.absent import Absent
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.export import NormalisedDensity, fit_groups
@@ -160,12 +160,12 @@ class ScoreMatchingResult:
         return init_to_value(values=self.estimates)
 
     @cached_property
-    def energy(self) -> Energy:
-        """The model bound to :attr:`estimates`, on all rows of its data."""
+    def energy(self) -> Any:  # an Energy, or Energies
+        """The model bound to :attr:`estimates`, on all rows of its data; for several plates of these, one by site."""
         mutable = {k: s["value"] for k, s in self.sites.items() if s["type"] == "mutable"}
         params = {**self.estimates, **mutable}
         svi = self.svi
-        energy = Energy.bound_to(svi.score_model, params, {}, None, svi.data, self.args, self.kwargs)
+        energy = bind(svi.score_model, params, {}, None, svi.data, self.args, self.kwargs)
         return energy.labelled(self.labels)
 
     def summary(

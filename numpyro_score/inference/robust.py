@@ -107,6 +107,8 @@ def windham(fit: ScoreMatchingResult, c: float) -> ScoreMatchingResult:
     positive("windham", "c", c)
     if not isinstance(fit, ScoreMatchingResult):
         raise TypeError(f"windham takes a fit of ScoreMatching, got {type(fit).__name__}.")
+    if len(fit.energy.parts) > 1:
+        raise TypeError("windham takes data in one plate, whose rows have one density, and these are in several.")
     loss = loss_for(fit.svi.score_loss, fit.energy)
     if not fit.is_point or hasattr(loss, "no_posterior") or hasattr(loss, "declare"):
         what = type(fit.svi.guide if not fit.is_point else loss).__name__

@@ -21,7 +21,7 @@ from numpyro.infer.util import transform_fn
 from numpyro.optim import Minimize
 
 from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minimise
-from numpyro_score.energy import Energy, evaluate_for_check, join_arrays, layouts_kept, read_arguments, split_arrays
+from numpyro_score.energy import AnyEnergy, evaluate_for_check, join_arrays, layouts_kept, read_arguments, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
 from numpyro_score.inference.arguments import (
     InitParams,
@@ -364,9 +364,9 @@ class ScoreMatching(Compiling, FromBatches, SVI):
             return None
         return evaluations_per_row(self.score_loss, fit.energy, self._shape[1])
 
-    def _check(self, labels: Any, energy: Energy) -> None:
+    def _check(self, labels: Any, energy: AnyEnergy) -> None:
         energy = energy.labelled(labels)
-        self._shape = energy.dim, energy.num_rows  # of a step's data
+        self._shape, self._num_plates = (energy.dim, energy.num_rows), len(energy.parts)  # of a step's data
         if energy.is_concrete:
             energy.check(self._evaluate)
             check_settings(self.score_loss, energy)

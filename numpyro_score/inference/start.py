@@ -16,7 +16,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
 from numpyro.infer.util import transform_fn
 
-from numpyro_score.energy import Energy, join_arrays, split_arrays
+from numpyro_score.energy import AnyEnergy, bind, join_arrays, split_arrays
 from numpyro_score.generalized import point_guide, prior_model
 from numpyro_score.inference.arguments import InitParams
 from numpyro_score.inference.traces import Sites, jit_once
@@ -44,7 +44,7 @@ class CompiledStart:
 
     def __call__(
         self, rng_key: Array, init_params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any], Energy] | None:
+    ) -> tuple[Any, dict[str, Any], AnyEnergy] | None:
         """The `SVIState`, the transforms to constrained space by param site, and the energy there.
 
         None if no start is found at which penalties and priors are finite; NumPyro then says why.
@@ -54,7 +54,7 @@ class CompiledStart:
             return None
         state, transforms, held = self._init(rng_key, arrays, self.guide._init_locs, init_params, static=static)
         params, plates, run_key = held
-        return state, transforms, Energy.bound_to(self.model, params, plates, run_key, self.data, args, kwargs)
+        return state, transforms, bind(self.model, params, plates, run_key, self.data, args, kwargs)
 
     def _set_up(self, rng_key: Array, arrays: list[Any], static: Any) -> bool:
         """Runs the guide a first time, as `SVI.init` would, and gives it what it has found.

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from numpyro.distributions.transforms import IdentityTransform, IndependentTransform
 
 from numpyro_score.arviz import dataset, flat
-from numpyro_score.energy import plural
+from numpyro_score.energy import Energy, plural
 from numpyro_score.labels import element_names, with_labels
 from numpyro_score.losses import loss_for
 from numpyro_score.printed import name_of, num_numbers, settings
@@ -151,12 +151,18 @@ def _head(fit: Any) -> str:
     """What was fitted, to how much, by which loss."""
     energy = fit.energy
     loss = loss_for(fit.svi.score_loss, energy)
-    used = int((np.asarray(energy.weights) != 0).sum())
-    rows = plural(energy.num_rows, "row") + ("" if used == energy.num_rows else f", {used} of them with a weight")
+    rows = " and ".join(map(_rows, energy.parts))
     how = "" if fit.is_point else f"; medians of {type(fit.svi.guide).__name__}, with the errors of a point fit"
     rate = float(fit.learning_rate)
     beta = f", β = {rate:.4g}" if rate != 1 and fit.has_prior else ""
-    return f"{name_of(energy.model)} by {settings(loss)} on {rows} of {plural(energy.dim, 'number')}{beta}{how}."
+    return f"{name_of(energy.model)} by {settings(loss)} on {rows}{beta}{how}."
+
+
+def _rows(energy: Energy) -> str:
+    """How many rows of how many numbers there are, and how many count."""
+    used = int((np.asarray(energy.weights) != 0).sum())
+    counted = "" if used == energy.num_rows else f", {used} of them with a weight"
+    return f"{plural(energy.num_rows, 'row')}{counted} of {plural(energy.dim, 'number')}"
 
 
 def _convergence(fit: Any) -> str:

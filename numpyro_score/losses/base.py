@@ -13,7 +13,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import NOT_PERIODIC, Energy, Kink, by_device, find_kink, sum_by_device
+from numpyro_score.energy import NOT_PERIODIC, AnyEnergy, Energies, Energy, Kink, by_device, find_kink, sum_by_device
 from numpyro_score.losses.chunks import chunks_in_a_pass
 from numpyro_score.losses.memory import spread_sites
 from numpyro_score.random import integer
@@ -147,13 +147,22 @@ def require_equal_rows(energy: Energy, owner: str) -> None:
         )
 
 
-def declare_sites(loss: Loss, energy: Energy) -> dict[str, Any]:
+def declare_sites(loss: Loss, energy: AnyEnergy) -> dict[str, Any]:
     """Declares the loss's own parameters and memory, if any, as sites of the model that is running."""
+    if hasattr(loss, "declare") and isinstance(energy, Energies):
+        raise NotImplementedError(
+            f"{type(loss).__name__} has parameters or memory of its own for rows of one plate, and the data stand in "
+            f"{len(energy.parts)}: use ISM, SSM, DSM, FSM, KLContraction or CD."
+        )
     return getattr(loss, "declare", lambda _: {})(energy)
 
 
-def check_settings(loss: Loss, energy: Energy) -> None:
+def check_settings(loss: Loss, energy: AnyEnergy) -> None:
     """Lets the loss look at the data's values, if it wants to; raises TypeError for discrete data it does not take."""
+    if isinstance(energy, Energies):
+        for part in energy.parts:
+            check_settings(loss, part)
+        return
     if not getattr(loss, "takes_discrete", False):
         energy.require_continuous(type(loss).__name__)
     getattr(loss, "check", lambda _: None)(energy)
@@ -196,11 +205,16 @@ def refuse_kink(kink: Kink, wrong: str, instead: str) -> NoReturn:
     )
 
 
-def row_losses(loss: Loss, energy: Energy, rng_key: Array) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
+def row_losses(loss: Loss, energy: AnyEnergy, rng_key: Array) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
     """The loss and the weight of each row; rows of weight zero have loss zero, whatever their data.
 
-    Where the rows lie over several devices so do these, and each device takes its own; see :func:`total_loss`.
+    Where the rows lie over several devices so do these, and each device takes its own; see :func:`total_loss`. The rows
+    of several plates come one plate after the other.
     """
+    if isinstance(energy, Energies):
+        keys = jax.random.split(rng_key, len(energy.parts))
+        found = [row_losses(loss, part, key) for part, key in zip(energy.parts, keys, strict=True)]
+        return jnp.concatenate([v for v, _ in found]), jnp.concatenate([w for _, w in found])
     sites = spread_sites(loss, energy.spread, energy.params)
     return by_device(partial(_row_losses, loss), energy, rng_key, sites=sites)
 
@@ -213,7 +227,7 @@ def _row_losses(loss: Loss, energy: Energy, weights: Array | None, rng_key: Arra
     return jnp.where(weights != 0, values, 0.0), weights
 
 
-def total_loss(loss: Loss, energy: Energy, rng_key: Array) -> Float[Array, ""]:
+def total_loss(loss: Loss, energy: AnyEnergy, rng_key: Array) -> Float[Array, ""]:
     """The weighted sum of the loss over rows, Σ_n w_n loss_n.
 
     Where the loss asks for chunks of rows, the gradient in the parameters is taken chunk by chunk along with the
@@ -222,6 +236,10 @@ def total_loss(loss: Loss, energy: Energy, rng_key: Array) -> Float[Array, ""]:
     Rows that lie over several devices (`Energy.spread`) stay where they are: the loss is called on each device with the
     rows there and a random key of its own, and one sum goes between them.
     """
+    if isinstance(energy, Energies):
+        keys = jax.random.split(rng_key, len(energy.parts))
+        totals = [total_loss(loss, part, key) for part, key in zip(energy.parts, keys, strict=True)]
+        return jnp.sum(jnp.stack(totals))
     sites = spread_sites(loss, energy.spread, energy.params)
     return sum_by_device(partial(_total_loss, loss), energy, rng_key, sites=sites)
 
@@ -235,9 +253,9 @@ def _total_loss(loss: Loss, energy: Energy, weights: Array | None, rng_key: Arra
     return _chunked_total((loss, treedef), leaves)
 
 
-def total_loss_and_memory(loss: Loss, energy: Energy, rng_key: Array) -> tuple[Float[Array, ""], dict[str, Any]]:
+def total_loss_and_memory(loss: Loss, energy: AnyEnergy, rng_key: Array) -> tuple[Float[Array, ""], dict[str, Any]]:
     """:func:`total_loss`, after a step of the loss's memory, if it has any; and the new memory, {site: value}."""
-    if not hasattr(loss, "advance"):
+    if not hasattr(loss, "advance") or isinstance(energy, Energies):
         return total_loss(loss, energy, rng_key), {}
     memory_key, rng_key = jax.random.split(rng_key)
     if sites := spread_sites(loss, energy.spread, energy.params):

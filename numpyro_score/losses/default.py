@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float
 
-from numpyro_score.energy import Energy
+from numpyro_score.energy import AnyEnergy, Energy
 from numpyro_score.losses.base import Loss, check_settings
 from numpyro_score.losses.discrete import DiscreteFisher, PseudoLikelihood
 from numpyro_score.losses.ism import ISM
@@ -55,6 +55,6 @@ class DefaultLoss:
         return ratios if discrete == energy.dim else Mixed(smooth, ratios)
 
 
-def loss_for(loss: Loss, energy: Energy) -> Loss:
+def loss_for(loss: Loss, energy: AnyEnergy) -> Loss:
     """The loss itself, or the one that is chosen for such rows where none was given."""
-    return loss.of(energy) if isinstance(loss, DefaultLoss) else loss
+    return loss.of(energy.parts[0]) if isinstance(loss, DefaultLoss) else loss

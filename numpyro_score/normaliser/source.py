@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_score.energy import Energy
+from numpyro_score.energy import Energy, one_plate
 from numpyro_score.normaliser.coordinates import Chart, to_free
 
 __all__ = ["Fitted", "Source", "density_of", "fitted_moments", "free_data", "one_density", "with_density"]
@@ -50,7 +50,7 @@ def with_density(source: Source) -> Energy:
     Raises:
         TypeError: if the source is neither an energy nor a fit, or has a score but no density.
     """
-    energy = source if isinstance(source, Energy) else getattr(source, "energy", None)
+    energy = one_plate(source if isinstance(source, Energy) else getattr(source, "energy", None))
     if not isinstance(energy, Energy):
         raise TypeError(f"Expected an Energy or a fit, got {type(source).__name__}.")
     if not energy.has_density:

@@ -16,7 +16,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
 from numpyro.infer.util import log_density, transform_fn
 
-from numpyro_score.energy import Energy, join_arrays, split_arrays
+from numpyro_score.energy import AnyEnergy, join_arrays, split_arrays
 from numpyro_score.losses import Loss, row_losses
 from numpyro_score.operators import full_precision
 from numpyro_score.programs import shared_jit
@@ -108,7 +108,7 @@ class Objective:
     @classmethod
     def of(
         cls,
-        energy: Energy,
+        energy: AnyEnergy,
         coordinates: Parametrisation,
         loss: Loss,
         learning_rate: Any,
