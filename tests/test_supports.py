@@ -521,3 +521,18 @@ def test_weights_that_do_not_vanish_at_the_boundary(make, weight, error, message
     """The normaliser drops out only if the weight is zero there, so that any other is refused."""
     with pytest.raises(error, match=message):
         make(weight)
+
+
+@pytest.mark.parametrize("beta", [-0.3, 0.0, 1.5])
+def test_the_limit_at_a_zero_of_a_composition(beta):
+    """½a² + a at one zero, a = 2β + 1 the exponent of √x in the coordinates, and nothing of what multiplies x."""
+
+    def model(x):
+        k = numpyro.param("k", 2.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(constraints.simplex, (), (3,)), obs=x)
+            numpyro.factor("energy", beta * jnp.log(x[..., 0]) + k * x[..., 0] + k * x[..., 1])
+
+    x = np.array([[1e-12, 0.3, 0.7 - 1e-12], [1e-12, 0.6, 0.4 - 1e-12]])
+    energy, a = Energy(model, {"k": 2.0}, x), 2 * beta + 1
+    np.testing.assert_allclose(ISM()(energy, jax.random.key(0)), 0.5 * a**2 + a, atol=1e-5)
