@@ -207,6 +207,16 @@ def test_second_run_compiles_nothing_and_goes_on():
     assert int(second.state.optim_state[0]) == 40 and second.losses.shape == (20,)
 
 
+def test_estimates_as_a_table():
+    """Every number by name, without errors, and sentences that say of what and why."""
+    fit = small().run(KEY, draw(2, 50), progress_bar=False)
+    table = fit.summary()
+    numbers = {k: np.ravel(v) for k, v in fit.estimates.items()}
+    np.testing.assert_allclose(table["estimate"], np.concatenate([numbers[k] for k in numbers]))
+    assert "by adversarial dynamics embedding on 50 rows of" in repr(table) and "No standard errors" in repr(table)
+    assert list(table.columns) == ["estimate"] and "</table>" in table._repr_html_()
+
+
 def test_interrupted_run_keeps_what_there_is(monkeypatch):
     ade = small()
     real, calls = ade._advance, []

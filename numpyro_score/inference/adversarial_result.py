@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from numpyro_score.energy import Energy
 from numpyro_score.flows.dynamics import DynamicsFlow
 from numpyro_score.inference.cost import FitCost
-from numpyro_score.printed import values_with_errors
+from numpyro_score.inference.summary import Summary, rows_of, summarise_estimates
+from numpyro_score.printed import name_of, values_with_errors
 
 __all__ = ["AdversarialResult", "AdversarialState", "AdversarialTerms"]
 
@@ -72,3 +73,17 @@ class AdversarialResult:
     def estimates(self) -> dict[str, Any]:
         """Constrained values by site, latents and params alike."""
         return dict(self.energy.params)
+
+    def summary(self) -> Summary:
+        """The fit as a table of the numbers that it has estimated; a bound on log Z gives no errors of these.
+
+        Returns:
+            A `pandas.DataFrame` that prints as text, and in notebooks as HTML.
+        """
+        return summarise_estimates(
+            self.estimates,
+            f"{name_of(self.energy.model)} by adversarial dynamics embedding on {rows_of(self.energy)}, "
+            f"{len(self.losses)} steps; log Z at least {self.log_partition_bound[-1]:.4g} in the last.",
+            "No standard errors: likelihood is bounded by a flow, and the rows' own gradients of it are not known. "
+            "Start ScoreMatching at these estimates for errors of its own.",
+        )

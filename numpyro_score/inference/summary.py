@@ -17,13 +17,13 @@ from jaxtyping import Array
 from numpyro.distributions.transforms import IdentityTransform, IndependentTransform
 
 from numpyro_score.arviz import dataset, flat
-from numpyro_score.energy import Energy, plural
+from numpyro_score.energy import AnyEnergy, Energy, plural
 from numpyro_score.labels import element_names, with_labels
 from numpyro_score.losses import loss_for
 from numpyro_score.printed import name_of, num_numbers, settings
 from numpyro_score.uncertainty import ARRIVED, MAX_PARAMETERS, NOT_CONVERGED, SandwichError
 
-__all__ = ["Summary", "number_names", "summarise"]
+__all__ = ["Summary", "number_names", "rows_of", "summarise", "summarise_estimates"]
 
 _DRAWS = 4000  # for intervals of sites whose numbers are tied to each other
 _SHOWN = 60  # rows of the printed table
@@ -103,15 +103,34 @@ def summarise(
     lines += left_out
     if fit.interrupted:
         lines.append("Ctrl-C ended the fit early.")
-    names = {k: element_names(array) for k, array in _labelled(values, coords, dims, *fit.axes).items()}
+    order = ("estimate", "stderr", "z", low, high, "distance")
+    return _as_table(order, columns, _labelled(values, coords, dims, *fit.axes), tuple(lines))
+
+
+def summarise_estimates(estimates: dict[str, Any], head: str, why: str) -> Summary:
+    """A table of estimates that have no errors, with a sentence on what they are of, and one that says why."""
+    values, left_out = _listed(estimates)
+    columns = {"estimate": values}
+    return _as_table(("estimate",), columns, _labelled(values, None, None, {}, {}), (head, why, *left_out))
+
+
+def _as_table(
+    order: Sequence[str],
+    columns: dict[str, dict[str, Any]],
+    labelled: dict[str, xr.DataArray],
+    lines: tuple[str, ...],
+) -> Summary:
+    """The columns, by variable, as a table with a row for each number; empty where there are none."""
+    names = {k: element_names(array) for k, array in labelled.items()}
+    values = columns["estimate"]
     table = {
         c: np.concatenate([np.ravel(_number(of[k], values[k])) for k in names] or [np.zeros(0)])
         if (of := columns.get(c)) is not None
         else np.full(sum(map(len, names.values())), np.nan)
-        for c in ("estimate", "stderr", "z", low, high, "distance")
+        for c in order
     }
     summary = Summary(table, index=[n for site in names.values() for n in site])
-    summary.lines = tuple(lines)
+    summary.lines = lines
     return summary
 
 
@@ -151,18 +170,22 @@ def _head(fit: Any) -> str:
     """What was fitted, to how much, by which loss."""
     energy = fit.energy
     loss = loss_for(fit.svi.score_loss, energy)
-    rows = " and ".join(map(_rows, energy.parts))
+    rows = rows_of(energy)
     how = "" if fit.is_point else f"; medians of {type(fit.svi.guide).__name__}, with the errors of a point fit"
     rate = float(fit.learning_rate)
     beta = f", β = {rate:.4g}" if rate != 1 and fit.has_prior else ""
     return f"{name_of(energy.model)} by {settings(loss)} on {rows}{beta}{how}."
 
 
-def _rows(energy: Energy) -> str:
-    """How many rows of how many numbers there are, and how many count."""
-    used = int((np.asarray(energy.weights) != 0).sum())
-    counted = "" if used == energy.num_rows else f", {used} of them with a weight"
-    return f"{plural(energy.num_rows, 'row')}{counted} of {plural(energy.dim, 'number')}"
+def rows_of(energy: AnyEnergy) -> str:
+    """How many rows of how many numbers there are, and how many count, by plate."""
+
+    def of(part: Energy) -> str:
+        used = int((np.asarray(part.weights) != 0).sum())
+        counted = "" if used == part.num_rows else f", {used} of them with a weight"
+        return f"{plural(part.num_rows, 'row')}{counted} of {plural(part.dim, 'number')}"
+
+    return " and ".join(map(of, energy.parts))
 
 
 def _convergence(fit: Any) -> str:
