@@ -59,43 +59,61 @@ def outside_values(f: Any) -> Hashable:
     """The values that a function reads from globals, enclosing functions and its own object, as a hashable key.
 
     Numbers, strings, tuples and dicts of these count by value, NumPy's arrays by identity and a sum over up to 16,384
-    of their numbers, functions by what they read in turn if they are of the same module, and everything else, lists
-    included, by identity. What a function reads otherwise, such as a file or an item of a list, is not seen.
+    of their numbers, functions by what they read in turn if they are of the same module, objects, classes and modules
+    by the attributes that the function names, and everything else, lists included, by identity. What a function reads
+    otherwise, such as a file or an item of a list, is not seen.
     """
-    return _of(f, _DEPTH, None)
+    return _of(f, _DEPTH, None, None)
 
 
-def _of(value: Any, depth: int, module: Any) -> Hashable:
+def _of(value: Any, depth: int, module: Any, read: tuple[str, ...] | None) -> Hashable:
+    """The key of a value, of which a function of `module` reads the attributes `read`; None for all."""
     if isinstance(value, _PLAIN):
         return type(value), value if value == value else "nan"
     if isinstance(value, np.ndarray | np.generic):
         return _Same(value) if isinstance(value, np.ndarray) else None, _sum(np.asarray(value))
-    if isinstance(value, jax.Array | type | types.ModuleType | types.BuiltinFunctionType) or depth == 0:
+    if isinstance(value, jax.Array | types.BuiltinFunctionType) or depth == 0:
         return _Same(value)
     if isinstance(value, tuple):
-        return tuple(_of(v, depth - 1, module) for v in value)
+        return tuple(_of(v, depth - 1, module, read) for v in value)
     if isinstance(value, Mapping):
-        return tuple((k if isinstance(k, _PLAIN) else _Same(k), _of(v, depth - 1, module)) for k, v in value.items())
+        keys = [k if isinstance(k, _PLAIN) else _Same(k) for k in value]
+        return tuple(zip(keys, (_of(v, depth - 1, module, read) for v in value.values()), strict=True))
     if isinstance(value, functools.partial):
-        parts = (value.func, value.args, value.keywords)
-        return tuple(_of(v, depth - 1, module) for v in parts)
+        return tuple(_of(v, depth - 1, module, read) for v in (value.func, value.args, value.keywords))
     if isinstance(value, types.MethodType):
-        return _of(value.__func__, depth - 1, module), _of(value.__self__, depth - 1, module)
+        inside = _names(value.__func__.__code__) if isinstance(value.__func__, types.FunctionType) else None
+        return _of(value.__func__, depth - 1, module, read), _of(value.__self__, depth - 1, module, inside)
     if isinstance(value, types.FunctionType):
-        other = module is not None and module is not value.__globals__
-        if other or str(value.__module__).partition(".")[0] in _LIBRARIES:
+        if (module is not None and module is not value.__globals__) or _of_library(value.__module__):
             return _Same(value)
-        return _Same(value.__code__), *(_of(v, depth - 1, value.__globals__) for v in _read_by(value))
-    wrapped = inspect.unwrap(value) if hasattr(value, "__wrapped__") else value
-    if wrapped is not value:
-        return _Same(value), _of(wrapped, depth - 1, module)
+        names = _names(value.__code__)
+        return _Same(value.__code__), *(_of(v, depth - 1, value.__globals__, names) for v in _read_by(value, names))
+    if hasattr(value, "__wrapped__"):
+        return _Same(value), _of(inspect.unwrap(value), depth - 1, module, None)
+    return _Same(value), *_of_attributes(value, depth, module, read)
+
+
+def _of_attributes(value: Any, depth: int, module: Any, read: tuple[str, ...] | None) -> Iterator[Hashable]:
+    """Of an object, class or module, the attributes that are read, and what its own call reads."""
+    own = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    if isinstance(value, type | types.ModuleType) and _of_library(own):
+        return
     call = vars(type(value)).get("__call__")
-    if isinstance(call, types.FunctionType) and hasattr(value, "__dict__"):
-        return _Same(value), _of(call, depth - 1, module), _of(vars(value), depth - 1, module)
-    return _Same(value)
+    if isinstance(call, types.FunctionType) and not isinstance(value, type | types.ModuleType):
+        yield _of(call, depth - 1, module, read)
+        read = None if _of_library(call.__module__) or read is None else (*read, *_names(call.__code__))
+    held = getattr(value, "__dict__", {})
+    for name in held if read is None else dict.fromkeys(read):
+        if name in held:
+            yield name, _of(held[name], depth - 1, module, read)
 
 
-def _read_by(f: types.FunctionType) -> Iterator[Any]:
+def _of_library(module: Any) -> bool:
+    return str(module).partition(".")[0] in _LIBRARIES
+
+
+def _read_by(f: types.FunctionType, names: tuple[str, ...]) -> Iterator[Any]:
     """The values of the names that a function and those defined in it read from outside, and of its defaults."""
     yield from f.__defaults__ or ()
     yield from (f.__kwdefaults__ or {}).values()
@@ -104,7 +122,7 @@ def _read_by(f: types.FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # not set yet, as of a function that names itself
             yield None
-    for name in _names(f.__code__):
+    for name in names:
         if name in f.__globals__:
             yield f.__globals__[name]
 

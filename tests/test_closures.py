@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import types
 from typing import Any
 
 import jax
@@ -145,3 +147,37 @@ def test_keys_of_odd_functions() -> None:
     for f in (itself, jnp.sum, Observed, len, lambda: nan, np.sin, dist.Normal):
         assert outside_values(f) == outside_values(f)
         hash(outside_values(f))
+
+
+class Settings:
+    power = 2
+
+
+HOLDERS = {"namespace": types.SimpleNamespace(power=2), "class": Settings, "object": Settings()}
+
+
+@pytest.mark.filterwarnings("ignore:The largest R-hat", "ignore:.*transitions diverged")
+@pytest.mark.parametrize("name", HOLDERS)
+def test_attributes_of_objects_count(name: str) -> None:
+    """Of fits, draws and log Z of e^(−k|x|^p), also of an energy that was there before p changed."""
+
+    held: Any = HOLDERS[name]
+
+    def powers(x: Any) -> None:
+        k = numpyro.param("k", 1.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", FLAT, obs=x)
+            numpyro.factor("energy", -k * x**held.power)
+
+    x = np.random.default_rng(0).uniform(-1, 1, 400).astype(np.float32)
+    held.power = 2
+    before = Energy(powers, {"k": 1.0}, x)
+    for held.power in (2, 8):
+        p, fit = held.power, ScoreMatching(powers).run(KEY, x, progress_bar=False)
+        k = float(fit.estimates["k"])
+        np.testing.assert_allclose(
+            log_partition(fit).value, math.log(2 * math.gamma(1 + 1 / p)) - math.log(k) / p, rtol=1e-4
+        )
+        np.testing.assert_allclose(log_partition(before).value, math.log(2 * math.gamma(1 + 1 / p)), rtol=1e-4)
+        draws = sample(fit, KEY, 1000)["posterior"]["x"].values
+        np.testing.assert_allclose(np.mean(np.abs(draws) ** p), 1 / (p * k), rtol=0.15)

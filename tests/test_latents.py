@@ -218,7 +218,23 @@ def kinked(x: Any) -> None:
         numpyro.factor("energy", -jnp.where(z == 1, jnp.abs(x - mu), (x + 1) ** 2))
 
 
+def weighed(how: Any) -> Any:
+    def model(x: Any) -> None:
+        with numpyro.plate("rows", len(x)):
+            z = numpyro.sample("z", dist.Bernoulli(0.3), infer=SUM)
+            x = numpyro.sample("x", FLAT, obs=x)
+            with how(z):
+                numpyro.factor("energy", -(x**2))
+
+    return model
+
+
 REFUSED = {
+    "a mask": (
+        weighed(lambda z: handlers.mask(mask=z == 1)),
+        "depends on the latent site 'z', and weighs rows, not values",
+    ),
+    "a scale": (weighed(lambda z: handlers.scale(scale=1.0 + z)), "write jnp.where(z == 1, ..., 0.0) in the factor"),
     "outside of the plate": (outside, "outside of the plate 'rows' that numbers the rows"),
     "too many": (many, "'h' (2^13), take 8192 values together, and at most 4096 are summed"),
     "counts": (with_law(dist.Poisson(1.0), **SUM), "Poisson has no fixed set of values"),
@@ -255,3 +271,18 @@ def test_masked_rows_do_not_count() -> None:
     np.testing.assert_allclose(
         energy.log_density(energy.data)[:30], Energy(summed, PARAMS, x).log_density(x[:, None])[:30], rtol=1e-5
     )
+
+
+def test_a_factor_of_latent_sites_alone() -> None:
+    """As the hidden biases of a machine are written: part of the density by way of the sum."""
+
+    def model(x: Any) -> None:
+        with numpyro.plate("rows", len(x)):
+            z = numpyro.sample("z", dist.Bernoulli(0.5), infer=SUM)
+            x = numpyro.sample("x", FLAT, obs=x)
+            numpyro.factor("bias", 0.7 * z)
+            numpyro.factor("energy", -(x**2) * (1 + z))
+
+    x = np.array([0.5, 2.0], np.float32)
+    expected = np.log(0.5 * np.exp(-(x**2)) + 0.5 * np.exp(0.7 - 2 * x**2))
+    np.testing.assert_allclose(Energy(model, {}, x).log_density(x[:, None]), expected, rtol=1e-5, atol=1e-6)

@@ -99,3 +99,20 @@ def test_what_it_cannot_give_it_says():
     assert any("No standard errors: The sandwich covariance needs the spread over rows" in line for line in table.lines)
     assert any(line.startswith("'net' is not listed, as it has 27 parameters in 2 arrays") for line in table.lines)
     assert "stderr" not in repr(table).splitlines()[1]
+
+
+def test_a_scale_at_the_end_of_its_constraint():
+    """Quartic tails of normal data: the estimate goes to zero, and a sentence says what its error is worth."""
+
+    def tails(x):
+        tau = numpyro.param("tau", 1.0, constraint=constraints.positive)
+        a = numpyro.param("a", 0.1, constraint=constraints.positive)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(), obs=x)
+            numpyro.factor("energy", -0.5 * tau * x**2 - a * x**4)
+
+    x = np.random.default_rng(0).uniform(-1, 1, 400) * np.random.default_rng(1).normal(size=400) * 2
+    fit = ScoreMatching(tails, optim=optax.lbfgs(), num_steps=200).run(KEY, x, progress_bar=False)
+    assert any("Numbers of 'a' are at the end of their constraint" in line for line in fit.summary().lines)
+    inside = ScoreMatching(tails, optim=optax.lbfgs(), num_steps=200).run(KEY, np.clip(x, -1, 1), progress_bar=False)
+    assert not any("at the end of their constraint" in line for line in inside.summary().lines)

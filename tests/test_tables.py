@@ -18,7 +18,9 @@ from numpyro_score import (
     ISM,
     Energy,
     ScoreMatching,
+    dependent_rows,
     generalized_bayes,
+    hyvarinen_score,
     load,
     mmd,
     plot_influence,
@@ -112,6 +114,24 @@ def test_new_rows_have_the_same_columns(fit):
         energy.flatten(FRAME[["weight", "height"]])
     with pytest.raises(ValueError, match=r"e.g. frame\[\['height', 'weight'\]\]"):
         mmd(FRAME[["weight", "height"]], energy)
+    for refused in (energy.log_density, energy.score, energy.at, lambda rows: hyvarinen_score(fit, rows)):
+        with pytest.raises(ValueError, match=r"'x' has the columns 'weight', 'height'"):
+            refused(FRAME[["weight", "height"]])
+    np.testing.assert_array_equal(energy.log_density(FRAME), energy.log_density(X))
+
+
+def test_rows_of_two_tables_are_the_same(fit):
+    """By their labels, where both have some: what is sorted in one table alone belongs to other rows."""
+    z = pd.Series(Z, index=FRAME.index)
+    MATCHER.run(KEY, FRAME, z, progress_bar=False)
+    MATCHER.run(KEY, FRAME, Z, progress_bar=False)
+    with pytest.raises(ValueError, match=r"rows of 'x' and 'z' have different labels, first 'p0' and 'p59' in row 0"):
+        MATCHER.run(KEY, FRAME, z[::-1], progress_bar=False)
+    patients = pd.Series(np.repeat(np.arange(30), 2), index=FRAME.index)
+    errors = dependent_rows(fit, groups=patients).stderr()["mu"]
+    np.testing.assert_array_equal(errors, dependent_rows(fit, groups=patients.to_numpy()).stderr()["mu"])
+    with pytest.raises(ValueError, match=r"rows of the data and groups have different labels"):
+        dependent_rows(fit, groups=patients.sample(frac=1, random_state=0))
 
 
 BAD = {

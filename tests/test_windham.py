@@ -66,7 +66,7 @@ def test_rows_of_the_model_itself(x64):
     np.testing.assert_allclose([found["a"], found["b"]], [a, b], atol=1e-4)
 
 
-def test_what_it_is_not(fit):
+def test_what_it_is_not(fit, tmp_path):
     """No posterior, no calibration, no influence, and no loss to fit by."""
     robust = windham(fit, 0.1)
     with pytest.raises(TypeError, match="Windham gives no posterior, as its weights follow the parameters"):
@@ -79,6 +79,8 @@ def test_what_it_is_not(fit):
         robust.svi.run(KEY, X, progress_bar=False)
     with pytest.raises(TypeError, match="and this one is by Windham"):
         windham(robust, 0.1)
+    with pytest.raises(TypeError, match=r"save the fit that windham was given, and write windham.*0\.1"):
+        robust.save(tmp_path / "robust")
     with pytest.raises(ValueError, match="windham needs a positive c"):
         windham(fit, -1.0)
 

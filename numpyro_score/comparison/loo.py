@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from numpyro.infer import MCMC
 
 from numpyro_score.comparison.posterior import Posterior, draw_losses, draws_of
-from numpyro_score.energy import Energy, one_plate
+from numpyro_score.energy import Energy, one_plate, refuse_other_columns
 from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.base import refuse_kinks_of_score
@@ -218,7 +218,9 @@ def at_arguments(source: Energy | ScoreMatchingResult | AdversarialResult, args:
     if not args and not kwargs:
         raise TypeError("Pass the model's arguments with the new rows after the fit; its own rows have seen it.")
     energy = one_plate(source.energy)
-    return Energy.bound_to(energy.model, energy.params, {}, None, energy.data_name, args, kwargs)
+    new = Energy.bound_to(energy.model, energy.params, {}, None, energy.data_name, args, kwargs)
+    refuse_other_columns(energy.labels, new.labels)
+    return new
 
 
 @jax.jit

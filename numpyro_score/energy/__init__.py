@@ -35,7 +35,15 @@ from numpyro_score.energy.supports import (
     innermost,
     make_frame,
 )
-from numpyro_score.energy.tables import NO_LABELS, Labels, as_array, read_arguments
+from numpyro_score.energy.tables import (
+    NO_LABELS,
+    Labels,
+    as_array,
+    read_arguments,
+    refuse_other_columns,
+    refuse_other_rows,
+    row_index,
+)
 from numpyro_score.energy.tempered import tempered
 from numpyro_score.energy.text import numbered, plural, rows_text
 from numpyro_score.energy.trace import Parameters, Sealed, Site
@@ -87,7 +95,10 @@ __all__ = [
     "plural",
     "polygon",
     "read_arguments",
+    "refuse_other_columns",
+    "refuse_other_rows",
     "relaxed",
+    "row_index",
     "rows_first",
     "rows_given",
     "rows_text",

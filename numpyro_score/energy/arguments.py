@@ -52,6 +52,11 @@ def split_arrays(tree: Any, *functions: Any) -> tuple[list[Any], Static]:
     )  # fmt: skip
 
 
+def with_outside(static: Static, *functions: Any) -> Static:
+    """The static part of :func:`split_arrays` with what the functions read from outside now."""
+    return (*static[:2], tuple(map(outside_values, functions)))
+
+
 def join_arrays(arrays: list[Any], static: Static) -> Any:
     """The inverse of :func:`split_arrays`."""
     treedef, rest, _ = static

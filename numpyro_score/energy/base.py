@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from numpyro_score.energy.arguments import is_given, join_arrays, split_arrays
+from numpyro_score.energy.arguments import is_given, join_arrays, split_arrays, with_outside
 from numpyro_score.energy.layout import Layout
 from numpyro_score.energy.tables import NO_LABELS, Labels, column_names, read_arguments
 from numpyro_score.energy.trace import Recorder, run_model
@@ -50,6 +50,7 @@ class ModelAtValues:
     What :class:`Energy` is before its data are found and its density is taken.
     """
 
+    _traced = False  # whether it came out of a pytree, as it does inside of compiled programs
     labels: Labels = NO_LABELS  # of the columns of data that came as tables; in old pickles there are none
 
     def __init__(self, model: Callable[..., Any], params: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -133,7 +134,9 @@ class ModelAtValues:
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Parameters and arrays are leaves; the model, its other arguments and the layout are static."""
         children = (self.params, self._arrays, self._plates, self._pinned, self._rng_key)
-        static = (self.model, self._static, self._choice, self._layout, self._places, self._axes, self.labels)
+        # What the model reads outside may have changed, unless this is inside of a program that was traced before.
+        read = self._static if self._traced else with_outside(self._static, self.model)
+        static = (self.model, read, self._choice, self._layout, self._places, self._axes, self.labels)
         return children, static
 
     @classmethod
@@ -141,6 +144,7 @@ class ModelAtValues:
         """The inverse of :meth:`tree_flatten`."""
         new = object.__new__(cls)
         new.params, new._arrays, new._plates, new._pinned, new._rng_key = children
+        new._traced = True
         new.model, new._static, new._choice, new._layout, new._places, new._axes, new.labels = aux
         return new
 

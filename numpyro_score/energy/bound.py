@@ -247,6 +247,7 @@ class BoundModel(ModelAtValues):
 
         Rows with covariates go with theirs: `energy.at(x, z=z)` for a model of x and z, in any number.
         """
+        x = self._from_table(x)
         check_rows("x", x)
         x = jnp.asarray(x, self.dtype)
         n = x.shape[0]
@@ -271,6 +272,10 @@ class BoundModel(ModelAtValues):
                 pinned[a.name] = values[a.name]
         changed = dict(_arrays=arrays, _places=places_of(arrays))
         return self._replace(**changed, _pinned=pinned, _plates=plates, _layout=layout)
+
+    def _from_table(self, x: Any) -> Any:
+        """Rows given as a table as an array; raises ValueError for other columns than those of the data."""
+        return as_rows(self.arrays[0], x, self.labels) if len(self.arrays) == 1 else x
 
     def bounds(self, n: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
         """Lower and upper bounds of the coordinates of n rows, (N, D) each; infinite where there are none."""

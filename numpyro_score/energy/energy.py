@@ -150,6 +150,7 @@ class Energy(ReadModel):
 
     def _over_rows(self, f: Callable[..., Any], x: Any) -> Any:
         """Applies a function of (M, D) rows to x of any leading shape."""
+        x = self._from_table(x)
         check_rows("x", x)
         x = jnp.asarray(x, self.dtype)
         if x.ndim == 0 or x.shape[-1] != self.dim or x.size == 0:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from numpyro_score.energy.arguments import named_arrays
 from numpyro_score.energy.bound import BoundModel
-from numpyro_score.energy.dependence import depends_on_data, numbers_per_row, treats_rows_alike
+from numpyro_score.energy.dependence import depends_on_data, depends_on_inputs, numbers_per_row, treats_rows_alike
 from numpyro_score.energy.layout import DataArray, Layout, find_arrays, refuse_moving_bounds
 from numpyro_score.energy.relaxation import is_quadratic_in_data
 from numpyro_score.energy.rows import assemble
 from numpyro_score.energy.supports import distances
-from numpyro_score.energy.trace import is_factor, is_observed_sample, term_log_prob
+from numpyro_score.energy.trace import is_factor, is_observed_sample, is_summed, term_log_prob, unwrap
 
 __all__ = ["ReadModel"]
 
@@ -56,6 +56,8 @@ class ReadModel(BoundModel):
         depends = dict(
             zip(found["shapes"], depends_on_data(jaxpr, [a.support.is_discrete for a in arrays]), strict=True)
         )
+        if any(is_summed(s) for s in found["sites"].values()):
+            depends = self._with_latents(depends, dynamic)
         layout = assemble(arrays, found["sites"], found["shapes"], depends)
         if any(a.support.has_boundary for a in arrays):
 
@@ -70,6 +72,31 @@ class ReadModel(BoundModel):
         if not len(layout.discrete_columns):
             return layout
         return layout._replace(quadratic=is_quadratic_in_data(self._replace(_layout=layout)))
+
+    def _with_latents(self, depends: dict[str, bool], dynamic: dict[str, Any]) -> dict[str, bool]:
+        """Which terms depend on the data or on latent sites that are summed.
+
+        Raises:
+            ValueError: for a mask or scale that depends on one, which would have to be summed, too.
+        """
+        sites = self._run().sites
+        numbers = {k: jnp.zeros(jnp.shape(s["value"]), int) for k, s in sites.items() if is_summed(s)}
+
+        def of(numbers: dict[str, Any], dynamic: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+            sites = self._replace(**dynamic | {"_pinned": {**dynamic["_pinned"], **numbers}})._run().sites
+            weights = [(unwrap(sites[k]["fn"])[1], sites[k]["scale"]) for k in depends]
+            return [term_log_prob(sites[k]) for k in depends], [sum(map(jnp.sum, jax.tree.leaves(w))) for w in weights]
+
+        jaxpr = jax.make_jaxpr(of)(numbers, dynamic).jaxpr
+        marks = [i < len(numbers) for i in range(len(jaxpr.invars))]
+        found = depends_on_inputs(jaxpr, marks, discrete=True)
+        for name, weighed in zip(depends, found[len(depends) :], strict=True):
+            if weighed:
+                raise ValueError(
+                    f"The mask or scale of site '{name}' depends on the latent site '{next(iter(numbers))}', and "
+                    "weighs rows, not values of it: write jnp.where(z == 1, ..., 0.0) in the factor instead."
+                )
+        return {k: depends[k] or yes for k, yes in zip(depends, found, strict=False)}
 
     def _factors_see_discrete_sites(self, dynamic: dict[str, Any]) -> bool:
         """Whether a factor depends on an observed discrete site, which then is data and no label."""

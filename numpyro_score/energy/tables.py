@@ -6,6 +6,7 @@ labelled array has `to_numpy`, and a frame has `columns` as well.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,18 @@ from numpyro_score.energy.arguments import check_arguments, positional
 from numpyro_score.energy.layout import DataArray, Layout
 from numpyro_score.energy.text import numbered
 
-__all__ = ["NO_LABELS", "Labels", "as_array", "as_rows", "column_names", "read_arguments", "refuse_whole_columns"]
+__all__ = [
+    "NO_LABELS",
+    "Labels",
+    "as_array",
+    "as_rows",
+    "column_names",
+    "read_arguments",
+    "refuse_other_columns",
+    "refuse_other_rows",
+    "refuse_whole_columns",
+    "row_index",
+]
 
 
 class Axis(NamedTuple):
@@ -63,6 +75,16 @@ class Labels(NamedTuple):
             if leaf in axes and (labels := own[axes[leaf]].labels) is not None:
                 return str(labels[row])
         return str(row)
+
+    def rows(self, arrays: tuple[DataArray, ...]) -> tuple[Any, ...] | range | None:
+        """The names of the data's rows; None where they came as arrays."""
+        axes = {a.leaf: a.row_axes[0] for a in arrays if a.leaf is not None and len(a.row_axes) == 1}
+        sizes = {a.leaf: a.shape[a.row_axes[0]] for a in arrays if a.leaf in axes}
+        for leaf, _, own in self.axes:
+            if leaf in axes:
+                labels = own[axes[leaf]].labels
+                return range(sizes[leaf]) if labels is None else labels
+        return None
 
     def encode(self) -> list[Any]:
         """As JSON; labels that are neither text nor numbers become text."""
@@ -116,15 +138,19 @@ def _from_tables(
     if not any(_is_table(leaf) for _, leaf in leaves):
         return args, kwargs, NO_LABELS
     names, found, axes, whole, count = positional(model), [], [], [], 0
+    rows: list[tuple[str, Any]] = []
     for path, leaf in leaves:
         if _is_table(leaf):
             name = _name_of(names, path)
+            rows.append((name, leaf))
             leaf, own, integers = _read(f"'{name}'", leaf)
             axes.append((count, name, own))
             if integers:
                 whole.append((count, integers))
         count += isinstance(leaf, np.ndarray | jax.Array)
         found.append(leaf)
+    for (first, one), (name, other) in itertools.pairwise(rows):
+        refuse_other_rows(f"'{first}'", row_index(one), f"'{name}'", row_index(other))
     new_args, new_kwargs = jax.tree.unflatten(treedef, found)
     return new_args, new_kwargs, Labels(tuple(axes), tuple(whole))
 
@@ -150,15 +176,21 @@ def as_rows(array: DataArray, value: Any, labels: Labels) -> Any:
     """
     if not _is_table(value):
         return value
-    found, (*_, last), _ = _read(f"'{array.name}'", value)
-    known = [axes[-1] for leaf, _, axes in labels.axes if leaf == array.leaf]
-    if last.is_column and known and known[0].is_column and known[0].labels != last.labels:
-        first = list(known[0].labels or ())
-        raise ValueError(
-            f"'{array.name}' has the columns {_listed(last.labels)}, and the model is bound to data with "
-            f"{_listed(known[0].labels)}: give it these in this order, e.g. frame[{first!r}]."
-        )
+    found, axes, _ = _read(f"'{array.name}'", value)
+    refuse_other_columns(labels, Labels(((-1 if array.leaf is None else array.leaf, array.name, axes),)))
     return found
+
+
+def refuse_other_columns(known: Labels, new: Labels) -> None:
+    """Raises ValueError for frames of other columns, or in another order, than those of the same arguments before."""
+    before = {leaf: axes[-1] for leaf, _, axes in known.axes}
+    for leaf, name, (*_, last) in new.axes:
+        if leaf in before and last.is_column and before[leaf].is_column and before[leaf].labels != last.labels:
+            raise ValueError(
+                f"'{name}' has the columns {_listed(last.labels)}, and the model is bound to data with "
+                f"{_listed(before[leaf].labels)}: give it these in this order, e.g. "
+                f"frame[{list(before[leaf].labels or ())!r}]."
+            )
 
 
 def refuse_whole_columns(labels: Labels, arrays: tuple[DataArray, ...]) -> None:
@@ -172,6 +204,30 @@ def refuse_whole_columns(labels: Labels, arrays: tuple[DataArray, ...]) -> None:
                 "pass what takes few values as an argument of its own, to condition on, and make what is measured in "
                 f"small steps floats, e.g. frame.astype({{{names[0]!r}: float}})."
             )
+
+
+def row_index(table: Any) -> tuple[Any, ...] | range | None:
+    """What pandas calls the rows of a table; None of others, whose rows have no names."""
+    index = getattr(table, "index", None)
+    if index is None or callable(index) or not hasattr(index, "equals"):
+        return None
+    return range(len(index)) if hasattr(index, "step") and (index.start, index.step) == (0, 1) else tuple(index)
+
+
+def refuse_other_rows(one: str, first: Any, other: str, second: Any) -> None:
+    """Raises ValueError for two tables of equal length whose rows have other names, or the same in another order.
+
+    Rows that are only numbered, beside rows with names, are taken as they come.
+    """
+    if first is None or second is None or len(first) != len(second) or tuple(first) == tuple(second):
+        return
+    if isinstance(first, range) != isinstance(second, range) and set(first) != set(second):
+        return
+    at = next(i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
+    raise ValueError(
+        f"The rows of {one} and {other} have different labels, first {first[at]!r} and {second[at]!r} in row {at}: "
+        "bring them into one order, e.g. by .loc[other.index], or write .to_numpy() if their order is right."
+    )
 
 
 def _listed(labels: tuple[Any, ...] | None) -> str:

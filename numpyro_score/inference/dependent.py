@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from numpyro_score.energy import refuse_other_rows, row_index
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.losses import loss_for
 from numpyro_score.losses.base import at_least_one
@@ -96,6 +97,8 @@ def dependent_rows(
         )
     shape, names = [n for _, n in axes], [name or "the rows" for name, _ in axes]
     if groups is not None:
+        if (known := fit.labels.rows(fit.energy.arrays)) is not None:
+            refuse_other_rows("the data", known, "groups", row_index(groups))
         dependence = Dependence.of_groups(*_numbered(groups, shape, names))
     else:
         dependence = Dependence.of_windows(shape, _windows(fit, lags, shape, names, parts), names)

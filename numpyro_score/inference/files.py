@@ -171,6 +171,11 @@ def _undamaged(directory: Path) -> Iterator[None]:
 def save_fit(fit: Any, path: str | os.PathLike[str]) -> None:
     """Writes a :class:`~numpyro_score.ScoreMatchingResult`; see its `save`."""
     svi, arrays = fit.svi, Arrays()
+    if type(svi.score_loss).__name__ == "Windham":
+        raise TypeError(
+            f"Files do not hold robust fits: save the fit that windham was given, and write windham(load(...), "
+            f"{svi.score_loss.c:g}) again; pickle keeps both."
+        )
     made = {
         "num_steps": svi.num_steps,
         "learning_rate": arrays.encode(svi.learning_rate, "learning_rate"),

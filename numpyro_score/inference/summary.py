@@ -27,6 +27,8 @@ __all__ = ["Summary", "number_names", "rows_of", "summarise", "summarise_estimat
 
 _DRAWS = 4000  # for intervals of sites whose numbers are tied to each other
 _SHOWN = 60  # rows of the printed table
+_FAR = 30.0  # in unconstrained space: a scale of 1e-13, which floats do not see beside what is of order one
+_FREE = 8.0  # a standard error there, a factor of 3,000 of a scale: the data do not hold it
 _FEW = 20  # numbers of a site that is several arrays
 
 
@@ -100,6 +102,7 @@ def summarise(
             "distance": _distances(fit, values),
         }
         lines.append(_convergence(fit))
+        lines += _at_the_end(fit, covariance)
     lines += left_out
     if fit.interrupted:
         lines.append("Ctrl-C ended the fit early.")
@@ -200,6 +203,25 @@ def _convergence(fit: Any) -> str:
         f"{NOT_CONVERGED}: the minimum is {distance:.2g} standard errors away. Take more steps, or another optimiser "
         "such as optax.lbfgs()."
     )
+
+
+def _at_the_end(fit: Any, covariance: np.ndarray) -> list[str]:
+    """A sentence on sites that are at the end of their constraint, as a scale at zero, where errors mean nothing."""
+    c = fit.coordinates
+    errors = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+    lost = (np.abs(np.asarray(c.position, np.float64)) > _FAR) | (errors > _FREE)
+    by_site = c.unravel(jnp.asarray(lost, c.position.dtype))
+    names = [
+        k
+        for k, t in c.transforms.items()
+        if not isinstance(_base(t), IdentityTransform) and any(np.any(v) for v in jax.tree.leaves(by_site[k]))
+    ]
+    if not names:
+        return []
+    return [
+        f"Numbers of {', '.join(map(repr, names))} are at the end of their constraint, where errors and intervals mean "
+        "nothing: the data do not have that term, so leave it out or give it a prior away from there."
+    ]
 
 
 def _covariance(fit: Any) -> np.ndarray:

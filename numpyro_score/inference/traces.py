@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from numpyro import handlers
 
 from numpyro_score.energy import join_arrays, split_arrays
@@ -56,7 +57,7 @@ class Sites:
     @classmethod
     def of(cls, trace: dict[str, Any]) -> Sites:
         leaves, treedef = jax.tree.flatten(trace)
-        arrays = {i: v for i, v in enumerate(leaves) if isinstance(v, jax.Array)}
+        arrays = {i: v for i, v in enumerate(leaves) if isinstance(v, jax.Array | np.ndarray)}
         return cls(arrays, treedef, [None if i in arrays else v for i, v in enumerate(leaves)])
 
     def tree_flatten(self) -> tuple[tuple[Any], tuple[Any, Any]]:

@@ -144,6 +144,13 @@ class NCE:
         """Raises ValueError if the noise does not cover the data."""
         self._require_suitable(energy)
         x = energy.usable()[0].data.reshape(-1, *self.noise.event_shape)
+        if (angles := [j for b in energy.blocks if b.kind == "circle" for j in range(b.start, b.stop)]) and (
+            np.abs(fetch(self._draw(jax.random.key(0), (_START_DRAWS,), x.dtype))[:, angles]) > np.pi + 1e-5
+        ).any():
+            raise ValueError(
+                f"NCE's noise {type(self.noise).__name__} leaves [-π, π), where angles are, so that its density on the "
+                "circle is another: write e.g. dist.VonMises(0.0, 1.0) or dist.Uniform(-np.pi, np.pi)."
+            )
         bare = ~fetch(self.noise.support(x))
         if not bare.any():  # NumPyro warns outside of the support
             bare = ~np.isfinite(fetch(self.noise.log_prob(x)))

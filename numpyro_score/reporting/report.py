@@ -121,6 +121,8 @@ def _body(fit: Fit, samples: Any, checks: list[Check], errors: Any) -> list[Mark
         first.append(tag("p", f"{len(rows) - _FIRST} more below.", class_="note"))
     if isinstance(errors, str):
         first.append(tag("p", f"No standard errors: {errors}", class_="note"))
+    elif (dependence := getattr(fit, "dependence", None)) is not None:
+        first.append(tag("p", f"Standard errors are those where {dependence.text}.", class_="note"))
     answers = [
         ("What was fitted", _what(fit)),
         ("By which loss", _loss(fit)),
