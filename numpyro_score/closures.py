@@ -21,7 +21,7 @@ __all__ = ["Keyed", "outside_values"]
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _DEPTH = 4  # of functions in functions, and attributes of attributes
 _LIBRARIES = {"equinox", "flax", "jax", "numpy", "numpyro", "numpyro_score", "optax", "scipy"}
-_LOOKED_AT = 2**14  # numbers of a NumPy array, which may change where it is
+_LOOKED_AT = 2**12  # numbers of a NumPy array, which may change where it is
 
 
 class _Same:
@@ -58,7 +58,7 @@ class Keyed:
 def outside_values(f: Any) -> Hashable:
     """The values that a function reads from globals, enclosing functions and its own object, as a hashable key.
 
-    Numbers, strings, tuples and dicts of these count by value, NumPy's arrays by identity and a sum over up to 16,384
+    Numbers, strings, tuples and dicts of these count by value, NumPy's arrays by identity and a sum over up to 4,096
     of their numbers, functions by what they read in turn if they are of the same module, objects, classes and modules
     by the attributes that the function names, and everything else, lists included, by identity. What a function reads
     otherwise, such as a file or an item of a list, is not seen.
@@ -137,6 +137,6 @@ def _sum(value: np.ndarray) -> Hashable:
     """Tells an array from what it was before, if numbers among those looked at have changed."""
     if value.dtype.hasobject:
         return value.shape
-    flat = value.reshape(-1)
+    flat = value.reshape(-1) if value.flags.c_contiguous else value.flat  # no copy of what may be large
     some = flat[:: max(len(flat) // _LOOKED_AT, 1)]
     return value.shape, value.dtype.str, zlib.crc32(some.tobytes())
