@@ -4,7 +4,7 @@ Everything else of the package knows a model through :class:`Energy` and the nam
 shows; none of its modules is imported from outside.
 """
 
-from numpyro_score.energy.arguments import join_arrays, split_arrays, takes_keyword
+from numpyro_score.energy.arguments import join_arrays, split_arrays, takes_keyword, with_outside
 from numpyro_score.energy.base import AnyArray, layouts_kept
 from numpyro_score.energy.binding import rows_given
 from numpyro_score.energy.boundary import weight_at_boundary
@@ -109,4 +109,5 @@ __all__ = [
     "tempered",
     "varying_outputs",
     "weight_at_boundary",
+    "with_outside",
 ]

@@ -47,9 +47,8 @@ def split_arrays(tree: Any, *functions: Any) -> tuple[list[Any], Static]:
                 f"A model argument is a {type(v).__name__}: pass NumPy or JAX arrays, e.g. np.asarray(...)."
             )
     # As JAX arrays, so that a model can index them by traced plate indices.
-    return [label_auto(jnp.asarray(v)) for v, yes in zip(leaves, is_array, strict=True) if yes], (
-        treedef, rest, tuple(map(outside_values, functions)),
-    )  # fmt: skip
+    arrays = [label_auto(jnp.asarray(v)) for v, yes in zip(leaves, is_array, strict=True) if yes]
+    return arrays, with_outside((treedef, rest, ()), *functions)
 
 
 def with_outside(static: Static, *functions: Any) -> Static:

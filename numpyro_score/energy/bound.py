@@ -23,7 +23,7 @@ from numpyro_score.energy.layout import (
     rows_first,
     sum_rows,
 )
-from numpyro_score.energy.supports import Block, can_be_outside, outside
+from numpyro_score.energy.supports import Block, outside
 from numpyro_score.energy.tables import as_rows
 from numpyro_score.energy.trace import term_log_prob
 from numpyro_score.energy.values import check_rows
@@ -115,6 +115,11 @@ class BoundModel(ModelAtValues):
     def blocks(self) -> tuple[Block, ...]:
         """The columns of a row that belong to each of :attr:`arrays`."""
         return self._layout.blocks
+
+    @property
+    def angle_columns(self) -> list[int]:
+        """Which numbers of a row are angles."""
+        return self._layout.angle_columns
 
     @property
     def flat(self) -> bool:
@@ -289,7 +294,7 @@ class BoundModel(ModelAtValues):
                 outside(a.support.kind, sites[a.name]["value"], sites[a.name]["fn"].support), a.row_axes
             ).any(-1)
             for a in self.arrays
-            if a.is_site and can_be_outside(a.support.kind, sites[a.name]["fn"].support)
+            if a.is_site and a.support.kind != "real"
         }
 
     def row_log_density(self, x: Float[Array, "n d"], rows: Array | None = None) -> Float[Array, "n"]:

@@ -259,7 +259,7 @@ def _lines(energy: BoundModel, rows: np.ndarray, starts: np.ndarray, spread: np.
         ends[rows, -1] = _parents(distance[rows], order[rows, 0], _FAR * float(np.linalg.norm(spread)))
         near = (starts, np.swapaxes(some[ends], 0, 1))
     begin, end = np.broadcast_arrays(*(np.asarray(e, x.dtype) for e in near))
-    for column in _angles(energy):
+    for column in energy.angle_columns:
         if (across := _across_the_end(starts, column, float(spread[column]))) is not None:
             begin, end = (
                 np.concatenate([a, b[None].astype(a.dtype)]) for a, b in zip((begin, end), across, strict=True)
@@ -271,11 +271,6 @@ def _lines(energy: BoundModel, rows: np.ndarray, starts: np.ndarray, spread: np.
     away = 10 * np.where(spread > 0, spread, 1.0) * rng.normal(size=(4, *start.shape))
     ends = np.concatenate([-np.broadcast_to(start, (1, *start.shape)), start + away])
     return near, np.broadcast_arrays(start, ends.astype(x.dtype))
-
-
-def _angles(energy: BoundModel) -> list[int]:
-    """The columns that are angles."""
-    return [j for block in energy.blocks if block.kind == "circle" for j in range(block.start, block.stop)]
 
 
 def _across_the_end(starts: np.ndarray, column: int, spread: float) -> tuple[np.ndarray, np.ndarray] | None:

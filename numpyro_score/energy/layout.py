@@ -92,6 +92,11 @@ class Layout(NamedTuple):
         found = [np.arange(block.start, block.stop) for a, block in pairs if a.support.is_discrete]
         return np.concatenate(found) if found else np.zeros(0, int)
 
+    @property
+    def angle_columns(self) -> list[int]:
+        """Which numbers of a row are angles."""
+        return [j for block in self.blocks if block.kind == "circle" for j in range(block.start, block.stop)]
+
     def with_rows(self, n: int) -> Layout:
         """The same layout for `n` rows; only the one row axis of a resizable model changes."""
         if n == self.num_rows:

@@ -338,11 +338,6 @@ def row_width(support: Support, shape: Shape, row_axes: Shape) -> int:
     return math.prod(s for i, s in enumerate(coordinates) if i not in row_axes)
 
 
-def can_be_outside(kind: str, constraint: constraints.Constraint) -> bool:
-    """Whether real numbers may lie outside of a support."""
-    return kind != "real"
-
-
 def outside(kind: str, value: Any, constraint: constraints.Constraint) -> Array:
     """Which elements of the data, of its batch shape, are not in the support."""
     if kind in ("sphere", *SIMPLICES):  # NumPyro's tolerance is for one precision

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm.auto import tqdm
 
-from numpyro_score.energy import join_arrays, layouts_kept, split_arrays
+from numpyro_score.energy import join_arrays, layouts_kept, with_outside
 from numpyro_score.inference.arguments import GUIDES_WITH_DENSITY, check_memory
 from numpyro_score.inference.arrival import warn_at_end
 from numpyro_score.inference.checkpoint import Checkpoint
@@ -159,7 +159,7 @@ class FromBatches:
         kept = Checkpoint.of(
             checkpoint, checkpoint_every, "ScoreMatching.run_batches", args, like, begin=(self, state), **own, **options
         )
-        static = split_arrays((first.args, {}), self.score_model, self.score_loss)[1]
+        static = with_outside(first.static, self.score_model, self.score_loss)
         step = partial(self._step_batch, course, static=static, places=places_of(first.arrays))
         loop = _Loop(step, state, first, None if num_steps is None else total, partial(_failure, self), held)
         del first, state, args  # which take memory that the steps may need

@@ -144,7 +144,7 @@ class NCE:
         """Raises ValueError if the noise does not cover the data."""
         self._require_suitable(energy)
         x = energy.usable()[0].data.reshape(-1, *self.noise.event_shape)
-        if (angles := [j for b in energy.blocks if b.kind == "circle" for j in range(b.start, b.stop)]) and (
+        if (angles := energy.angle_columns) and (
             np.abs(fetch(self._draw(jax.random.key(0), (_START_DRAWS,), x.dtype))[:, angles]) > np.pi + 1e-5
         ).any():
             raise ValueError(
