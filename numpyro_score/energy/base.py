@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,17 @@ from numpyro_score.energy.trace import Recorder, run_model
 from numpyro_score.placement import Places, places_of
 from numpyro_score.printed import name_of
 
-__all__ = ["AnyArray", "ModelAtValues", "layouts_kept"]
+__all__ = ["AnyArray", "ModelAtValues", "Table", "layouts_kept"]
 
 AnyArray = Array | np.ndarray
+
+
+@runtime_checkable
+class Table(Protocol):
+    """Rows of pandas, polars or xarray, whose columns have names."""
+
+    def to_numpy(self) -> Any: ...
+
 
 _LAYOUTS: ContextVar[dict[Any, Layout] | None] = ContextVar("layouts", default=None)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from numpyro.distributions import constraints
 
-from numpyro_score.energy.base import AnyArray, ModelAtValues
+from numpyro_score.energy.base import AnyArray, ModelAtValues, Table
 from numpyro_score.energy.binding import data_arguments, rebound
 from numpyro_score.energy.latents import assignments
 from numpyro_score.energy.layout import (
@@ -247,7 +247,7 @@ class BoundModel(ModelAtValues):
         """
         return rebound(self, kwargs)
 
-    def at(self: M, x: Float[AnyArray, "n d"], **arguments: Any) -> M:
+    def at(self: M, x: Float[AnyArray, "n d"] | Table, **arguments: Any) -> M:
         """The same density with `x` as its data; another number of rows needs :attr:`resizable`.
 
         Rows with covariates go with theirs: `energy.at(x, z=z)` for a model of x and z, in any number.

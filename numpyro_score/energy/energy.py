@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score import operators
-from numpyro_score.energy.base import AnyArray
+from numpyro_score.energy.base import AnyArray, Table
 from numpyro_score.energy.check import check
 from numpyro_score.energy.latents import marginals
 from numpyro_score.energy.reading import ReadModel
@@ -77,7 +77,7 @@ class Energy(ReadModel):
         """Whether the log density is a quadratic of the discrete numbers, whose second derivatives all rows share."""
         return self._layout.quadratic
 
-    def log_density(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch"]:
+    def log_density(self, x: Float[AnyArray, "*batch d"] | Table) -> Float[Array, "*batch"]:
         """The unnormalised log density f(x) of each row: (..., D) to (...).
 
         In the coordinates of :meth:`flatten`, with the Jacobian of the change from the data included.
@@ -92,7 +92,7 @@ class Energy(ReadModel):
             )
         return self._over_rows(self.row_log_density, x)
 
-    def score(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch d"]:
+    def score(self, x: Float[AnyArray, "*batch d"] | Table) -> Float[Array, "*batch d"]:
         """The score ∇f(x) of each row: (..., D) to (..., D). Scale, mask and subsampling do not enter.
 
         Raises:
@@ -101,12 +101,12 @@ class Energy(ReadModel):
         self.require_continuous()
         return self._over_rows(lambda y: operators.value_score(self.row_log_density, y)[1], x)
 
-    def laplacian(self, x: Float[AnyArray, "*batch d"]) -> Float[Array, "*batch"]:
+    def laplacian(self, x: Float[AnyArray, "*batch d"] | Table) -> Float[Array, "*batch"]:
         """The Laplacian tr ∇²f(x) of each row: (..., D) to (...). Exact; costs D + 2 densities."""
         return self.value_score_laplacian(x)[2]
 
     def value_score_laplacian(
-        self, x: Float[AnyArray, "*batch d"]
+        self, x: Float[AnyArray, "*batch d"] | Table
     ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch d"], Float[Array, "*batch"]]:
         """The log density, its score and its Laplacian in one pass: (..., D) to ((...), (..., D), (...)).
 
@@ -120,7 +120,7 @@ class Energy(ReadModel):
         of = functools.partial(operators.value_score_laplacian, self.row_log_density, forward=self.has_density)
         return self._over_rows(of, x)
 
-    def latent_probabilities(self, x: Float[AnyArray, "n d"]) -> dict[str, Float[Array, "n *rest k"]]:
+    def latent_probabilities(self, x: Float[AnyArray, "n d"] | Table) -> dict[str, Float[Array, "n *rest k"]]:
         """The law of the discrete latent sites of each row given its data, by site, (N, ..., K) for K values.
 
         They are those that the density is summed over, marked by `infer={"enumerate": "parallel"}`: e.g. from which

@@ -173,7 +173,7 @@ class NCE:
         y = jnp.where(inside[..., None], y, energy.data)
         return jnp.where(inside, energy.log_density(y) - self._log_noise(y), -jnp.inf)
 
-    def _draw(self, rng_key: Array, shape: tuple[int, ...], dtype: Any) -> Float[Array, "m n d"]:
+    def _draw(self, rng_key: Array, shape: tuple[int, ...], dtype: Any) -> Float[Array, "*n d"]:
         return self.noise.sample(rng_key, shape).reshape(*shape, -1).astype(dtype)
 
     def _log_noise(self, x: Float[Array, "*n d"]) -> Float[Array, "*n"]:
