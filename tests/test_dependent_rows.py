@@ -21,6 +21,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
 from numpyro_score import DSM, ISM, SandwichError, ScoreMatching, ScoreMatchingResult, dependent_rows, load, windham
+from numpyro_score.uncertainty import MAX_PARAMETERS
 
 FLAT = dist.ImproperUniform(constraints.real, (), ())
 GROUPS, EACH = 40, 5
@@ -312,3 +313,33 @@ def test_effects_of_groups_are_counted_once() -> None:
     fit = ScoreMatching(mixed_effects).run(jax.random.key(0), y, jnp.asarray(group), progress_bar=False)
     with pytest.raises(SandwichError, match="prior of site 'mu' says how rows of a group depend on each other"):
         dependent_rows(fit, groups=group)
+
+
+def test_effects_of_groups_are_counted_once_among_thousands_of_parameters() -> None:
+    """Where the sandwich is not formed the same is said by stderr(of=...)."""
+
+    def model(y: Any, z: Any) -> None:
+        numpyro.sample("b", dist.Normal(0.0, 1.0).expand([MAX_PARAMETERS + 1]).to_event(1))
+        mixed_effects(y, z)
+
+    group = np.repeat(np.arange(GROUPS), EACH)
+    fit = ScoreMatching(model, num_steps=50).run(
+        jax.random.key(0), jnp.asarray(series()[0]), jnp.asarray(group), progress_bar=False
+    )
+    with pytest.raises(SandwichError, match="prior of site 'mu' says how rows of a group depend on each other"):
+        dependent_rows(fit, groups=group).stderr(of=lambda estimates: estimates["m"])
+
+
+def test_groups_among_thousands_of_parameters() -> None:
+    """The sandwich is not formed: errors of a function are clustered as those of the mean of a column are."""
+    rng = np.random.default_rng(4)
+    x = (rng.normal(size=(GROUPS, MAX_PARAMETERS + 1))[LABELS] + rng.normal(size=(N, MAX_PARAMETERS + 1))).astype("f4")
+
+    def model(x: Any) -> None:
+        mu = numpyro.param("mu", jnp.asarray(x.mean(axis=0)))
+        numpyro.factor("energy", -0.5 * jnp.sum((x - mu) ** 2, axis=-1))
+
+    fit = ScoreMatching(model, num_steps=1).run(jax.random.key(0), x, progress_bar=False)
+    error = dependent_rows(fit, groups=LABELS).stderr(of=lambda estimates: estimates["mu"][0])
+    sums = np.bincount(LABELS, x[:, 0].astype(np.float64) - x[:, 0].mean(dtype=np.float64))
+    np.testing.assert_allclose(error, (np.sum(sums**2) * GROUPS / (GROUPS - 1)) ** 0.5 / N, rtol=1e-4)

@@ -14,7 +14,14 @@ from numpyro_score.energy import refuse_other_rows, row_index
 from numpyro_score.inference.result import ScoreMatchingResult
 from numpyro_score.losses import loss_for
 from numpyro_score.losses.base import at_least_one
-from numpyro_score.uncertainty import Dependence, SandwichError, automatic_window, check_size, gradients_of_rows
+from numpyro_score.uncertainty import (
+    MAX_PARAMETERS,
+    Dependence,
+    SandwichError,
+    automatic_window,
+    check_size,
+    gradients_of_rows,
+)
 
 __all__ = ["dependent_rows"]
 
@@ -90,11 +97,6 @@ def dependent_rows(
     if fit.energy.num_rows == 1:
         length, parts = _parts_of_a_point(fit)
         axes = (("the series", length),)
-    elif fit.curvature.effects:
-        raise SandwichError(
-            f"The prior of site '{fit.curvature.effects[0]}' says how rows of a group depend on each other, and the "
-            "errors count it already: leave dependent_rows out, or the effects."
-        )
     shape, names = [n for _, n in axes], [name or "the rows" for name, _ in axes]
     if groups is not None:
         if (known := fit.labels.rows(fit.energy.arrays)) is not None:
@@ -102,7 +104,10 @@ def dependent_rows(
         dependence = Dependence.of_groups(*_numbered(groups, shape, names))
     else:
         dependence = Dependence.of_windows(shape, _windows(fit, lags, shape, names, parts), names)
-    return replace(fit, dependence=dependence if parts is None else dependence.of_parts(parts))
+    dependent = replace(fit, dependence=dependence if parts is None else dependence.of_parts(parts))
+    if len(dependent.coordinates.position) <= MAX_PARAMETERS:
+        dependent.curvature  # noqa: B018 - what is wrong is said here, not at the first question
+    return dependent
 
 
 def _parts_of_a_point(fit: ScoreMatchingResult) -> tuple[int, scipy.sparse.csr_array]:

@@ -73,19 +73,21 @@ def stderr_of(
             looked for. See :func:`~numpyro_score.uncertainty.curvature`.
         dependence: which rows depend on each other; None for independent ones.
     """
+    found = ties(objective) + unshared_sites(objective) if effects is None else effects
+    if dependence is not None:
+        dependence.refuse_effects(found)
     rows, directions = _influence(objective, of, hessian)
     if dependence is not None:
         rows = _pieces(rows, used_rows(objective), dependence)
     variances, unravel = ravel_pytree(jax.tree.map(lambda v: jnp.sum(v**2, axis=0), rows))
     errors = ravel_pytree(jax.tree.map(norm_of_columns, rows))[0]
     if effects is None:
-        effects = ties(objective) + unshared_sites(objective)
-        warn_if_few_groups(objective, effects)
-    if effects:
-        variances += _quadratic_forms(objective, directions, names=effects)
+        warn_if_few_groups(objective, found)
+    if found:
+        variances += _quadratic_forms(objective, directions, names=found)
         if not bool(jnp.all(variances >= 0)):
             raise SandwichError(
-                f"The prior of site '{effects[0]}' depends on other sites, and at the joint mode of all of them it "
+                f"The prior of site '{found[0]}' depends on other sites, and at the joint mode of all of them it "
                 f"leaves a variance that is negative. {USE_NUTS}"
             )
         errors = jnp.sqrt(variances)

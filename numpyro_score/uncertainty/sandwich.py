@@ -119,7 +119,7 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
 
     Raises:
         SandwichError: for more than MAX_PARAMETERS parameters, fewer than two rows, an H that is not positive
-            definite, or losses that see two sites by their product alone.
+            definite, losses that see two sites by their product alone, or a hierarchy beside `dependence`.
 
     Warns:
         UserWarning: if the minimum is further away than a tenth of a standard error, see :func:`distance_to_minimum`;
@@ -135,9 +135,11 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
     all_gradients = fetch(gradients).astype(np.float64)
     g = all_gradients[used]
     gradient = beta * g.sum(axis=0) + np.asarray(prior_gradient, np.float64)
-    root = spread_root(all_gradients, used, dependence)
     refuse_products(objective, g)
     names = effects(objective, g)
+    if dependence is not None:
+        dependence.refuse_effects(names)
+    root = spread_root(all_gradients, used, dependence)
     warn_if_few_groups(objective, names)
     spread = np.asarray(between(objective, names=names), np.float64) if names else None
     errors = np.sqrt(np.maximum(np.diag(_sandwich(hessian, beta * root, spread)), 0.0))
