@@ -28,7 +28,8 @@ AnyArray = Array | np.ndarray
 class Table(Protocol):
     """Rows of pandas, polars or xarray, whose columns have names."""
 
-    def to_numpy(self) -> Any: ...
+    def to_numpy(self) -> Any:
+        """All numbers as one array."""
 
 
 _LAYOUTS: ContextVar[dict[Any, Layout] | None] = ContextVar("layouts", default=None)

@@ -20,6 +20,7 @@ from numpyro_score.uncertainty.sandwich import (
     gradient_at,
     require_curved,
     used_rows,
+    warn_if_few_rows_bend,
     warn_if_not_converged,
 )
 
@@ -52,10 +53,11 @@ def curvature_of_batches(objectives: Iterator[Objective], num_rows: int | None) 
     """
     first: Objective | None = None
     hessian: Any = 0.0
-    outer, total = np.zeros(()), np.zeros(())
+    outer, total, bends = np.zeros(()), np.zeros(()), np.zeros(())
     prior_hessian, prior_gradient, random, count = np.zeros(()), np.zeros(()), False, 0
     for objective in objectives:
-        loss_hessian, of_prior, gradients, slope = (fetch(v).astype(np.float64) for v in derivatives(objective))
+        found = (fetch(v).astype(np.float64) for v in derivatives(objective))
+        loss_hessian, of_prior, gradients, slope, of_batch = found
         g = gradients[used_rows(objective)]
         if first is None:
             first = objective
@@ -70,6 +72,7 @@ def curvature_of_batches(objectives: Iterator[Objective], num_rows: int | None) 
             one, other = (fetch(gradient_at(first, key)) for key in jax.random.split(first.rng_key))
             random = not np.array_equal(one, other)
         hessian, outer, total, count = hessian + loss_hessian, outer + g.T @ g, total + g.sum(axis=0), count + len(g)
+        bends = bends + of_batch
     if first is None:
         raise ValueError("batches has none: give at least one, an iterator anew as it can be used only once.")
     if num_rows is not None and num_rows < count:
@@ -81,6 +84,7 @@ def curvature_of_batches(objectives: Iterator[Objective], num_rows: int | None) 
     whole = beta * loss_hessian + prior_hessian
     require_curved(first, whole)
     spread = (outer - np.outer(total, total) / (share * count)) * count / (count - 1)
+    warn_if_few_rows_bend(first, whole / share, bends)  # of the rows that there are
     size = np.sqrt(np.diag(outer))
     unit = np.where(size > 0, size, 1.0)
     variances, axes = np.linalg.eigh(spread / np.outer(unit, unit))

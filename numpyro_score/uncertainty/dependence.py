@@ -123,8 +123,8 @@ class Dependence:
         """Raises SandwichError if terms of the prior are effects of groups, and so part of the law of the data."""
         if names and not self.of_coordinates:
             raise SandwichError(
-                f"The prior of site '{names[0]}' says how rows of a group depend on each other, and the errors count it "
-                "already: leave dependent_rows out, or the effects."
+                f"The prior of site '{names[0]}' says how rows of a group depend on each other, and the errors count "
+                "it already: leave dependent_rows out, or the effects."
             )
 
     def _rows_of_a_window(self) -> int:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from numpyro_score.losses import loss_for
 from numpyro_score.losses.rounding import constant_columns
 from numpyro_score.placement import fetch
 from numpyro_score.programs import shared_jit
@@ -123,11 +124,12 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
 
     Warns:
         UserWarning: if the minimum is further away than a tenth of a standard error, see :func:`distance_to_minimum`;
-            if the spread of the effects of fewer than 30 groups is estimated.
+            if the spread of the effects of fewer than 30 groups is estimated; if few rows bend the objective, see
+            :func:`warn_if_few_rows_bend`.
     """
     check_size(objective)
     used = check_rows(objective)
-    loss_hessian, prior_hessian, gradients, prior_gradient = derivatives(objective)
+    loss_hessian, prior_hessian, gradients, prior_gradient, bends = derivatives(objective)
     # In double precision on the host: H is often badly scaled, and P is small.
     beta, loss_hessian = float(objective.learning_rate), np.asarray(loss_hessian, np.float64)
     hessian = beta * loss_hessian + np.asarray(prior_hessian, np.float64)
@@ -145,6 +147,7 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
     errors = np.sqrt(np.maximum(np.diag(_sandwich(hessian, beta * root, spread)), 0.0))
     distance = distance_to_minimum(objective, lambda g: np.linalg.solve(hessian, g), gradient, errors)
     warn_if_not_converged(objective, objective.unravel(jnp.asarray(distance, objective.position.dtype)))
+    warn_if_few_rows_bend(objective, hessian, fetch(bends))
     size = np.sqrt(np.sum(g**2, axis=0))
     return Curvature(hessian, loss_hessian, root, size, beta, spread, names, distance)
 
@@ -247,6 +250,8 @@ def distance_to_minimum(
 ARRIVED = 0.1  # standard errors from the minimum up to which a fit is as good as there
 _KEYS = 64
 
+FEW_ROWS, ONE_OF = 4, 150  # see warn_if_few_rows_bend
+
 
 @shared_jit
 def gradient_at(objective: Objective, rng_key: Array) -> Array:
@@ -274,6 +279,47 @@ def warn_if_not_converged(objective: Objective, distance: dict[str, Any]) -> Non
         )
 
 
+def warn_if_few_rows_bend(objective: Objective, hessian: np.ndarray, bends: np.ndarray) -> None:
+    r"""Errors are as uncertain as the curvature that they are divided by, which is a sum over rows, too.
+
+    A density that bends over less than the distance of many rows, such as exp(-√(x² + ε)) with a tiny ε, has an
+    objective full of minima. A fit finds one, where the curvature is that of the few rows nearby: intervals of 90% that
+    are computed from it hold the truth in 2% to 70% of data sets.
+
+    With g_n and h_n the first and second derivative of a row's loss in one coordinate, for m rows with h_n ≠ 0, the
+    number of rows that bend the objective is in effect the squared ratio of its curvature to the standard error of it,
+
+    .. math:: (H_{jj} / \beta)^2 \Big/ \tfrac{m}{m-1} \sum_n (h_n - \bar h)^2 (1 - \rho^2_{hg}).
+
+    What the h_n share with the g_n is left out, as another scale of the coordinate would take it away.
+
+    Args:
+        objective: whose rows these are.
+        hessian: of the whole objective, (P, P).
+        bends: sums over rows (6, P) of 1, h, g, h², hg and g², as :func:`derivatives` returns them.
+
+    Warns:
+        UserWarning: for fewer than 4 such rows, if they are fewer than one of 150 as well. Densities with heavy tails
+            come near to 4 where the rows are 50 to 200, and their intervals still cover.
+    """
+    count, h, g, hh, hg, gg = bends.astype(np.float64)
+    per_row = 1 / np.maximum(count, 1)
+    hh, hg, gg = hh - h**2 * per_row, hg - h * g * per_row, gg - g**2 * per_row
+    left = np.maximum(hh - hg**2 / np.where(gg > 0, gg, np.inf), 0.0) * count / np.maximum(count - 1, 1)
+    share = float(objective.learning_rate) ** 2 * left / np.diag(hessian) ** 2  # the inverse of the number of rows
+    few = (share > 1 / FEW_ROWS) & (share * count > ONE_OF)
+    if few.any():
+        worst = int(np.argmax(np.where(few, share, 0.0)))
+        name = next(k for k, block in objective.blocks().items() if worst in block)
+        warnings.warn(
+            f"The errors of site '{name}' are known to ±{share[worst] ** 0.5:.0%} only, and may be far too small: in "
+            f"effect {1 / share[worst]:.1f} of {count[worst]:.0f} rows bend the objective there, which then has many "
+            "minima. Let the density bend over the width of many rows, e.g. by a larger ε in sqrt(x**2 + ε), or use "
+            "NCE or PCD.",
+            stacklevel=5,
+        )
+
+
 def gradients_of_rows(objective: Objective) -> np.ndarray:
     """The gradients of the rows' weighted losses (N, P) on the host, of independent rows and not."""
     return fetch(_gradients_of_rows(objective)).astype(np.float64)
@@ -285,19 +331,35 @@ def _gradients_of_rows(objective: Objective) -> Array:
 
 
 @shared_jit
-def derivatives(objective: Objective) -> tuple[Array, Array, Array, Array]:
-    """Hessians of the losses and of the penalty (P, P), gradients of the rows (N, P) and of the penalty (P,)."""
+def derivatives(objective: Objective) -> tuple[Array, Array, Array, Array, Array]:
+    """Hessians of the losses and of the penalty (P, P), gradients of the rows (N, P) and of the penalty (P,), and sums.
+
+    The sums (6, P) are of 1, h, g, h², hg and g² over the rows with h ≠ 0, see :func:`warn_if_few_rows_bend`, and 0 for
+    a loss that no bend of the density in the data can harm.
+    """
     position = objective.position
 
     def losses(vector: Array) -> Array:
         return jnp.sum(objective.rows(vector))
 
-    def along(direction: Array) -> tuple[Array, Array, Array]:
-        def move(f: Callable[[Array], Array]) -> Array:
-            return jax.jvp(f, (position,), (direction,))[1]
+    def along(direction: Array) -> tuple[Array, Array, Array, Array]:
+        def move(f: Callable[[Array], Array], at: Array = position) -> tuple[Array, Array]:
+            return jax.jvp(f, (at,), (direction,))
 
-        return move(jax.grad(losses)), move(jax.grad(objective.penalty)), move(objective.rows)
+        if hasattr(loss_for(objective.loss, objective.energy), "no_kinks"):
+            g, h = move(lambda at: move(objective.rows, at)[1])
+            bends = _bends(g, h)
+        else:
+            g, bends = move(objective.rows)[1], jnp.zeros(6, position.dtype)
+        return move(jax.grad(losses))[1], move(jax.grad(objective.penalty))[1], g, bends
 
-    hessian, prior_hessian, gradients = jax.lax.map(along, jnp.eye(len(position), dtype=position.dtype), batch_size=8)
+    unit = jnp.eye(len(position), dtype=position.dtype)
+    hessian, prior_hessian, gradients, bends = jax.lax.map(along, unit, batch_size=8)
     prior_gradient = jax.grad(objective.penalty)(position)
-    return 0.5 * (hessian + hessian.T), 0.5 * (prior_hessian + prior_hessian.T), gradients.T, prior_gradient
+    return 0.5 * (hessian + hessian.T), 0.5 * (prior_hessian + prior_hessian.T), gradients.T, prior_gradient, bends.T
+
+
+def _bends(g: Float[Array, "n"], h: Float[Array, "n"]) -> Float[Array, "6"]:
+    used = h != 0
+    g = jnp.where(used, g, 0.0)
+    return jnp.stack([jnp.sum(used, dtype=h.dtype), *(jnp.sum(v) for v in (h, g, h**2, h * g, g**2))])
