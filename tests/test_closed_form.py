@@ -21,7 +21,6 @@ from quadratics import (
     on_simplex,
     pairwise,
     run,
-    scaled,
 )
 
 from numpyro_score import (
@@ -247,7 +246,6 @@ def test_observed_site_with_a_density_of_its_own():
 
 def cases():
     return {
-        "violated constraint": (ScoreMatching(scaled), (2 * Y,), {}),
         "subsampled plate": (ScoreMatching(location), (Y,), {"batch": 10}),
         "Laplace prior": (ScoreMatching(location), (Y,), {"prior": laplace}),
         "guide given": (ScoreMatching(location, AutoDelta), (Y,), {}),

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.special import gammaln
 
-from numpyro_score.closed_form.quadratic import ClosedFormError, Coordinates, FlatObjectiveError
+from numpyro_score.closed_form.coordinates import ClosedFormError, Coordinates, FlatObjectiveError
 from numpyro_score.closed_form.streaming import QuadraticLoss
 
 __all__ = ["Roc", "SparsePath", "sparse_path"]

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import scipy.linalg
+import scipy.optimize
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 from numpyro import handlers
-from numpyro.distributions import constraints
 
+from numpyro_score.closed_form.coordinates import ClosedFormError, Coordinates, FlatObjectiveError
 from numpyro_score.closed_form.gram import score_gram
 from numpyro_score.energy import (
     AnyEnergy,
-    base_constraint,
     base_law,
     is_constant,
     is_quadratic,
@@ -30,92 +31,14 @@ from numpyro_score.energy import (
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import Loss, total_loss
 from numpyro_score.operators import full_precision
-from numpyro_score.printed import num_numbers
 from numpyro_score.programs import shared_jit
 
-__all__ = ["MAX_PARAMETERS", "ClosedFormError", "Coordinates", "FlatObjectiveError", "Quadratic", "expand", "minimise"]
+__all__ = ["MAX_PARAMETERS", "Quadratic", "expand", "minimise"]
 
 MAX_PARAMETERS = 5000
 """Above this many parameters the dense Hessian is not formed."""
 
 _FEW = 64  # parameters up to which the Hessian is formed by its products alone, which compiles less
-
-
-class ClosedFormError(ValueError):
-    """The objective has no closed-form minimiser: it is not quadratic, or its minimum violates a constraint."""
-
-
-class FlatObjectiveError(ClosedFormError):
-    """The objective is quadratic, but the data and the prior leave a direction of the parameters free."""
-
-
-@dataclass(frozen=True, eq=False)
-class Coordinates:
-    """The constrained values of all latent and param sites as one vector of P numbers, sites in alphabetical order."""
-
-    supports: dict[str, constraints.Constraint]
-    values: dict[str, Any]  # somewhere inside the supports
-
-    def __repr__(self) -> str:
-        return f"{num_numbers(self.values)}: {', '.join(sorted(self.supports))}"
-
-    @classmethod
-    def of_sites(cls, sites: dict[str, Any]) -> Coordinates:
-        """From the sites of a traced model.
-
-        Raises:
-            ClosedFormError: for a site whose support is not an open box.
-        """
-        supports = {
-            name: site["kwargs"].get("constraint", constraints.real) if site["type"] == "param" else site["fn"].support
-            for name, site in sites.items()
-            if site["type"] == "param" or (site["type"] == "sample" and not site["is_observed"])
-        }
-        for name, support in supports.items():
-            base = base_constraint(support)
-            if not isinstance(base, _BOXES) or isinstance(base, type(constraints.circular)):
-                raise ClosedFormError(
-                    f"Site '{name}' has support {type(base).__name__.strip('_').lower()}, which has no coordinates in "
-                    "which a quadratic could be minimised: use ScoreMatching with its optimiser."
-                )
-        return cls(supports, {name: sites[name]["value"] for name in supports})
-
-    @property
-    def size(self) -> int:
-        """P."""
-        return sum(np.size(leaf) for leaf in jax.tree.leaves(self.values))
-
-    @property
-    def unravel(self) -> Callable[[Array], dict[str, Any]]:
-        """From a vector (P,) to values by site; equal for equal sites, so that functions of it compile once."""
-        return ravel_pytree(self.values)[1]
-
-    def ravel(self) -> Array:
-        """The values as a vector (P,)."""
-        return ravel_pytree(self.values)[0]
-
-    def by_site(self, vector: np.ndarray) -> dict[str, Any]:
-        """Values by site, in the precision in force."""
-        return self.unravel(jnp.asarray(vector, jnp.result_type(float)))
-
-    def site_of(self, index: int) -> str:
-        """The site that a coordinate belongs to."""
-        sizes = {k: sum(map(np.size, jax.tree.leaves(v))) for k, v in sorted(self.values.items())}
-        return list(sizes)[int(np.searchsorted(np.cumsum(list(sizes.values())), index, side="right"))]
-
-    def require_inside(self, vector: np.ndarray) -> None:
-        """Raises ClosedFormError unless the values are inside their supports."""
-        for name, value in self.by_site(vector).items():
-            for leaf in jax.tree.leaves(value):
-                finite = jnp.isfinite(dist.biject_to(self.supports[name]).inv(leaf)).all()
-                if not (finite and jnp.all(self.supports[name](leaf))):
-                    raise ClosedFormError(
-                        f"The minimum of the quadratic violates the constraint of site '{name}': use ScoreMatching "
-                        "with an optimiser, which stays inside."
-                    )
-
-
-_BOXES = (type(constraints.real), constraints.greater_than, constraints.less_than, constraints.interval)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +63,23 @@ class Quadratic:
     def restrict(self, index: np.ndarray) -> Quadratic:
         """As a function of some coordinates, with the others at zero."""
         return Quadratic(self.hessian[np.ix_(index, index)], self.linear[index], self.constant)
+
+    def within(self, lower: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The minimiser (P,) between bounds, and which coordinates are at the lower (−1) or the upper (1) one, (P,).
+
+        By bounded least squares, as Γ is positive definite.
+
+        Raises:
+            ClosedFormError: if no minimiser is found.
+        """
+        scale = 1 / np.sqrt(np.diag(self.hessian))
+        root = np.linalg.cholesky(self.hessian * scale * scale[:, None]).T
+        target = -scipy.linalg.solve_triangular(root, self.linear * scale, trans=1)
+        found = scipy.optimize.lsq_linear(root, target, (lower / scale, upper / scale), "bvls")
+        if not found.success:
+            raise ClosedFormError(f"The minimum of the quadratic within its constraints was not found: {found.message}")
+        side = found.active_mask
+        return np.select([side < 0, side > 0], [lower, upper], scale * found.x), side
 
     def solver(self, site_of: Callable[[int], str]) -> Callable[[np.ndarray], np.ndarray]:
         """The map v → Γ⁻¹v of a vector, or of the columns of a matrix.
@@ -355,6 +295,14 @@ def _prior(theta: Array, inputs: Inputs, *, problem: Problem) -> tuple[Array, ..
     return value, gradient, _products_of(lambda t: terms(t)[0], jnp.eye(len(theta)), 64), *terms(theta)[1]
 
 
+class Minimum(NamedTuple):
+    """Where an objective is least."""
+
+    estimates: dict[str, Any]  # constrained values by site
+    value: float  # of the objective there
+    at_ends: tuple[str, ...]  # sites with numbers at the end of their constraint, beyond which it would be less
+
+
 def minimise(
     target: GeneralizedModel,
     sites: dict[str, Any],
@@ -362,8 +310,11 @@ def minimise(
     rng_key: Array,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[dict[str, Any], float]:
-    """The constrained values of the latent and param sites, by name, at the minimum of the objective, and its value.
+) -> Minimum:
+    """The constrained values of the latent and param sites at the minimum of the objective.
+
+    Constraints are open, so where the minimum violates one the values are beside its end, see
+    :meth:`Coordinates.beside_ends`.
 
     Args:
         target: the generalised model.
@@ -374,7 +325,7 @@ def minimise(
         kwargs: its keyword arguments.
 
     Raises:
-        ClosedFormError: if there is no closed form, or the minimum violates a constraint.
+        ClosedFormError: if there is no closed form.
         FlatObjectiveError: if the minimum is not unique.
     """
     coordinates = Coordinates.of_sites(sites)
@@ -382,10 +333,17 @@ def minimise(
     if expansion.penalties.any():
         raise ClosedFormError("A Laplace prior is not quadratic: see sparse_path.")
     whole = expansion.data + expansion.prior
-    inverse = whole.solver(coordinates.site_of)
-    theta = -inverse(whole.linear)
+    theta, at = -whole.solver(coordinates.site_of)(whole.linear), np.zeros(coordinates.size)
+    lower, upper = coordinates.ends()
+    if not ((lower < theta) & (theta < upper)).all():
+        theta, at = whole.within(lower, upper)
+    free = np.flatnonzero(at == 0)
+    inverse = whole.restrict(free).solver(lambda i: coordinates.site_of(int(free[i])))
     # What forming Γ has lost to rounding, gradients at the solution give back.
     for _ in range(2):
-        theta = theta - inverse(expansion.value_and_gradient(theta)[1] + expansion.prior.gradient(theta))
+        theta[free] -= inverse((expansion.value_and_gradient(theta)[1] + expansion.prior.gradient(theta))[free])
+    theta = coordinates.beside_ends(theta, at, np.diag(whole.hessian))
     coordinates.require_inside(theta)
-    return coordinates.by_site(theta), expansion.value_and_gradient(theta)[0] + expansion.prior(theta)
+    value = expansion.value_and_gradient(theta)[0] + expansion.prior(theta)
+    names = dict.fromkeys(coordinates.site_of(int(i)) for i in np.flatnonzero(at))
+    return Minimum(coordinates.by_site(theta), value, tuple(names))

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.infer import init_to_feasible
 
-from numpyro_score.closed_form.quadratic import ClosedFormError, Coordinates, Inputs, Problem, Quadratic, expand
+from numpyro_score.closed_form.coordinates import ClosedFormError, Coordinates
+from numpyro_score.closed_form.quadratic import Inputs, Problem, Quadratic, expand
 from numpyro_score.energy import Energy, evaluate_for_check, one_plate, split_arrays, sum_by_device
 from numpyro_score.generalized import GeneralizedModel, prior_model
 from numpyro_score.losses import row_losses

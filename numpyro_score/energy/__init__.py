@@ -33,6 +33,7 @@ from numpyro_score.energy.supports import (
     base_law,
     distances,
     innermost,
+    limits,
     make_frame,
 )
 from numpyro_score.energy.tables import (
@@ -86,6 +87,7 @@ __all__ = [
     "join_arrays",
     "lattice_density",
     "layouts_kept",
+    "limits",
     "log_ratios",
     "make_frame",
     "num_values",

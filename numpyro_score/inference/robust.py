@@ -134,7 +134,7 @@ def windham(fit: ScoreMatchingResult, c: float) -> ScoreMatchingResult:
     size = np.sqrt(np.sum(rows[used] ** 2, axis=0))
     rate = float(objective.learning_rate)
     none = np.full_like(jacobian, np.nan)  # there is no objective whose Hessian it were
-    curvature = Curvature(jacobian, none, root / rate, size, rate, None, (), distance)
+    curvature = Curvature(jacobian, none, root / rate, size, rate, None, (), distance, objective.at_an_end())
     return _at(fit, objective, Windham(loss, float(c)), curvature)
 
 

@@ -6,7 +6,6 @@ import copy
 import inspect
 import itertools
 import os
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +19,6 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import transform_fn
 from numpyro.optim import Minimize
 
-from numpyro_score.closed_form import ClosedFormError, FlatObjectiveError, minimise
 from numpyro_score.energy import AnyEnergy, evaluate_for_check, join_arrays, layouts_kept, read_arguments, split_arrays
 from numpyro_score.generalized import GeneralizedModel, point_guide, prior_model
 from numpyro_score.inference.arguments import (
@@ -57,6 +55,7 @@ from numpyro_score.inference.optim import (
 from numpyro_score.inference.pickling import Compiling, refuse_not_pickled
 from numpyro_score.inference.processes import require_common
 from numpyro_score.inference.result import ScoreMatchingResult
+from numpyro_score.inference.solving import solve
 from numpyro_score.inference.start import CompiledStart
 from numpyro_score.inference.traces import CompiledTrace
 from numpyro_score.losses import DefaultLoss, Loss
@@ -249,8 +248,9 @@ class ScoreMatching(Compiling, FromBatches, SVI):
 
         With neither guide nor optimiser given, an objective that is quadratic in the constrained parameters, such as
         that of an energy affine in them under ISM, is solved at once, whatever `num_steps` and the starting point: the
-        result has one loss, that at the minimum. The random numbers of a stochastic loss are held at one draw. Adam
-        takes over if the minimum violates a constraint, or, with a warning, if it is not unique.
+        result has one loss, that at the minimum. The random numbers of a stochastic loss are held at one draw. Where
+        the minimum violates a constraint the one within is found, at its end, with a warning. Adam takes over, with a
+        warning, if the minimum is not unique.
 
         Args:
             rng_key: a key for the starting point and the loss's random numbers; `jax.random.key(0)` if not given.
@@ -277,7 +277,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
             OSError: if the checkpoint cannot be read or written.
 
         Warns:
-            UserWarning: if the loss was still falling at the end.
+            UserWarning: if the loss was still falling at the end, or the minimum violates a constraint.
         """
         num_steps = check_num_steps(self.num_steps if num_steps is None else num_steps)
         if isinstance(self.learning_rate, str):
@@ -307,16 +307,11 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         start = int(state.optim_state[0])
         state = self._laid_out(strongly_typed(state), (args, kwargs))
         if self._default_optim and self._default_guide:
-            initial = result(self.get_params(state), state, np.zeros(0))
-            try:
-                state, loss = self._solve(initial)
+            solved = solve(self, result(self.get_params(state), state, np.zeros(0)))
+            if solved is not None:
                 if self.average is not None:
                     raise ValueError(NOTHING_TO_AVERAGE)
-                return result(self.get_params(state), state, np.array([loss]))
-            except FlatObjectiveError as error:
-                warnings.warn(f"{error} The optimiser finds one of many minima.", stacklevel=3)
-            except ClosedFormError:
-                pass
+                return result(self.get_params(solved[0]), solved[0], np.array([solved[1]]))
         course = Course(self.constrain_fn.args[0], start, num_steps, self.learning_rate)
         rest = dict(static=static, places=places_of(arrays), stable_update=stable_update)
         advance = partial(self._advance, course, arrays, **rest)
@@ -337,16 +332,6 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         if not interrupted:
             warn_at_end(self, state, losses, self._shape[1])
         return result(self.get_params(state), state, losses, interrupted=interrupted)
-
-    def _solve(self, start: ScoreMatchingResult) -> tuple[Any, float]:
-        """The `SVIState` at the minimum of a quadratic objective, and the objective there; `start` is anywhere."""
-        sites, state = start.sites, start.state
-        if state.mutable_state or any(s["type"] == "plate" and len(s["value"]) != s["args"][0] for s in sites.values()):
-            raise ClosedFormError("The objective changes from step to step.")
-        values, loss = minimise(self.model, sites, start.energy, state.rng_key, start.args, start.kwargs)
-        params = {k if sites[k]["type"] == "param" else f"{k}_{self.guide.prefix}_loc": v for k, v in values.items()}
-        free = transform_fn(self.constrain_fn.args[0], params, invert=True)
-        return state._replace(optim_state=self.optim.init(free)), loss
 
     def evaluate(self, svi_state: Any, *args: Any, **kwargs: Any) -> Array:
         """The loss at a state, as SVI's; mutable sites have their values in the state, which SVI would leave out."""

@@ -21,14 +21,13 @@ from numpyro_score.energy import AnyEnergy, Energy, plural
 from numpyro_score.labels import element_names, with_labels
 from numpyro_score.losses import loss_for
 from numpyro_score.printed import name_of, num_numbers, settings
-from numpyro_score.uncertainty import ARRIVED, MAX_PARAMETERS, NOT_CONVERGED, SandwichError
+from numpyro_score.uncertainty import ARRIVED, AT_AN_END, MAX_PARAMETERS, NOT_CONVERGED, SandwichError
 
 __all__ = ["Summary", "number_names", "rows_of", "summarise", "summarise_estimates"]
 
 _DRAWS = 4000  # for intervals of sites whose numbers are tied to each other
 _SHOWN = 60  # rows of the printed table
-_FAR = 30.0  # in unconstrained space: a scale of 1e-13, which floats do not see beside what is of order one
-_FREE = 8.0  # a standard error there, a factor of 3,000 of a scale: the data do not hold it
+_FREE = 8.0  # a standard error in unconstrained space, a factor of 3,000 of a scale: the data do not hold it
 _FEW = 20  # numbers of a site that is several arrays
 
 
@@ -93,13 +92,18 @@ def summarise(
         lines.append(f"No standard errors: {error}")
     else:
         errors = _errors(fit)
+        at_ends = _of_coordinates(fit, values, fit.curvature.at_an_end)
+
+        def inside(column: dict[str, Any]) -> dict[str, Any]:
+            return {k: np.where(np.asarray(at_ends[k]) > 0, np.nan, np.asarray(v)) for k, v in column.items()}
+
         intervals = _intervals(fit, covariance, 0.5 * (1 + level), values, errors)
         columns |= {
-            "stderr": errors,
+            "stderr": inside(errors),
             "z": {k: _z(fit, k, v, errors[k]) for k, v in values.items()},
-            low: {k: v[0] for k, v in intervals.items()},
-            high: {k: v[1] for k, v in intervals.items()},
-            "distance": _distances(fit, values),
+            low: inside({k: v[0] for k, v in intervals.items()}),
+            high: inside({k: v[1] for k, v in intervals.items()}),
+            "distance": _of_coordinates(fit, values, fit.curvature.distance),
         }
         lines.append(_convergence(fit))
         lines += _at_the_end(fit, covariance)
@@ -209,7 +213,7 @@ def _at_the_end(fit: Any, covariance: np.ndarray) -> list[str]:
     """A sentence on sites that are at the end of their constraint, as a scale at zero, where errors mean nothing."""
     c = fit.coordinates
     errors = np.sqrt(np.maximum(np.diag(covariance), 0.0))
-    lost = (np.abs(np.asarray(c.position, np.float64)) > _FAR) | (errors > _FREE)
+    lost = fit.curvature.at_an_end | (errors > _FREE)
     by_site = c.unravel(jnp.asarray(lost, c.position.dtype))
     names = [
         k
@@ -219,18 +223,18 @@ def _at_the_end(fit: Any, covariance: np.ndarray) -> list[str]:
     if not names:
         return []
     return [
-        f"Numbers of {', '.join(map(repr, names))} are at the end of their constraint, where errors and intervals mean "
-        "nothing: the data do not have that term, so leave it out or give it a prior away from there."
+        f"Numbers of {', '.join(map(repr, names))} {AT_AN_END}: the data do not have that term, so leave it out, or "
+        "give it a prior away from there. Errors of the others are as if it were known."
     ]
 
 
 def _covariance(fit: Any) -> np.ndarray:
-    """The sandwich; that the fit has not converged, the table says itself."""
+    """The sandwich; that the fit has not converged, or is at an end, the table says itself."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         covariance = fit.curvature.covariance
     for warning in caught:
-        if not str(warning.message).startswith(NOT_CONVERGED):
+        if not (str(warning.message).startswith(NOT_CONVERGED) or AT_AN_END in str(warning.message)):
             warnings.warn(warning.message, warning.category, stacklevel=4)
     return covariance
 
@@ -303,10 +307,10 @@ def _elementwise(transform: Any) -> bool:
     return base.domain.event_dim == 0 and base.codomain.event_dim == 0
 
 
-def _distances(fit: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """How far the minimum is, in standard errors: of each number, or the furthest of a site's coordinates."""
+def _of_coordinates(fit: Any, values: dict[str, Any], numbers: np.ndarray) -> dict[str, Any]:
+    """What is known of each coordinate (P,), by variable: of each number, or the most of a site's coordinates."""
     c = fit.coordinates
-    by_site = flat_leaves(c.unravel(jnp.asarray(fit.curvature.distance, c.position.dtype)))
+    by_site = flat_leaves(c.unravel(jnp.asarray(numbers, c.position.dtype)))
     found: dict[str, Any] = {}
     for name, value in values.items():
         site = _site(fit, name)

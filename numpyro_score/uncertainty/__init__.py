@@ -6,6 +6,7 @@ from numpyro_score.uncertainty.dependence import Dependence, automatic_window, s
 from numpyro_score.uncertainty.hierarchy import grouped_sites, nested_terms
 from numpyro_score.uncertainty.influence import diagonal_stderr, influence, stderr_from, stderr_of
 from numpyro_score.uncertainty.objective import (
+    NEAR_ZERO,
     Objective,
     Parametrisation,
     SandwichError,
@@ -15,6 +16,7 @@ from numpyro_score.uncertainty.objective import (
 )
 from numpyro_score.uncertainty.sandwich import (
     ARRIVED,
+    AT_AN_END,
     MAX_PARAMETERS,
     NOT_CONVERGED,
     Curvature,
@@ -27,7 +29,9 @@ from numpyro_score.uncertainty.sandwich import (
 
 __all__ = [
     "ARRIVED",
+    "AT_AN_END",
     "MAX_PARAMETERS",
+    "NEAR_ZERO",
     "NOT_CONVERGED",
     "Curvature",
     "Dependence",

@@ -22,6 +22,7 @@ from numpyro_score.uncertainty.sandwich import (
     used_rows,
     warn_if_few_rows_bend,
     warn_if_not_converged,
+    warn_of_ends,
 )
 
 __all__ = ["curvature_of_batches"]
@@ -91,9 +92,10 @@ def curvature_of_batches(objectives: Iterator[Objective], num_rows: int | None) 
     root = (np.sqrt(np.maximum(variances, 0.0))[:, None] * axes.T) * unit
     errors = np.sqrt(np.sum(np.linalg.solve(whole, beta * root.T) ** 2, axis=1))
     step = np.linalg.solve(whole, beta * total + prior_gradient)
-    distance = np.abs(step) / np.where(errors > 0, errors, np.inf)
+    at_an_end = warn_of_ends(first)
+    distance = np.where(at_an_end, 0.0, np.abs(step) / np.where(errors > 0, errors, np.inf))
     if not random or distance.max() > _AT_ONE_KEY:
         warn_if_not_converged(first, first.unravel(jnp.asarray(distance, first.position.dtype)))
     elif distance.max() > ARRIVED:  # which one draw of the loss's random numbers may well be
         distance = np.zeros_like(distance)
-    return Curvature(whole, loss_hessian, root, size, beta, None, (), distance)
+    return Curvature(whole, loss_hessian, root, size, beta, None, (), distance, at_an_end)

@@ -20,7 +20,8 @@ def calibrated_learning_rate(curvature: Curvature) -> float:
     in unconstrained coordinates, of the losses alone. The precision of the estimates is HS⁻¹H and that of the
     posterior βH, without the prior: β makes their traces equal, and with one parameter the two themselves. Both H and
     S grow as N, so β does not. Weights of c in all rows divide β by c, and so cancel from the posterior. Parameters
-    that the losses do not depend on, such as the scale of a prior, do not count.
+    that the losses do not depend on, such as the scale of a prior, do not count, nor those at an end of their
+    constraint.
 
     Raises:
         SandwichError: if H is not positive definite, or S is singular.
@@ -31,7 +32,7 @@ def calibrated_learning_rate(curvature: Curvature) -> float:
             "calibrated: take the fit that windham was given."
         )
     p = len(curvature.size)
-    counts = (curvature.size > 0) | (np.diag(curvature.loss_hessian) != 0)
+    counts = ~curvature.at_an_end & ((curvature.size > 0) | (np.diag(curvature.loss_hessian) != 0))
     h, size = curvature.loss_hessian[np.ix_(counts, counts)], curvature.size[counts]
     root = np.asarray(np.linalg.qr(curvature.root[:, counts], mode="r"))
     resolution = 10 * p * float(np.finfo(jnp.result_type(float)).eps)

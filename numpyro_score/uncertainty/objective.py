@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -16,12 +17,13 @@ from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
 from numpyro.infer.util import log_density, transform_fn
 
-from numpyro_score.energy import AnyEnergy, join_arrays, split_arrays
+from numpyro_score.energy import AnyEnergy, join_arrays, limits, split_arrays
 from numpyro_score.losses import Loss, row_losses
 from numpyro_score.operators import full_precision
 from numpyro_score.programs import shared_jit
 
 __all__ = [
+    "NEAR_ZERO",
     "USE_NUTS",
     "Objective",
     "Parametrisation",
@@ -35,6 +37,10 @@ __all__ = [
 class SandwichError(ValueError):
     """The sandwich covariance of a fit does not exist or is too large to form."""
 
+
+_FAR = 30.0  # in unconstrained space
+
+NEAR_ZERO = math.exp(-_FAR - 1)  # a scale that floats do not see beside what is of order one
 
 USE_NUTS = "Use NUTS over generalized_bayes(model, loss)."
 
@@ -66,6 +72,10 @@ class Parametrisation:
     def constrain(self, vector: Float[Array, "p"]) -> dict[str, Any]:
         """Constrained values by site."""
         return transform_fn(self.transforms, self.unravel(vector))
+
+    def at_an_end(self) -> np.ndarray:
+        """Which coordinates are at the end of their constraint to all that floats show, as a scale at zero, (P,)."""
+        return _at_an_end(self.transforms, self.unravel(self.position))
 
     def stderr(self, covariance: np.ndarray) -> dict[str, Any]:
         """Standard errors in constrained space by the delta method, in the sites' own shapes."""
@@ -153,6 +163,10 @@ class Objective:
         args, kwargs = join_arrays(self.arrays, self.static)
         return prior_terms(self.prior, args, kwargs, transform_fn(self.transforms, free))
 
+    def at_an_end(self) -> np.ndarray:
+        """Which coordinates are at the end of their constraint, (P,): see :class:`Parametrisation`."""
+        return Parametrisation(self.transforms, self.position, self.unravel).at_an_end()
+
     def blocks(self) -> dict[str, np.ndarray]:
         """The coordinates of each site."""
         return site_blocks(self.unravel, len(self.position))
@@ -179,6 +193,23 @@ def site_blocks(unravel: Callable[[Array], dict[str, Any]], size: int) -> dict[s
         k: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(v)] or [np.zeros(0)]).astype(int)
         for k, v in numbers.items()
     }
+
+
+def _at_an_end(transforms: dict[str, Any], free: dict[str, Any]) -> np.ndarray:
+    found = {name: jax.tree.map(partial(_beside, transforms[name]), values) for name, values in free.items()}
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)] or [np.zeros(0, bool)])
+
+
+def _beside(transform: Any, free: Any) -> np.ndarray:
+    """Which numbers of an unconstrained array are, as constrained ones, beside an end."""
+    ends = [end for end in limits(transform.codomain) if np.isfinite(end).all()]
+    beside = np.zeros(np.shape(free), bool)
+    if ends or isinstance(transform.codomain, type(constraints.simplex)):
+        beside |= np.abs(np.asarray(free)) > _FAR
+        value, rounding = np.asarray(transform(free), np.float64), float(jnp.finfo(jnp.result_type(free)).eps)
+        for end in ends:
+            beside |= np.abs(value - end) <= 8 * rounding * reduce(np.maximum, map(np.abs, ends))
+    return beside
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
