@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
 import pytest
@@ -9,7 +10,7 @@ from discretes import BINARY, COUNT, com_poisson, discrete, ising, states
 from models import improper
 from scipy.special import gammaln, logsumexp
 
-from numpyro_score import Energy, compare, plot_comparison, report, sample
+from numpyro_score import Energy, compare, plot_comparison, plot_marginals, report, sample
 
 KEY = jax.random.key(0)
 STATES = states(2, 2, 2, 2)
@@ -110,3 +111,21 @@ def test_counts_and_binary_data_are_not_alike():
     with pytest.raises(ValueError, match=r"'x' \(binary\) .* 'x' \(counts\)"):
         compare({"a": one, "b": Energy(binary, {}, jnp.arange(2))}, np.arange(2), rng_key=KEY)
     assert COUNT.is_discrete
+
+
+def test_marginals_of_discrete_data_are_shares():
+    """Bars for single columns, and points moved by less than half a step in pairs."""
+    rng = np.random.default_rng(0)
+    x, draws = rng.integers(0, 2, (50, 16)), rng.integers(0, 2, (40, 16))
+    axes = plot_marginals(Energy(ising, {"j": 0.1, "h": 0.0}, x), draws, columns=[0, 3])
+    for panel, column in ((axes[0, 0], 0), (axes[1, 1], 3)):
+        assert not panel.lines
+        for bars, values in zip(panel.containers, (draws, x), strict=True):
+            shares = [np.mean(values[:, column] == v) for v in (0, 1)]
+            np.testing.assert_allclose([bar.get_height() for bar in bars], shares)
+    drawn, seen = axes[1, 0].collections
+    for points, values in ((drawn, draws), (seen, x)):
+        away = points.get_offsets() - values[:, [0, 3]]
+        assert 0 < np.abs(away).max() <= 0.3
+    assert axes[0, 0].get_ylabel() == "share"
+    plt.close(axes[0, 0].figure)

@@ -22,6 +22,7 @@ from numpyro_score import (
     generalized_bayes,
     hyvarinen_score,
     load,
+    log_partition,
     mmd,
     plot_influence,
     report,
@@ -161,3 +162,29 @@ def test_columns_that_hold_no_data(message):
     """Each error names the column and what to do."""
     with pytest.raises((TypeError, ValueError), match=message):
         MATCHER.init(KEY, BAD[message])
+
+
+def test_covariates_have_the_same_columns():
+    """A frame of covariates in another order would be another model, wherever new rows or values are given."""
+    frame = pd.DataFrame(X, columns=["age", "dose"])
+
+    def regression(y, z):
+        w = numpyro.param("w", np.zeros(2, np.float32))
+        with numpyro.plate("rows", len(y)):
+            numpyro.factor("energy", -0.5 * (y - z @ w) ** 2)
+
+    regressed = ScoreMatching(regression).run(KEY, Z, frame, progress_bar=False)
+    refused = [
+        lambda z: regressed.energy.at(Z[:, None], z=z),
+        lambda z: regressed.energy.bind(z=z),
+        lambda z: hyvarinen_score(regressed, Z, z),
+        lambda z: log_partition(regressed, given={"z": z[:2]}),
+        lambda z: sample(regressed, KEY, 3, given={"z": z[:2]}, num_chains=1, num_warmup=3),
+    ]
+    for call in refused:
+        with pytest.raises(ValueError, match=r"'z' has the columns 'dose', 'age', and the model is bound to data with"):
+            call(frame[["dose", "age"]])
+    for call in refused[:3]:
+        call(frame)
+    np.testing.assert_array_equal(regressed.energy.bind(z=frame).data, regressed.energy.data)
+    regressed.energy.bind(z=X[:, ::-1])  # an array has no names

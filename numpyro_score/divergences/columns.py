@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from numpyro_score.energy import Energy, rows_first
 
-__all__ = ["chain_columns", "data_columns", "sample_columns"]
+__all__ = ["chain_columns", "data_columns", "discrete_columns", "sample_columns"]
 
 
 def data_columns(energy: Energy) -> tuple[list[str], np.ndarray]:
@@ -18,6 +18,14 @@ def data_columns(energy: Energy) -> tuple[list[str], np.ndarray]:
     values = energy.unflatten(x)
     columns = [np.asarray(rows_first(values[a.name], a.row_axes), np.float64) for a in energy.arrays]
     return energy.column_names, np.concatenate(columns, axis=1)[np.asarray(weights) != 0]
+
+
+def discrete_columns(energy: Energy) -> list[bool]:
+    """Which of these numbers are discrete."""
+    x, _ = energy.data_and_weights()
+    values = energy.unflatten(x[:1] if energy.resizable else x)
+    widths = {a.name: rows_first(values[a.name], a.row_axes).shape[1] for a in energy.arrays}
+    return [a.support.is_discrete for a in energy.arrays for _ in range(widths[a.name])]
 
 
 def sample_columns(energy: Energy, samples: Any) -> Float[np.ndarray, "m k"]:

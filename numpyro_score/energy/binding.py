@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_score.energy.arguments import join_arrays, named_arrays, positional, split_arrays, takes_keyword
-from numpyro_score.energy.tables import read_arguments
+from numpyro_score.energy.tables import read_arguments, refuse_other_columns
 from numpyro_score.placement import places_of
 
 __all__ = ["data_arguments", "rebound", "rows_given"]
@@ -19,7 +19,8 @@ __all__ = ["data_arguments", "rebound", "rows_given"]
 def rebound(energy: Any, arguments: Mapping[str, Any]) -> Any:
     """See :meth:`Energy.bind`."""
     model = energy.model
-    arguments = read_arguments(model, (), dict(arguments))[1]
+    _, arguments, labels = read_arguments(model, (), dict(arguments))
+    refuse_other_columns(energy.labels, labels, by_name=True)
     args, kwargs = join_arrays(energy._arrays, energy._static)
     args, kwargs, names = list(args), dict(kwargs), positional(model)
     for name, value in arguments.items():
@@ -78,7 +79,9 @@ def rows_given(energy: Any, given: Mapping[str, Any]) -> list[Any]:
     """
     if not isinstance(given, Mapping) or not given:
         raise TypeError(f"given must be a dict of the model's arguments by name, e.g. {{'z': z}}, got {given!r}.")
-    given = {k: jnp.asarray(v) for k, v in read_arguments(energy.model, (), dict(given))[1].items()}
+    _, given, labels = read_arguments(energy.model, (), dict(given))
+    refuse_other_columns(energy.labels, labels, by_name=True)
+    given = {k: jnp.asarray(v) for k, v in given.items()}
     sizes = {k: v.shape[0] if v.ndim else 0 for k, v in given.items()}
     if len(set(sizes.values())) > 1 or 0 in sizes.values():
         raise ValueError(f"given has arguments of the lengths {sizes}: give one value of each for every row.")

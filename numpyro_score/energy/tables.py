@@ -46,12 +46,15 @@ class Labels(NamedTuple):
     whole: tuple[tuple[int, tuple[str, ...]], ...] = ()  # columns of integers in frames of other numbers
 
     def of_columns(self, layout: Layout) -> Labels:
-        """Those of the data's columns alone, without the labels of rows: what a density of any rows may know."""
+        """Those of columns alone, without the labels of rows: what a density of any rows may know."""
         rows = {a.leaf: a.row_axes for a in layout.arrays if a.leaf is not None}
+
+        def of_column(i: int, k: int, axis: Axis) -> bool:
+            return k not in rows[i] if i in rows else axis.is_column
+
         kept = tuple(
-            (i, name, tuple(axis._replace(labels=None) if k in rows[i] else axis for k, axis in enumerate(axes)))
+            (i, name, tuple(v if of_column(i, k, v) else v._replace(labels=None) for k, v in enumerate(axes)))
             for i, name, axes in self.axes
-            if i in rows
         )
         return Labels(kept, tuple((i, names) for i, names in self.whole if i in rows))
 
@@ -181,15 +184,22 @@ def as_rows(array: DataArray, value: Any, labels: Labels) -> Any:
     return found
 
 
-def refuse_other_columns(known: Labels, new: Labels) -> None:
-    """Raises ValueError for frames of other columns, or in another order, than those of the same arguments before."""
-    before = {leaf: axes[-1] for leaf, _, axes in known.axes}
+def refuse_other_columns(known: Labels, new: Labels, by_name: bool = False) -> None:
+    """Raises ValueError for frames of other columns, or in another order, than those of the same arguments before.
+
+    They are told by their place among the arrays of all arguments or, where these are some of them, by name.
+    """
+
+    def key(leaf: int, name: str) -> int | str:
+        return name if by_name else leaf
+
+    before = {key(leaf, name): axes[-1] for leaf, name, axes in known.axes}
     for leaf, name, (*_, last) in new.axes:
-        if leaf in before and last.is_column and before[leaf].is_column and before[leaf].labels != last.labels:
+        first = before.get(key(leaf, name), last)
+        if last.is_column and first.is_column and first.labels != last.labels:
             raise ValueError(
                 f"'{name}' has the columns {_listed(last.labels)}, and the model is bound to data with "
-                f"{_listed(before[leaf].labels)}: give it these in this order, e.g. "
-                f"frame[{list(before[leaf].labels or ())!r}]."
+                f"{_listed(first.labels)}: give it these in this order, e.g. frame[{list(first.labels or ())!r}]."
             )
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_score.divergences.columns import data_columns, sample_columns
+from numpyro_score.divergences.columns import data_columns, discrete_columns, sample_columns
 from numpyro_score.energy import Energy
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.normaliser import log_partition as find_log_partition
@@ -178,7 +178,8 @@ def plot_marginals(
 ) -> np.ndarray:
     """Data against samples: densities of single columns on the diagonal, pairs of columns below it.
 
-    Single columns by ArviZ's kernel density estimate, in the data's own units.
+    Single columns by ArviZ's kernel density estimate, in the data's own units. Discrete ones by the share of each
+    value, and in pairs moved a little at random, so that equal rows do not hide each other.
 
     Args:
         source: a fit or an energy, for the data.
@@ -210,8 +211,9 @@ def plot_marginals(
         f"data, {len(data)} rows": (data, ORANGE, "-", 0.6),
         f"model, {len(drawn)} draws": (drawn, BLUE, "--", 0.35),
     }
-    both = np.concatenate([data, drawn])
-    margin = 0.05 * np.ptp(both, axis=0)
+    both, discrete = np.concatenate([data, drawn]), discrete_columns(energy)
+    margin = np.where(discrete, 0.6, 0.05 * np.ptp(both, axis=0))
+    rng = np.random.default_rng(0)
     limits = np.column_stack([both.min(axis=0) - margin, both.max(axis=0) + margin])
     for row, i in enumerate(chosen):
         for column, j in enumerate(chosen):
@@ -219,14 +221,16 @@ def plot_marginals(
             if column > row:
                 panel.axis("off")
                 continue
-            for label, (values, color, style, alpha) in reversed(shown.items()):
-                if i == j:
+            for side, (label, (values, color, style, alpha)) in zip((0.2, -0.2), reversed(shown.items()), strict=True):
+                if i == j and discrete[i]:
+                    at, counts = np.unique(values[:, i], return_counts=True)
+                    panel.bar(at + side, counts / len(values), 0.4, color=color, label=label)
+                elif i == j:
                     grid, density = az.kde(values[:, i])[:2]
                     panel.plot(grid, density, style, color=color, linewidth=2, label=label)
                 else:
-                    panel.scatter(
-                        values[:, j], values[:, i], s=_dot(values) / 2, color=color, alpha=alpha, linewidths=0
-                    )
+                    moved = values + np.where(discrete, rng.uniform(-0.3, 0.3, values.shape), 0.0)
+                    panel.scatter(moved[:, j], moved[:, i], s=_dot(values) / 2, color=color, alpha=alpha, linewidths=0)
             panel.set_xlim(*limits[j])
             if i == j:
                 panel.set(ylim=(0, None), yticks=[])
@@ -236,7 +240,7 @@ def plot_marginals(
                 panel.set_xlabel(names[j])
             if column == 0 and row > 0:
                 panel.set_ylabel(names[i])
-    axes[0, 0].set_ylabel("density")
+    axes[0, 0].set_ylabel("share" if discrete[chosen[0]] else "density")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     axes[0, -1].legend(handles[::-1], labels[::-1], loc="upper right", fontsize="small" if count > 1 else None)
     return axes
