@@ -19,6 +19,7 @@ from numpyro_score.uncertainty.sandwich import (
     derivatives,
     gradient_at,
     require_curved,
+    sums_of_bends,
     used_rows,
     warn_if_few_rows_bend,
     warn_if_not_converged,
@@ -57,8 +58,8 @@ def curvature_of_batches(objectives: Iterator[Objective], num_rows: int | None) 
     outer, total, bends = np.zeros(()), np.zeros(()), np.zeros(())
     prior_hessian, prior_gradient, random, count = np.zeros(()), np.zeros(()), False, 0
     for objective in objectives:
-        found = (fetch(v).astype(np.float64) for v in derivatives(objective))
-        loss_hessian, of_prior, gradients, slope, of_batch = found
+        *found, of_batch = derivatives(objective)
+        loss_hessian, of_prior, gradients, slope = (fetch(v).astype(np.float64) for v in found)
         g = gradients[used_rows(objective)]
         if first is None:
             first = objective
@@ -73,7 +74,7 @@ def curvature_of_batches(objectives: Iterator[Objective], num_rows: int | None) 
             one, other = (fetch(gradient_at(first, key)) for key in jax.random.split(first.rng_key))
             random = not np.array_equal(one, other)
         hessian, outer, total, count = hessian + loss_hessian, outer + g.T @ g, total + g.sum(axis=0), count + len(g)
-        bends = bends + of_batch
+        bends = bends + sums_of_bends(of_batch)
     if first is None:
         raise ValueError("batches has none: give at least one, an iterator anew as it can be used only once.")
     if num_rows is not None and num_rows < count:

@@ -43,6 +43,7 @@ __all__ = [
     "gradient_at",
     "gradients_of_rows",
     "require_curved",
+    "sums_of_bends",
     "used_rows",
     "warn_if_few_rows_bend",
     "warn_if_not_converged",
@@ -154,7 +155,7 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
     at_an_end = warn_of_ends(objective)
     distance = np.where(at_an_end, 0.0, distance)
     warn_if_not_converged(objective, objective.unravel(jnp.asarray(distance, objective.position.dtype)))
-    warn_if_few_rows_bend(objective, hessian, fetch(bends))
+    warn_if_few_rows_bend(objective, hessian, sums_of_bends(bends))
     size = np.sqrt(np.sum(g**2, axis=0))
     return Curvature(hessian, loss_hessian, root, size, beta, spread, names, distance, at_an_end)
 
@@ -318,13 +319,13 @@ def warn_if_few_rows_bend(objective: Objective, hessian: np.ndarray, bends: np.n
     Args:
         objective: whose rows these are.
         hessian: of the whole objective, (P, P).
-        bends: sums over rows (6, P) of 1, h, g, h², hg and g², as :func:`derivatives` returns them.
+        bends: sums of 1, h, g, h², hg and g² over the rows with h ≠ 0, (6, P).
 
     Warns:
         UserWarning: for fewer than 4 such rows, if they are fewer than one of 150 as well. Densities with heavy tails
             come near to 4 where the rows are 50 to 200, and their intervals still cover.
     """
-    count, h, g, hh, hg, gg = bends.astype(np.float64)
+    count, h, g, hh, hg, gg = bends
     per_row = 1 / np.maximum(count, 1)
     hh, hg, gg = hh - h**2 * per_row, hg - h * g * per_row, gg - g**2 * per_row
     left = np.maximum(hh - hg**2 / np.where(gg > 0, gg, np.inf), 0.0) * count / np.maximum(count - 1, 1)
@@ -356,8 +357,7 @@ def _gradients_of_rows(objective: Objective) -> Array:
 def derivatives(objective: Objective) -> tuple[Array, Array, Array, Array, Array]:
     """Hessians of the losses and of the penalty (P, P), gradients of the rows (N, P) and of the penalty (P,), and sums.
 
-    The sums (6, P) are of 1, h, g, h², hg and g² over the rows with h ≠ 0, see :func:`warn_if_few_rows_bend`, and 0 for
-    a loss that no bend of the density in the data can harm.
+    The sums (8, P) are for :func:`sums_of_bends`, and 0 for a loss that no bend of the density in the data can harm.
     """
     position = objective.position
 
@@ -372,7 +372,7 @@ def derivatives(objective: Objective) -> tuple[Array, Array, Array, Array, Array
             g, h = move(lambda at: move(objective.rows, at)[1])
             bends = _bends(g, h)
         else:
-            g, bends = move(objective.rows)[1], jnp.zeros(6, position.dtype)
+            g, bends = move(objective.rows)[1], jnp.zeros(8, position.dtype)
         return move(jax.grad(losses))[1], move(jax.grad(objective.penalty))[1], g, bends
 
     unit = jnp.eye(len(position), dtype=position.dtype)
@@ -381,7 +381,16 @@ def derivatives(objective: Objective) -> tuple[Array, Array, Array, Array, Array
     return 0.5 * (hessian + hessian.T), 0.5 * (prior_hessian + prior_hessian.T), gradients.T, prior_gradient, bends.T
 
 
-def _bends(g: Float[Array, "n"], h: Float[Array, "n"]) -> Float[Array, "6"]:
+def _bends(g: Float[Array, "n"], h: Float[Array, "n"]) -> Float[Array, "8"]:
+    """These sums in units of the largest g and h, in which no square leaves single precision, and the units."""
     used = h != 0
     g = jnp.where(used, g, 0.0)
-    return jnp.stack([jnp.sum(used, dtype=h.dtype), *(jnp.sum(v) for v in (h, g, h**2, h * g, g**2))])
+    units = [jnp.where(m > 0, m, 1.0) for m in (jnp.max(jnp.abs(h)), jnp.max(jnp.abs(g)))]
+    h, g = h / units[0], g / units[1]
+    return jnp.stack([jnp.sum(used, dtype=h.dtype), *(jnp.sum(v) for v in (h, g, h**2, h * g, g**2)), *units])
+
+
+def sums_of_bends(bends: Array) -> np.ndarray:
+    """The sums that :func:`derivatives` returns, (8, P), in double precision and their own units, (6, P)."""
+    *sums, of_h, of_g = fetch(bends).astype(np.float64)
+    return np.stack(sums) * [np.ones_like(of_h), of_h, of_g, of_h**2, of_h * of_g, of_g**2]
