@@ -18,7 +18,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_score.energy import AnyEnergy, Parameters, Site, base_law, bind, read_arguments
 from numpyro_score.losses import Loss
-from numpyro_score.losses.base import check_settings, declare_sites, positive, total_loss_and_memory
+from numpyro_score.losses.base import check_settings, declare_sites, filled, positive, total_loss_and_memory
 from numpyro_score.placement import Places
 from numpyro_score.printed import name_of, settings
 from numpyro_score.programs import run_compiled
@@ -78,7 +78,7 @@ class GeneralizedModel:
         learning_rate = self.rate(*args, **kwargs)
         value, energy = _run_parameters(self.model, self.data, args, kwargs, self._places)
         if energy.is_concrete:
-            energy.check()
+            filled(self.loss, energy).check()
             check_settings(self.loss, energy)
         energy = energy.with_params(declare_sites(self.loss, energy))
         rng_key = _random_key(self.loss)

@@ -22,6 +22,7 @@ from numpyro_score.energy.domains import Domain, ball, flat_simplex, polygon
 from numpyro_score.energy.energy import Energy
 from numpyro_score.energy.kinks import NOT_PERIODIC, Kink, find_kink
 from numpyro_score.energy.layout import rows_first
+from numpyro_score.energy.missing import SeenCells, seen_cells
 from numpyro_score.energy.relaxation import relaxed
 from numpyro_score.energy.score_terms import curl, score_factor
 from numpyro_score.energy.several import AnyEnergy, Energies, bind, one_plate
@@ -65,6 +66,7 @@ __all__ = [
     "Parameters",
     "RowWeight",
     "Sealed",
+    "SeenCells",
     "Site",
     "as_array",
     "ball",
@@ -105,6 +107,7 @@ __all__ = [
     "rows_given",
     "rows_text",
     "score_factor",
+    "seen_cells",
     "split_arrays",
     "sum_by_device",
     "takes_keyword",

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpyro.distributions import constraints
 
@@ -27,7 +28,7 @@ from numpyro_score.energy.supports import Block, outside
 from numpyro_score.energy.tables import as_rows
 from numpyro_score.energy.trace import term_log_prob
 from numpyro_score.energy.values import check_rows
-from numpyro_score.placement import Spread, places_of
+from numpyro_score.placement import Spread, fetch, places_of
 
 __all__ = ["BoundModel"]
 
@@ -176,6 +177,22 @@ class BoundModel(ModelAtValues):
             on_each, rows = (jax.lax.all_gather(v, self._axes) for v in (found, row))
             found, row = jnp.any(on_each), rows[jnp.argmax(on_each)]
         return self.at(jnp.where(weights[:, None] != 0, x, jnp.where(found, row, 0.0))), weights
+
+    def whole_rows(self: M) -> M:
+        """The density at the rows of some weight without missing cells: what places draws of it, not its data.
+
+        Raises:
+            ValueError: if there is none, or the density is not :attr:`resizable`.
+        """
+        x, weights = (fetch(v) for v in self.data_and_weights())
+        whole = x[(weights != 0) & ~np.isnan(x).any(axis=1)]
+        if not (len(whole) and self.resizable):
+            raise ValueError(
+                "No row of the data is whole, and draws are placed by such rows: give some, e.g. fit.energy.at(x)."
+                if self.resizable
+                else "Rows with missing cells have densities of their own: say which, e.g. fit.energy.at(x, z=z)."
+            )
+        return self.at(whole)
 
     # -- over several devices -------------------------------------------------------------------------------------
 

@@ -91,6 +91,8 @@ class Arrays:
         ((kind, parts),) = tree.items()
         if kind == "dict":
             return {k: self.decode(v) for k, v in parts.items()}
+        if kind == "settings":
+            return parts  # of :meth:`settings`
         return (list if kind == "list" else tuple)(self.decode(v) for v in parts)
 
     def settings(self, value: Any) -> dict[str, Any]:
@@ -99,8 +101,12 @@ class Arrays:
         if dataclasses.is_dataclass(value):
             plain = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
             with contextlib.suppress(TypeError):
-                fields = self.encode(plain, "the loss")
+                fields = {"dict": {k: self._setting(v) for k, v in plain.items()}}
         return {"name": type(value).__name__, "printed": printed(value), "fields": fields}
+
+    def _setting(self, value: Any) -> Any:
+        inner = dataclasses.is_dataclass(value)  # a loss of its own
+        return {"settings": self.settings(value)} if inner else self.encode(value, "the loss")
 
     def leaves(self, tree: Any) -> list[list[Any]]:
         """The leaves of any pytree, each as its path and what stands for it."""

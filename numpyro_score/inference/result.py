@@ -118,11 +118,11 @@ class ScoreMatchingResult:
         """
         if not self.has_data:
             return self
-        absent: dict[str, Any] = {"args": Absent("args") if self.args else ()}
-        absent["kwargs"] = Absent("kwargs") if self.kwargs else {}
+        args: Any = Absent("args") if self.args else ()
+        kwargs: Any = Absent("kwargs") if self.kwargs else {}
         svi = copy.copy(self.svi)
         svi.guide = without_observed(svi.guide)
-        new = replace(self, svi=svi, **absent)
+        new = replace(self, svi=svi, args=args, kwargs=kwargs)
         new.__dict__["estimates"] = self.estimates  # which the model's sites are needed for
         return new
 
@@ -130,6 +130,11 @@ class ScoreMatchingResult:
     def is_point(self) -> bool:
         """Whether the guide is a point estimate."""
         return isinstance(self.svi.guide, AutoDelta)
+
+    @property
+    def has_missing_cells(self) -> bool:
+        """Whether the loss takes rows with missing cells."""
+        return getattr(self.svi.score_loss, "takes_missing", False)
 
     @property
     def learning_rate(self) -> Any:
@@ -264,7 +269,7 @@ class ScoreMatchingResult:
         """
         self._refuse_batches("influence")
         dense = of is None or len(self.coordinates.position) <= MAX_PARAMETERS
-        return influence(self._objective, _all if of is None else of, self.curvature.hessian if dense else None)
+        return influence(self._objective, of, self.curvature.hessian if dense else None)
 
     def calibrated_learning_rate(self) -> float:
         """The β that gives the generalised posterior the spread of the estimates, whatever β the fit used.
@@ -299,8 +304,7 @@ class ScoreMatchingResult:
         names = self.deterministic_sites
 
         def run(values: dict[str, Any]) -> dict[str, Any]:
-            sites = self._run_prior(values)
-            return {k: sites[k]["value"] for k in names}
+            return {k: s["value"] for k, s in self._run_prior(values).items() if k in names}
 
         return {**draws, **jax.vmap(run)(draws)} if names else draws
 
@@ -394,7 +398,3 @@ class ScoreMatchingResult:
         at = self.coordinates, svi.score_loss, svi.learning_rate, svi.prior, self.args, self.kwargs
         objective = Objective.of(energy, *at, self.state.rng_key)
         return replace(objective, by_coordinate=getattr(self.dependence, "of_coordinates", False))
-
-
-def _all(estimates: dict[str, Any]) -> dict[str, Any]:
-    return estimates

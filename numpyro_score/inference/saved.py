@@ -28,6 +28,7 @@ from numpyro_score.losses import (
     DiscreteFisher,
     KLContraction,
     Loss,
+    MissingCells,
     PseudoLikelihood,
     RatioMatching,
 )
@@ -36,7 +37,8 @@ from numpyro_score.uncertainty import Dependence
 __all__ = ["load"]
 
 _SETTINGS_TELL_ALL = (
-    DSM, FSM, ISM, SSM, ContinuousDSM, DefaultLoss, DiscreteFisher, KLContraction, PseudoLikelihood, RatioMatching,
+    DSM, FSM, ISM, SSM, ContinuousDSM, DefaultLoss, DiscreteFisher, KLContraction, MissingCells, PseudoLikelihood,
+    RatioMatching,
 )  # fmt: skip
 _LOSSES: dict[str, Any] = {c.__name__: c for c in _SETTINGS_TELL_ALL}
 
@@ -137,4 +139,6 @@ def _loss(entry: dict[str, Any], arrays: Arrays) -> Loss:
     """The loss that a file says all of."""
     if entry["fields"] is None:
         raise ValueError(f"The fit has the loss {entry['printed']}, which the files do not say all of: pass loss=....")
-    return _LOSSES[entry["name"]](**arrays.decode(entry["fields"]))
+    fields = arrays.decode(entry["fields"])
+    inner = {k: _loss(v, arrays) for k, v in fields.items() if isinstance(v, dict) and "printed" in v}
+    return _LOSSES[entry["name"]](**fields | inner)

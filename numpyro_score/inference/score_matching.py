@@ -59,7 +59,7 @@ from numpyro_score.inference.solving import solve
 from numpyro_score.inference.start import CompiledStart
 from numpyro_score.inference.traces import CompiledTrace
 from numpyro_score.losses import DefaultLoss, Loss
-from numpyro_score.losses.base import check_settings
+from numpyro_score.losses.base import check_settings, filled
 from numpyro_score.losses.memory import spread_memory
 from numpyro_score.placement import Places, Spread, label_auto, places_of, replicate
 from numpyro_score.printed import name_of, settings
@@ -353,7 +353,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         energy = energy.labelled(labels)
         self._shape, self._num_plates = (energy.dim, energy.num_rows), len(energy.parts)  # of a step's data
         if energy.is_concrete:
-            energy.check(self._evaluate)
+            filled(self.score_loss, energy).check(self._evaluate)
             check_settings(self.score_loss, energy)
 
     def _laid_out(self, state: Any, arguments: Any) -> Any:

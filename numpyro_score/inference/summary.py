@@ -20,6 +20,7 @@ from numpyro_score.arviz import dataset, flat
 from numpyro_score.energy import AnyEnergy, Energy, plural
 from numpyro_score.labels import element_names, with_labels
 from numpyro_score.losses import loss_for
+from numpyro_score.placement import fetch
 from numpyro_score.printed import name_of, num_numbers, settings
 from numpyro_score.uncertainty import ARRIVED, AT_AN_END, MAX_PARAMETERS, NOT_CONVERGED, SandwichError
 
@@ -188,9 +189,12 @@ def rows_of(energy: AnyEnergy) -> str:
     """How many rows of how many numbers there are, and how many count, by plate."""
 
     def of(part: Energy) -> str:
-        used = int((np.asarray(part.weights) != 0).sum())
+        x, weights = (fetch(v) for v in part.data_and_weights())
+        used = int((weights != 0).sum())
         counted = "" if used == part.num_rows else f", {used} of them with a weight"
-        return f"{plural(part.num_rows, 'row')}{counted} of {plural(part.dim, 'number')}"
+        missing = int(np.isnan(x[weights != 0]).sum())
+        cells = f", {used * part.dim - missing} of {used * part.dim} of which were seen" if missing else ""
+        return f"{plural(part.num_rows, 'row')}{counted} of {plural(part.dim, 'number')}{cells}"
 
     return " and ".join(map(of, energy.parts))
 

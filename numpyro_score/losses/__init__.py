@@ -17,6 +17,7 @@ from numpyro_score.losses.esm import ESM, parzen_score
 from numpyro_score.losses.fsm import FSM
 from numpyro_score.losses.ism import ISM
 from numpyro_score.losses.kl_contraction import KLContraction
+from numpyro_score.losses.missing import MissingCells
 from numpyro_score.losses.mixed import Mixed
 from numpyro_score.losses.nce import LOG_PARTITION_SITE, NCE
 from numpyro_score.losses.pcd import CHAINS_SITE, PCD
@@ -38,6 +39,7 @@ __all__ = [
     "DiscreteFisher",
     "KLContraction",
     "Loss",
+    "MissingCells",
     "Mixed",
     "PseudoLikelihood",
     "RatioMatching",

@@ -25,6 +25,7 @@ __all__ = [
     "at_least_one",
     "check_settings",
     "declare_sites",
+    "filled",
     "positive",
     "refuse_kink",
     "refuse_kinks",
@@ -57,6 +58,10 @@ class Loss(Protocol):
     energy with a memory good enough for standard errors, after a fit. The names in the attribute `slots` are sites of
     the memory whose arrays have one slot after another along their first axes, as chains have: where rows lie over
     several devices each device holds, moves and sees some of them.
+
+    A method `prepare(energy)` may add to the energy's `params` what needs all rows, of one device, before they are cut
+    into chunks. A loss for data that are not finite has a method `filled(energy)`, the energy at data at which a model
+    can be looked at before a fit.
 
     Over several devices a loss is called with the rows of one, and asks by `energy.over_devices(jax.lax.pmean, ...)`
     for what needs all of them.
@@ -166,7 +171,12 @@ def check_settings(loss: Loss, energy: AnyEnergy) -> None:
     if not getattr(loss, "takes_discrete", False):
         energy.require_continuous(type(loss).__name__)
     getattr(loss, "check", lambda _: None)(energy)
-    refuse_kinks(loss, energy)
+    refuse_kinks(loss, filled(loss, energy))
+
+
+def filled(loss: Loss, energy: AnyEnergy) -> Any:
+    """The energy at data at which a model can be looked at; raises as the loss does for data that it does not take."""
+    return getattr(loss, "filled", lambda e: e)(energy)
 
 
 def refuse_kinks(loss: Loss, energy: Energy) -> None:
@@ -221,6 +231,7 @@ def row_losses(loss: Loss, energy: AnyEnergy, rng_key: Array) -> tuple[Float[Arr
 
 def _row_losses(loss: Loss, energy: Energy, weights: Array | None, rng_key: Array) -> tuple[Array, Array]:
     energy, weights = energy.usable(weights)
+    energy = _prepared(loss, energy)
     chunks = _chunks(loss, energy, rng_key, weights)
     values = _evaluate(loss, energy, rng_key) if chunks is None else _scan_rows(loss, energy, *chunks).reshape(-1)
     values = values[: energy.num_rows]
@@ -246,6 +257,7 @@ def total_loss(loss: Loss, energy: AnyEnergy, rng_key: Array) -> Float[Array, ""
 
 def _total_loss(loss: Loss, energy: Energy, weights: Array | None, rng_key: Array) -> Array:
     energy, weights = energy.usable(weights)
+    energy = _prepared(loss, energy)
     chunks = _chunks(loss, energy, rng_key, weights)
     if chunks is None:
         return _weighted_sum(loss, energy, weights, rng_key)
@@ -263,6 +275,11 @@ def total_loss_and_memory(loss: Loss, energy: AnyEnergy, rng_key: Array) -> tupl
     else:
         memory = loss.advance(energy, memory_key)
     return total_loss(loss, energy.with_params(memory), rng_key), memory
+
+
+def _prepared(loss: Loss, energy: Energy) -> Energy:
+    prepared: Energy = getattr(loss, "prepare", lambda e: e)(energy)
+    return prepared
 
 
 def _evaluate(loss: Loss, energy: Energy, rng_key: Array) -> Array:

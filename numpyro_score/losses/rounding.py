@@ -109,6 +109,7 @@ def _names(energy: Energy, columns: np.ndarray) -> str:
 
 def _flat_columns(x: Float[np.ndarray, "n d"]) -> tuple[Bool[np.ndarray, "d"], Bool[np.ndarray, "d"]]:
     """Which columns are constant, and which of the rest have a part in a sum that is constant but for rounding."""
+    x = x[~np.isnan(x).any(axis=1)]
     n, d = x.shape
     constant = (x == x[:1]).all(axis=0) if n > 1 else np.zeros(d, bool)
     dependent = np.zeros(d, bool)

@@ -51,6 +51,8 @@ def with_density(source: Source) -> Energy:
         TypeError: if the source is neither an energy nor a fit, or has a score but no density.
     """
     energy = one_plate(source if isinstance(source, Energy) else getattr(source, "energy", None))
+    if getattr(source, "has_missing_cells", False):
+        energy = energy.whole_rows()
     if not isinstance(energy, Energy):
         raise TypeError(f"Expected an Energy or a fit, got {type(source).__name__}.")
     if not energy.has_density:

@@ -28,7 +28,7 @@ __all__ = ["diagonal_stderr", "influence", "stderr_from", "stderr_of"]
 _MAX_STEPS = 10_000  # of conjugate gradients
 
 
-def influence(objective: Objective, of: Callable[[dict[str, Any]], Any], hessian: np.ndarray | None) -> Any:
+def influence(objective: Objective, of: Callable[[dict[str, Any]], Any] | None, hessian: np.ndarray | None) -> Any:
     r"""The influence of each row on functions of the estimates, as `of` returns them, each leaf (N, ...).
 
     .. math:: I_n = -\sqrt{\tfrac{N}{N-1}}\, \nabla g^\top H^{-1} \beta\,
@@ -41,7 +41,7 @@ def influence(objective: Objective, of: Callable[[dict[str, Any]], Any], hessian
 
     Args:
         objective: at its minimum.
-        of: from estimates by site to an array, or a pytree of them.
+        of: from estimates by site to an array, or a pytree of them; None for all estimates.
         hessian: of the objective; if None, the systems are solved by conjugate gradients, which need products with
             it alone.
 
@@ -53,7 +53,11 @@ def influence(objective: Objective, of: Callable[[dict[str, Any]], Any], hessian
     Warns:
         UserWarning: if the minimum is further away than a tenth of a standard error.
     """
-    return _influence(objective, of, hessian)[0]
+    return _influence(objective, _all if of is None else of, hessian)[0]
+
+
+def _all(estimates: dict[str, Any]) -> dict[str, Any]:
+    return estimates
 
 
 def stderr_of(

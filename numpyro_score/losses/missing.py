@@ -1,0 +1,263 @@
+"""Rows with missing cells: the loss of the cells that were seen."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from jaxtyping import Array, Bool, Float
+
+from numpyro_score.energy import AnyEnergy, Energies, Energy, SeenCells, rows_text, seen_cells
+from numpyro_score.losses.base import at_least_one
+from numpyro_score.losses.dsm import DSM
+from numpyro_score.losses.ism import ISM
+from numpyro_score.losses.ssm import SSM
+from numpyro_score.losses.terms import require_flat
+from numpyro_score.placement import fetch
+
+__all__ = ["MissingCells"]
+
+_MOMENTS = "missing_cells_moments"
+_FREEDOM = 5.0  # degrees of freedom of the law that draws are from, whose tails are heavier than most densities'
+_LEVEL = 1e-3  # of a warning that cells are not missing at random, for all pairs of columns together
+_ENOUGH = 20  # cells on each side of a comparison
+_LOOKED_AT = 100_000  # rows
+
+
+@dataclass(frozen=True)
+class MissingCells:
+    r"""Score matching of rows with missing cells, which are NaN, by the density of the cells that were seen.
+
+    The cells o of a row that were seen have the density :math:`p(x_o) = \int p(x_o, x_m)\,dx_m`, whose score and
+    second derivatives in :math:`x_o` need no normaliser either [Givens, Liu & Reeve 2023]:
+
+    .. math:: \partial_j \log p(x_o) = E[\partial_j f \mid x_o], \quad
+              \partial_j^2 \log p(x_o) = E[\partial_j^2 f + (\partial_j f)^2 \mid x_o] - E[\partial_j f \mid x_o]^2,
+
+    so that a loss of these sums over the cells that were seen. Expectations are over K draws of the missing cells,
+    from a Student law with the mean and covariance that they have given the others in a normal law of the data, with
+    weights :math:`e^f / q`. They are drawn anew at each evaluation. The value has a bias of order 1/K, none where the
+    density is a product over columns; in a Gaussian graph of five columns, a fifth of the cells missing and
+    K = 64, that of the estimates is a fiftieth of their standard error at 1,000 rows.
+
+    Cells must be missing completely at random, whatever their values and those of other cells. For score matching it
+    is not enough that what is missing depends on cells that were seen alone. A row counts by its cells: NaN in all of
+    them is refused, and so is infinity. A call costs K evaluations of the density for each row, also of whole rows.
+
+    Args:
+        loss: `ISM()`, `SSM(...)` or `DSM(sigma)` with one number.
+        num_draws: K, an even number.
+
+    Raises:
+        TypeError: for another loss.
+        ValueError: for an odd number of draws.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro_score import ISM, MissingCells, ScoreMatching
+        >>> def model(x):
+        ...     a = numpyro.param("a", 0.0)
+        ...     with numpyro.plate("rows", len(x)):
+        ...         x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)), obs=x)
+        ...         numpyro.factor("energy", -jnp.sum(x**2, -1) + a * x[:, 0] * x[:, 1])
+        >>> x = jax.random.normal(jax.random.key(0), (400, 2))
+        >>> x = x.at[:100, 0].set(jnp.nan)
+        >>> fit = ScoreMatching(model, loss=MissingCells(ISM(), 8), num_steps=300).run(
+        ...     jax.random.key(1), x, progress_bar=False
+        ... )
+        >>> abs(float(fit.estimates["a"])) < 3 * float(fit.stderr()["a"]) + 0.1
+        True
+    """
+
+    loss: Any = field(default_factory=ISM)
+    num_draws: int = 64
+
+    takes_missing: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.loss, ISM | SSM) and not (
+            isinstance(self.loss, DSM) and not isinstance(self.loss.sigma, tuple)
+        ):
+            raise TypeError(
+                f"MissingCells takes ISM(), SSM() or DSM(sigma) with one number, got {self.loss!r}: other losses need "
+                "whole rows."
+            )
+        object.__setattr__(self, "num_draws", at_least_one("MissingCells", "num_draws", self.num_draws))
+        if self.num_draws % 2:
+            raise ValueError(f"MissingCells draws pairs, got num_draws = {self.num_draws}: give an even number.")
+
+    def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
+        """One value per row of the energy's data, (N,)."""
+        draw_key, loss_key = jax.random.split(rng_key)
+        return self.loss(self._seen(energy, draw_key), loss_key)
+
+    @property
+    def no_kinks(self) -> str:
+        """Why the loss cannot have a jump of the score, if it cannot."""
+        return str(self.loss.no_kinks)
+
+    @property
+    def no_moving_kinks(self) -> str:
+        """Why it cannot have one that moves with the parameters, if it cannot."""
+        return str(self.loss.no_moving_kinks)
+
+    @property
+    def allow_kinks(self) -> bool:
+        """Whether not to look for them."""
+        return bool(self.loss.allow_kinks)
+
+    def prepare(self, energy: Energy) -> Energy:
+        """With the moments of all rows, which chunks of them cannot know."""
+        return energy.with_params({_MOMENTS: _moments(energy.data)})
+
+    def rows_per_chunk(self, energy: Energy) -> int | None:
+        """As many evaluations at once as the loss itself has."""
+        rows: int | None = getattr(self.loss, "rows_per_chunk", lambda _: None)(energy)
+        return None if rows is None else max(rows // self.num_draws, 8)
+
+    def filled(self, energy: AnyEnergy) -> Energy:
+        """The energy with the columns' means in the place of missing cells, at which a model can be looked at.
+
+        Raises:
+            NotImplementedError, TypeError: for data that are no real numbers in one plate.
+            ValueError: for infinity, a row or a column without any cell.
+        """
+        if isinstance(energy, Energies):
+            raise NotImplementedError("MissingCells takes data in one plate, and these are in several.")
+        require_flat(energy, "MissingCells", "fill the cells, or drop these rows")
+        if not energy.has_density:
+            raise TypeError("MissingCells weighs draws by the density, and that of a score_factor is unknown.")
+        x, weights = energy.data_and_weights()
+        infinite, empty, columns = _faults(x, weights)
+        names = ", ".join(f"'{a.name}'" for a in energy.arrays)
+        if fetch(infinite).any():
+            raise ValueError(f"Data {names} are infinite in {rows_text(infinite)}: correct them, or put NaN there.")
+        if (bad := np.flatnonzero(fetch(columns))).size:
+            raise ValueError(f"Column {energy.column_names[bad[0]]} of the data has fewer than two cells: drop it.")
+        if fetch(empty).any():
+            raise ValueError(
+                f"Data {names} have no cell that was seen in {rows_text(empty)}: drop these rows or mask them with "
+                "handlers.mask."
+            )
+        mean, _ = _moments(x)
+        return energy.at(jnp.where(jnp.isnan(x), mean, x))
+
+    def check(self, energy: Energy) -> None:
+        """Raises as :meth:`filled`; warns if what is missing depends on the values of other cells."""
+        x, weights = (fetch(v) for v in energy.data_and_weights())
+        x = x[weights != 0][:_LOOKED_AT]
+        if (pair := _most_dependent(x)) is not None:
+            one, other, how = pair
+            names = energy.column_names
+            warnings.warn(
+                f"Cells of {names[one]} are missing where those of {names[other]} are {how}: MissingCells takes cells "
+                "as missing completely at random, and estimates are biased where they are not.",
+                stacklevel=6,
+            )
+
+    def effective_draws(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
+        """How many equally weighted draws the weights of a row's draws are worth, (N,): K where nothing is missing.
+
+        Few of them make the loss noisy and biased: give more draws.
+        """
+        return self._seen(self.prepare(energy), rng_key).effective_points()
+
+    def _seen(self, energy: Energy, rng_key: Array) -> SeenCells:
+        x = energy.data
+        missing = jnp.isnan(x)
+        mean, covariance = energy.params[_MOMENTS] if _MOMENTS in energy.params else _moments(x)
+        points, log_q = _draw(rng_key, x, mean, covariance, self.num_draws)
+        return seen_cells(energy.at(points[0]), missing, points, -log_q - math.log(self.num_draws))
+
+
+@jax.jit
+def _faults(
+    x: Float[Array, "n d"], weights: Float[Array, "n"]
+) -> tuple[Bool[Array, "n"], Bool[Array, "n"], Bool[Array, "d"]]:
+    """Rows with infinity, rows without any cell that was seen, and columns with fewer than two."""
+    used = weights != 0
+    seen = ~jnp.isnan(x) & used[:, None]
+    return used & jnp.isinf(x).any(axis=1), used & ~seen.any(axis=1), jnp.sum(seen, axis=0) < 2
+
+
+@jax.jit
+def _moments(x: Float[Array, "n d"]) -> tuple[Float[Array, "d"], Float[Array, "d d"]]:
+    """Mean and covariance of the cells that were seen, pair by pair, made positive definite; constant to a gradient."""
+    seen = ~jnp.isnan(x)
+    count = jnp.maximum(jnp.sum(seen, axis=0), 1)
+    mean = jnp.sum(jnp.where(seen, x, 0.0), axis=0) / count
+    away = jnp.where(seen, x - mean, 0.0)
+    scale = jnp.sqrt(jnp.sum(away**2, axis=0) / count)
+    scale = jnp.where(scale > 0, scale, 1.0)
+    z, pairs = away / scale, seen.astype(x.dtype)
+    # Pairs of their own rows each need not have correlations that go together.
+    values, axes = jnp.linalg.eigh(z.T @ z / jnp.maximum(pairs.T @ pairs, 1))
+    correlation = (axes * jnp.maximum(values, _LEAST)) @ axes.T
+    return jax.lax.stop_gradient((mean, correlation * scale * scale[:, None]))
+
+
+_LEAST = 0.02  # eigenvalue of the correlations: columns that are nearly the same are drawn wider than they are
+
+
+def _draw(
+    rng_key: Array, x: Float[Array, "n d"], mean: Float[Array, "d"], covariance: Float[Array, "d d"], k: int
+) -> tuple[Float[Array, "k n d"], Float[Array, "k n"]]:
+    """K rows with draws in the place of each row's NaN, in pairs about their centre, and their log density.
+
+    From Student's law about the conditional mean of a normal law; the density is up to a constant of the row.
+    """
+    missing = jnp.isnan(x)
+
+    def conditional(row: Array, m: Array) -> tuple[Array, Array]:
+        eye = jnp.eye(len(row), dtype=row.dtype)
+        of_seen = jnp.where(m[:, None] | m, eye, covariance)
+        across = jnp.where(m[:, None] & ~m, covariance, 0.0)
+        slopes = jax.scipy.linalg.solve(of_seen, across.T, assume_a="pos").T
+        centre = mean + slopes @ jnp.where(m, 0.0, row - mean)
+        spread = jnp.where(m[:, None] & m, covariance - slopes @ across.T, eye)
+        return jnp.where(m, centre, row), jnp.linalg.cholesky(spread)
+
+    centre, root = jax.vmap(conditional)(x, missing)
+    normal_key, scale_key = jax.random.split(rng_key)
+    z = jax.random.normal(normal_key, (k // 2, *x.shape), x.dtype)
+    scale = jax.random.gamma(scale_key, _FREEDOM / 2, (k // 2, len(x), 1), x.dtype) / (_FREEDOM / 2)
+    z = jnp.where(missing, z / jnp.sqrt(scale), 0.0)
+    z = jnp.concatenate([z, -z])
+    points = centre + jnp.einsum("nij,knj->kni", root, z)
+    log_q = -0.5 * (_FREEDOM + missing.sum(axis=1)) * jnp.log1p(jnp.sum(z**2, axis=-1) / _FREEDOM)
+    return jax.lax.stop_gradient((points, log_q))
+
+
+def _most_dependent(x: np.ndarray) -> tuple[int, int, str] | None:
+    """A column whose cells are missing where another's are large, small, or far from or near its middle; None if none.
+
+    Normal scores of each column are compared between the rows where another's cell is missing and where it is not, and
+    so are their squares, at one level for all pairs of columns.
+    """
+    seen = ~np.isnan(x)
+    ranks = scipy.stats.rankdata(x, axis=0, nan_policy="omit")
+    z = np.where(seen, scipy.stats.norm.ppf(np.where(seen, ranks, 1.0) / (seen.sum(axis=0) + 1)), 0.0)
+    without, others = (~seen).T.astype(float) @ seen, seen.T.astype(float) @ seen  # (D, D) rows of the second column
+    found: list[tuple[Any, str, str]] = []
+    for scores, below, above in ((z, "small", "large"), (z**2, "near their middle", "far from their middle")):
+        centred = np.where(seen, scores - scores.sum(axis=0) / np.maximum(seen.sum(axis=0), 1), 0.0)
+        variance = np.sum(centred**2, axis=0) / np.maximum(seen.sum(axis=0) - 1, 1)
+        there, elsewhere = (
+            m.T.astype(float) @ centred / np.maximum(n, 1) for m, n in ((~seen, without), (seen, others))
+        )
+        error = np.sqrt(variance * (1 / np.maximum(without, 1) + 1 / np.maximum(others, 1)))
+        enough = (without >= _ENOUGH) & (others >= _ENOUGH) & (error > 0)
+        found.append((np.where(enough, (there - elsewhere) / np.where(error > 0, error, 1.0), 0.0), below, above))
+    largest = max(found, key=lambda f: float(np.abs(f[0]).max(initial=0.0)))
+    differences, below, above = largest
+    tests = 2 * x.shape[1] * max(x.shape[1] - 1, 1)
+    at = np.unravel_index(int(np.abs(differences).argmax()), differences.shape)
+    if 2 * scipy.stats.norm.sf(abs(differences[at])) * tests > _LEVEL:
+        return None
+    return int(at[0]), int(at[1]), above if differences[at] > 0 else below
