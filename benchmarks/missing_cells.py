@@ -19,7 +19,7 @@ import scipy.stats
 from numpyro.distributions import constraints
 
 from benchmarks import machine
-from numpyro_score import ISM, MissingCells, ScoreMatching
+from numpyro_score import ISM, MissingCells, SandwichError, ScoreMatching
 
 OUTPUT = Path(__file__).with_name("MISSING_CELLS.md")
 FULL = 100
@@ -60,7 +60,7 @@ CASES = {
 }
 MOST = 32
 ALL, WHOLE, SEEN = "all cells, ISM", "whole rows alone, ISM", "MissingCells(ISM(), {})"
-LOSSES = {ALL: ISM(), WHOLE: ISM(), **{SEEN.format(k): MissingCells(ISM(), k) for k in (4, 8, MOST)}}
+LOSSES = {ALL: ISM(), WHOLE: ISM(), **{SEEN.format(k): MissingCells(ISM(), k) for k in (8, MOST)}}
 
 
 def study(model: Any, data: Any, replications: int) -> dict[str, np.ndarray]:
@@ -75,7 +75,10 @@ def study(model: Any, data: Any, replications: int) -> dict[str, np.ndarray]:
         for name, sm in fitters.items():
             given = {ALL: (x, everywhere), WHOLE: (x, ~missing.any(axis=1))}.get(name, (holes, everywhere))
             fit = sm.run(jax.random.key(0), jnp.asarray(given[0], jnp.float32), given[1], progress_bar=False)
-            errors = fit.stderr()
+            try:
+                errors = fit.stderr()
+            except SandwichError:  # not curved upwards at the draws of one key
+                errors = jax.tree.map(lambda v: np.full(np.shape(v), np.nan), dict(fit.estimates))
             found[name].append([np.concatenate([v["d"], v["o"]]) for v in (fit.estimates, errors)])
     return {k: np.array(v) for k, v in found.items()}
 
@@ -89,13 +92,13 @@ def render(results: dict[str, dict[str, np.ndarray]], replications: int, seconds
         f"{len(theta)} numbers of the precision, by the root mean square over them. The spread is over that of the fit "
         "to all cells. The bias is in standard errors, and as large as the noise of its estimate, "
         f"{replications**-0.5:.2f}, where there is none; beside it that of the difference from {MOST} draws, whose "
-        "noise is far smaller. Coverage is of 90% intervals. Written by `python -m benchmarks.missing_cells` "
-        f"in {seconds:.0f} s.",
+        "noise is far smaller. Coverage is of 90% intervals, where there are errors. Written by "
+        f"`python -m benchmarks.missing_cells` in {seconds:.0f} s.",
         "",
         machine.describe(),
         "",
-        "| law | fit | spread | bias | beside the most draws | coverage |",
-        "| --- " * 6 + "|",
+        "| law | fit | spread | bias | beside the most draws | coverage | no errors |",
+        "| --- " * 7 + "|",
     ]
     for law, found in results.items():
         best = found[ALL][:, 0].std(axis=0, ddof=1)
@@ -105,10 +108,12 @@ def render(results: dict[str, dict[str, np.ndarray]], replications: int, seconds
             spread = estimates.std(axis=0, ddof=1)
             bias = (estimates.mean(axis=0) - theta) / spread
             beside = (estimates - many).mean(axis=0) / spread
-            covered = np.abs(estimates - theta) < Z * errors
+            known = np.isfinite(errors).all(axis=1)
+            covered = (np.abs(estimates - theta) < Z * errors)[known]
             of_draws = f"{_rms(beside):.3f}" if name not in (ALL, WHOLE) else "–"
             lines.append(
-                f"| {law} | {name} | {_rms(spread / best):.2f} | {_rms(bias):.2f} | {of_draws} | {covered.mean():.3f} |"
+                f"| {law} | {name} | {_rms(spread / best):.2f} | {_rms(bias):.2f} | {of_draws} | {covered.mean():.3f} "
+                f"| {int((~known).sum())} |"
             )
     return "\n".join(lines) + "\n"
 

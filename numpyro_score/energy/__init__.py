@@ -4,6 +4,7 @@ Everything else of the package knows a model through :class:`Energy` and the nam
 shows; none of its modules is imported from outside.
 """
 
+from numpyro_score.energy.accuracy import quadrature_error
 from numpyro_score.energy.arguments import join_arrays, split_arrays, takes_keyword, with_outside
 from numpyro_score.energy.base import AnyArray, layouts_kept
 from numpyro_score.energy.binding import rows_given
@@ -98,6 +99,7 @@ __all__ = [
     "part",
     "plural",
     "polygon",
+    "quadrature_error",
     "read_arguments",
     "refuse_other_columns",
     "refuse_other_rows",

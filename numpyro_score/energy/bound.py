@@ -14,7 +14,7 @@ from numpyro.distributions import constraints
 
 from numpyro_score.energy.base import AnyArray, ModelAtValues, Table
 from numpyro_score.energy.binding import data_arguments, rebound
-from numpyro_score.energy.latents import assignments
+from numpyro_score.energy.latents import Latent, assignments
 from numpyro_score.energy.layout import (
     DataArray,
     by_name,
@@ -116,6 +116,11 @@ class BoundModel(ModelAtValues):
     def blocks(self) -> tuple[Block, ...]:
         """The columns of a row that belong to each of :attr:`arrays`."""
         return self._layout.blocks
+
+    @property
+    def latents(self) -> tuple[Latent, ...]:
+        """The latent sites of each row that the density is summed or integrated over."""
+        return self._layout.latents
 
     @property
     def angle_columns(self) -> list[int]:

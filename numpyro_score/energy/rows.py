@@ -143,7 +143,7 @@ def check_sites(sites: Trace, layout: Layout) -> None:
             raise ValueError(
                 f"Latent site '{name}' stands inside the data plate '{plate}', one value per row: "
                 + ("write infer={'enumerate': 'parallel'} to have the density summed over it" if few else "")
-                + ("" if few else "marginalise it out of the density")
+                + ("" if few else "write infer={'quadrature': 16} to have it integrated out by 16 points")
                 + ", or observe it."
             )
         if not is_factor(site):

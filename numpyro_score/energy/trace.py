@@ -11,6 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.primitives import Messenger
 
+from numpyro_score.energy.quadrature import is_integrated, point_values, point_weights
 from numpyro_score.energy.values import check_observed
 
 Site = dict[str, Any]
@@ -55,9 +56,7 @@ class _Pin(Messenger):
             msg["kwargs"]["substitute_stack"].append(("substitute", self.values))
         elif kind in ("sample", "param", "mutable"):
             if is_summed(msg):
-                points = jnp.asarray(support_points(msg))
-                numbers = self.values.get(name, 0)  # of the points; the first where it does not matter
-                msg["value"] = jnp.broadcast_to(points[numbers], msg["fn"].shape())
+                _set_point(msg, self.values.get(name, 0))  # the first where it does not matter
             elif name in self.values:
                 value = self.values[name]
                 _check_shape(msg, value)
@@ -127,7 +126,7 @@ class Parameters(Messenger):
                 check_observed(msg)
             msg["stop"] = True
         elif is_summed(msg):
-            msg["value"] = jnp.broadcast_to(support_points(msg)[0], msg["fn"].shape())
+            _set_point(msg, 0)
             msg["stop"] = True
         else:
             self._outside = msg
@@ -230,8 +229,21 @@ def is_observed_sample(site: Site) -> bool:
 
 
 def is_summed(site: Site) -> bool:
-    """Whether a site is a latent one of each row that the density is to be summed over, as NumPyro marks these."""
+    """Whether a site is a latent one of each row that the density is to be summed or integrated over.
+
+    NumPyro marks the former by `infer={"enumerate": "parallel"}`.
+    """
+    if is_integrated(site):
+        return True
     return site["type"] == "sample" and not site["is_observed"] and site["infer"].get("enumerate") == "parallel"
+
+
+def _set_point(msg: Site, numbers: Any) -> None:
+    """Sets a site that is summed to its points of these numbers."""
+    if is_integrated(msg):
+        msg["value"], msg["log_weight"] = point_values(msg, numbers), point_weights(msg, numbers)
+    else:
+        msg["value"] = jnp.broadcast_to(jnp.asarray(support_points(msg))[numbers], msg["fn"].shape())
 
 
 def support_points(site: Site) -> np.ndarray:
@@ -259,8 +271,11 @@ def support_points(site: Site) -> np.ndarray:
 
 
 def term_log_prob(site: Site) -> jax.Array:
-    """The unmasked, unscaled log density of a site, one value per element of its batch shape."""
+    """The unmasked, unscaled log density of a site, one value per element of its batch shape.
+
+    Of one that is integrated it is the log weight of the point that it is at.
+    """
     fn, _ = unwrap(site["fn"])
-    log_prob = fn.log_prob(site["value"])
+    log_prob = site["log_weight"] if "log_weight" in site else fn.log_prob(site["value"])
     shape = jnp.broadcast_shapes(jnp.shape(log_prob), tuple(site["fn"].batch_shape))
     return jnp.broadcast_to(log_prob, shape)

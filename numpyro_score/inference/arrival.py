@@ -1,4 +1,4 @@
-"""Whether the loss was still falling when a run ended, as far as its own values tell."""
+"""Whether a run that ended may not have arrived, or at a fit of another density than the model's."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from numpyro_score.energy import AnyEnergy, quadrature_error
 from numpyro_score.inference.processes import is_first
 
-__all__ = ["warn_at_end", "warn_if_average_lags", "warn_if_still_falling"]
+__all__ = ["warn_at_end", "warn_if_average_lags", "warn_if_still_falling", "warn_of_points"]
 
 
 def warn_at_end(fitter: Any, state: Any, losses: np.ndarray, num_rows: int) -> None:
@@ -27,6 +28,26 @@ def warn_at_end(fitter: Any, state: Any, losses: np.ndarray, num_rows: int) -> N
     warn_if_still_falling(losses, num_rows)
     if fitter.average is not None:
         warn_if_average_lags(losses, num_rows, fitter.average, int(state.optim_state[0]))
+
+
+def warn_of_points(energy: AnyEnergy) -> None:
+    """Warns, in the first process, where a latent site is integrated by too few points for the score to be right.
+
+    Between points that are too far apart the density has dents, and a fit seeks parameters that make use of them: with
+    normal laws, a change of the score by 7% or more came with estimates 2 to 19 standard errors off, and one by 0.05%
+    with 0.04 (`tests/test_integrated_latents.py`).
+    """
+    for part in energy.parts:
+        error = quadrature_error(part)  # of rows that may lie over all processes
+        if error is None or error <= _OFF or not is_first():
+            continue
+        name, count = next((v.name, v.size) for v in part.latents if v.integrated)
+        warnings.warn(
+            f"The integral over site '{name}' by {count} points is off: with more of them the score of a row changes "
+            f"by {error:.0%} of its size, and estimates may be off by many standard errors. Write infer={{'quadrature': "
+            f"{2 * count}}}.",
+            stacklevel=5,
+        )
 
 
 def warn_if_still_falling(losses: np.ndarray, num_rows: int) -> None:
@@ -96,5 +117,6 @@ def warn_if_average_lags(losses: np.ndarray, num_rows: int, average: float, num_
         )
 
 
+_OFF = 0.01  # of the score
 _FALL = 1.0
 _LAG = 5.0

@@ -31,7 +31,7 @@ from numpyro_score.inference.arguments import (
     refuse_misplaced,
     refuse_unknown,
 )
-from numpyro_score.inference.arrival import warn_at_end
+from numpyro_score.inference.arrival import warn_at_end, warn_of_points
 from numpyro_score.inference.batches import FromBatches
 from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit, rate_of_fit
 from numpyro_score.inference.checkpoint import Checkpoint
@@ -331,7 +331,9 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         state, losses, interrupted = run_steps(advance, state, num_steps, progress_bar, non_finite, kept)
         if not interrupted:
             warn_at_end(self, state, losses, self._shape[1])
-        return result(self.get_params(state), state, losses, interrupted=interrupted)
+        fit = result(self.get_params(state), state, losses, interrupted=interrupted)
+        warn_of_points(fit.energy)
+        return fit
 
     def evaluate(self, svi_state: Any, *args: Any, **kwargs: Any) -> Array:
         """The loss at a state, as SVI's; mutable sites have their values in the state, which SVI would leave out."""

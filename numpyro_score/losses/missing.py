@@ -35,7 +35,7 @@ class MissingCells:
     r"""Score matching of rows with missing cells, which are NaN, by the density of the cells that were seen.
 
     The cells o of a row that were seen have the density :math:`p(x_o) = \int p(x_o, x_m)\,dx_m`, whose score and
-    second derivatives in :math:`x_o` need no normaliser either [Givens, Liu & Reeve 2023]:
+    second derivatives in :math:`x_o` need no normaliser either [Givens, Liu & Reeve 2025]:
 
     .. math:: \partial_j \log p(x_o) = E[\partial_j f \mid x_o], \quad
               \partial_j^2 \log p(x_o) = E[\partial_j^2 f + (\partial_j f)^2 \mid x_o] - E[\partial_j f \mid x_o]^2,
