@@ -44,8 +44,8 @@ def warn_of_points(energy: AnyEnergy) -> None:
         name, count = next((v.name, v.size) for v in part.latents if v.integrated)
         warnings.warn(
             f"The integral over site '{name}' by {count} points is off: with more of them the score of a row changes "
-            f"by {error:.0%} of its size, and estimates may be off by many standard errors. Write infer={{'quadrature': "
-            f"{2 * count}}}.",
+            f"by {error:.0%} of its size, and estimates may be off by many standard errors. Write "
+            f"infer={{'quadrature': {2 * count}}}.",
             stacklevel=5,
         )
 
