@@ -259,11 +259,8 @@ def support_points(site: Site) -> np.ndarray:
         try:
             with jax.ensure_compile_time_eval():
                 return np.asarray(law.enumerate_support(expand=False)).reshape(-1)
-        except (
-            NotImplementedError,
-            jax.errors.ConcretizationTypeError,
-        ):  # a Binomial of various counts
-            pass
+        except (NotImplementedError, jax.errors.ConcretizationTypeError):
+            pass  # a Binomial of various counts
     raise ValueError(
         f"Site '{site['name']}' is to be enumerated, and {type(law).__name__} has no fixed set of values for one "
         "number: use Categorical, Bernoulli or DiscreteUniform, or sum over it in the model."

@@ -177,11 +177,8 @@ def _undamaged(directory: Path) -> Iterator[None]:
 def save_fit(fit: Any, path: str | os.PathLike[str]) -> None:
     """Writes a :class:`~numpyro_score.ScoreMatchingResult`; see its `save`."""
     svi, arrays = fit.svi, Arrays()
-    if type(svi.score_loss).__name__ == "Windham":
-        raise TypeError(
-            f"Files do not hold robust fits: save the fit that windham was given, and write windham(load(...), "
-            f"{svi.score_loss.c:g}) again; pickle keeps both."
-        )
+    if (why := getattr(svi.score_loss, "not_saved", None)) is not None:
+        raise TypeError(f"Files do not hold {why}; pickle does.")
     made = {
         "num_steps": svi.num_steps,
         "learning_rate": arrays.encode(svi.learning_rate, "learning_rate"),

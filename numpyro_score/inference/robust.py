@@ -51,6 +51,11 @@ class Windham:
     no_objective = "its weights follow the parameters, so that the fit is a root and no minimum"
     no_posterior = "its weights follow the parameters, so that it is no sum of losses"
 
+    @property
+    def not_saved(self) -> str:
+        """Why files do not hold the fit, and what to write instead."""
+        return f"robust fits: save the fit that windham was given, and write windham(load(...), {self.c:g}) again"
+
     def check(self, energy: Energy) -> None:
         """Raises, as the weights are of all rows together, and go with a fit."""
         raise NotImplementedError(f"Windham is the loss of a robust fit: write windham(fit, {self.c}).")

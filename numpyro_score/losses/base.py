@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -75,9 +76,10 @@ class Loss(Protocol):
 
     A loss for discrete data, which have no score, sets the attribute `takes_discrete` to true.
 
-    Four attributes hold text for error messages: `no_objective`, why its value is not what its gradient descends;
+    Five attributes hold text for error messages: `no_objective`, why its value is not what its gradient descends;
     `no_posterior`, why there is no posterior to sample from and no closed form; `no_curvature`, why its second
-    derivatives give no standard errors; `not_finite`, what it may be that fails where density and score are finite.
+    derivatives give no standard errors; `not_finite`, what it may be that fails where density and score are finite;
+    `not_saved`, what files do not hold, and what to do instead.
     """
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
@@ -222,11 +224,15 @@ def row_losses(loss: Loss, energy: AnyEnergy, rng_key: Array) -> tuple[Float[Arr
     of several plates come one plate after the other.
     """
     if isinstance(energy, Energies):
-        keys = jax.random.split(rng_key, len(energy.parts))
-        found = [row_losses(loss, part, key) for part, key in zip(energy.parts, keys, strict=True)]
+        found = [row_losses(loss, part, key) for part, key in _parts(energy, rng_key)]
         return jnp.concatenate([v for v, _ in found]), jnp.concatenate([w for _, w in found])
     sites = spread_sites(loss, energy.spread, energy.params)
     return by_device(partial(_row_losses, loss), energy, rng_key, sites=sites)
+
+
+def _parts(energy: Energies, rng_key: Array) -> Iterator[tuple[Energy, Array]]:
+    """The density of each plate with a key of its own."""
+    return zip(energy.parts, jax.random.split(rng_key, len(energy.parts)), strict=True)
 
 
 def _row_losses(loss: Loss, energy: Energy, weights: Array | None, rng_key: Array) -> tuple[Array, Array]:
@@ -248,9 +254,7 @@ def total_loss(loss: Loss, energy: AnyEnergy, rng_key: Array) -> Float[Array, ""
     rows there and a random key of its own, and one sum goes between them.
     """
     if isinstance(energy, Energies):
-        keys = jax.random.split(rng_key, len(energy.parts))
-        totals = [total_loss(loss, part, key) for part, key in zip(energy.parts, keys, strict=True)]
-        return jnp.sum(jnp.stack(totals))
+        return jnp.sum(jnp.stack([total_loss(loss, part, key) for part, key in _parts(energy, rng_key)]))
     sites = spread_sites(loss, energy.spread, energy.params)
     return sum_by_device(partial(_total_loss, loss), energy, rng_key, sites=sites)
 
