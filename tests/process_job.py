@@ -19,7 +19,9 @@ COUNT, RANK, PORT, FOLDER, DEVICES = (
     int(sys.argv[5]),
 )
 OWN = DEVICES // COUNT
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={OWN} --xla_backend_optimization_level=1"
+# As conftest.py compiles, on as many devices as this process has.
+FLAGS = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, f"--xla_force_host_platform_device_count={OWN}"])
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
