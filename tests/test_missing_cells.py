@@ -268,6 +268,11 @@ def run(x: Any, model: Any = columns) -> None:
     ScoreMatching(model, loss=MissingCells(ISM(), 2), num_steps=1).run(KEY, x, progress_bar=False)
 
 
+def partly_observed(x: Any) -> None:
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", dist.Normal(numpyro.param("a", 0.0), 1.0), obs=x, obs_mask=np.arange(len(x)) > 3)
+
+
 def changed(value: float, *at: Any) -> np.ndarray:
     x = rows().copy()
     x[at] = value
@@ -288,6 +293,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "row": (lambda: run(changed(np.nan, [3, 9])), ValueError, "no cell that was seen in rows 3, 9"),
     "column": (lambda: run(changed(np.nan, slice(1, None), 2)), ValueError, "Column x[2] of the data has fewer than"),
     "bounds": (lambda: run(np.abs(rows()), positive), NotImplementedError, "MissingCells would move the data off"),
+    "obs_mask": (lambda: run(rows()[:, 0], partly_observed), ValueError, "obs_mask leaves site 'x' without a value"),
     "kink": (lambda: run(rows(), kinked), ValueError, "passes the data through 'abs'"),
     "plain": (
         lambda: ScoreMatching(columns).run(KEY, rows(), progress_bar=False),

@@ -139,6 +139,12 @@ def check_sites(sites: Trace, layout: Layout) -> None:
         if is_summed(site):
             continue
         if not site["is_observed"]:
+            if (whole := name.removesuffix("_unobserved")) != name and f"{whole}_observed" in sites:
+                raise ValueError(
+                    f"obs_mask leaves site '{whole}' without a value in some rows of the data plate '{plate}': leave "
+                    "it out and mask these rows, with numpyro.handlers.mask(mask=...), or put NaN in the cells of rows "
+                    "that others were seen of, and take MissingCells(ISM())."
+                )
             few = site["fn"].support is not None and site["fn"].support.is_discrete
             raise ValueError(
                 f"Latent site '{name}' stands inside the data plate '{plate}', one value per row: "
