@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import html
 import re
 import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -32,6 +34,8 @@ from numpyro_score import (
     hyvarinen_score,
     load,
     log_partition,
+    plot_marginals,
+    report,
     sample,
 )
 from numpyro_score.losses import Loss, row_losses, total_loss
@@ -309,3 +313,15 @@ def test_what_cannot_be_is_refused(case: str) -> None:
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_report_and_pictures_are_of_whole_rows(tmp_path: Any) -> None:
+    """Which are as good a sample as all: the Stein test and moments are made, and their number is told."""
+    fit, whole = fitted(), ~np.isnan(rows()).any(axis=1)
+    page = report(fit, tmp_path / "fit.html", num_samples=200).read_text()
+    text = html.unescape(re.sub("<[^>]*>", " ", page))
+    assert f"checks and pictures of rows are of the {whole.sum()} without missing cells" in text
+    assert "not known" not in text and "nan" not in re.sub(r"data:image\S*", "", text)
+    axes = plot_marginals(fit, rows()[whole], columns=[0, 1])
+    np.testing.assert_allclose(axes[1, 0].collections[-1].get_offsets(), rows()[whole][:, :2])
+    plt.close(axes[0, 0].figure)

@@ -56,7 +56,7 @@ def as_axes(owner: str, ax: Any, shape: tuple[int, int] = (1, 1), size: tuple[fl
 
 
 def energy_of(owner: str, source: Any) -> Energy:
-    """The energy of a fit, or the energy itself.
+    """The energy of a fit, at rows without missing cells where some have these, or the energy itself.
 
     Raises:
         TypeError: for anything else.
@@ -64,7 +64,7 @@ def energy_of(owner: str, source: Any) -> Energy:
     energy = source.energy if isinstance(source, ScoreMatchingResult | AdversarialResult) else source
     if not isinstance(energy, Energy):
         raise TypeError(f"{owner} takes a fit or an Energy, got {type(source).__name__}.")
-    return energy
+    return energy.whole_rows() if getattr(source, "has_missing_cells", False) else energy
 
 
 def require_plane(owner: str, energy: Energy) -> None:

@@ -19,7 +19,7 @@ from numpyro_score.normaliser.mixing import mixed, too_many_diverged
 from numpyro_score.plots.fits import shares, solved_at_once
 from numpyro_score.uncertainty import ARRIVED
 
-__all__ = ["Check", "check_all", "converged", "short"]
+__all__ = ["Check", "check_all", "converged", "short", "whole_rows"]
 
 Fit = ScoreMatchingResult | AdversarialResult
 
@@ -205,9 +205,17 @@ def beyond_the_tail(values: Float[np.ndarray, "n"], row: int) -> float:
     return float(scipy.stats.f.sf(spacings[0] / rest, 2, 2 * (m - 1))) if rest > 0 else 1.0
 
 
+def whole_rows(fit: Fit) -> Any:
+    """The fit's energy, at rows without missing cells where some have these: as good a sample as all."""
+    energy = fit.energy
+    if not (getattr(fit, "has_missing_cells", False) and energy.resizable):
+        return energy
+    return energy.whole_rows() if np.isfinite(np.asarray(energy.data)).all(axis=1).any() else energy
+
+
 def _stein(fit: Fit, rng_key: Array) -> tuple[str, str, str]:
     """A test of fit by kernel Stein discrepancy, on the rows of the fit itself or a sample of them."""
-    energy = fit.energy
+    energy = whole_rows(fit)
     x, weights = (np.asarray(v) for v in energy.data_and_weights())
     rows = x[weights != 0]
     choose, test = jax.random.split(rng_key)
@@ -227,7 +235,7 @@ def _moments(fit: Fit, samples: Any, rng_key: Array) -> tuple[str, str, str]:
     """Means, variances, skewnesses and correlations of draws beside those of the data."""
     if isinstance(samples, str):
         return samples, "unknown", ""
-    test = moment_test(fit.energy, samples, rng_key)
+    test = moment_test(whole_rows(fit), samples, rng_key)
     k = test.furthest
     found = (
         f"furthest is the {test.names[k]}: {short(test.draws[k])} in draws, {short(test.data[k])} in the data, "

@@ -26,7 +26,7 @@ from numpyro_score.plots import (
 from numpyro_score.plots.fits import loss_of, solved_at_once
 from numpyro_score.printed import name_of, settings
 from numpyro_score.random import Key, as_key
-from numpyro_score.reporting.checks import Check, check_all, converged
+from numpyro_score.reporting.checks import Check, check_all, converged, whole_rows
 from numpyro_score.reporting.comparison import comparison_page
 from numpyro_score.reporting.page import Markup, page, table, tag
 from numpyro_score.reporting.parts import draw, machine, or_reason
@@ -101,7 +101,7 @@ def report(fit: Fit | Comparison, path: str | Path, *, rng_key: Key | None = Non
         warnings.simplefilter("always")
         samples: Any = "none were drawn, as num_samples is 0."
         if num_samples:
-            samples = or_reason(lambda: sample(fit.energy, sample_key, num_samples))
+            samples = or_reason(lambda: sample(whole_rows(fit), sample_key, num_samples))
         checks = check_all(fit, samples, check_key)
         errors = _errors(fit)
         body = _body(fit, samples, checks, errors)
@@ -157,11 +157,13 @@ def _what(fit: Fit) -> str:
     shown = ", ".join(f"{k} ({n})" for k, n in list(sites.items())[:8]) + (", ..." if len(sites) > 8 else "")
     weights = np.asarray(energy.weights)
     masked = int((weights == 0).sum())
+    whole = whole_rows(fit).num_rows
     data = ", ".join(a.name for a in energy.arrays)
     return (
         f"{_name(fit)}, with {plural(sum(sites.values()), 'parameter')}: {shown or 'none'}; on "
         f"{plural(energy.num_rows, 'row')} of {plural(energy.dim, 'number')}: {data}"
-        + (f", of which {masked} rows are masked." if masked else ".")
+        + (f", of which {masked} rows are masked" if masked else "")
+        + (f"; checks and pictures of rows are of the {whole} without missing cells." if whole < len(weights) else ".")
     )
 
 
@@ -241,7 +243,7 @@ def _numbers(tree: Any) -> list[tuple[str, float]]:
 
 def _pictures(fit: Fit, samples: Any) -> list[Markup]:
     """The pictures that can be drawn of this fit; one that cannot says why."""
-    energy, wide = fit.energy, isinstance(fit, AdversarialResult)
+    energy, wide = whole_rows(fit), isinstance(fit, AdversarialResult)
     found = []
     if isinstance(fit, AdversarialResult) or not solved_at_once(fit):
         found.append(draw("Objective by step", lambda ax: plot_losses(fit, ax=ax), (1, 1 + wide), 6.0 + 6.0 * wide))
@@ -261,12 +263,13 @@ def _pictures(fit: Fit, samples: Any) -> list[Markup]:
 
 def _moments(fit: Fit, samples: Any) -> Markup:
     """Mean and spread of the data's columns, and the same of the draws with their R-hat and effective size."""
-    names, data = data_columns(fit.energy)
+    energy = whole_rows(fit)
+    names, data = data_columns(energy)
     head = ["column", "data mean", "data sd"]
     columns = [data.mean(axis=0), data.std(axis=0)]
     if not isinstance(samples, str):
-        sites = [a.name for a in fit.energy.arrays]
-        draws = sample_columns(fit.energy, samples)
+        sites = [a.name for a in energy.arrays]
+        draws = sample_columns(energy, samples)
         head += ["draws mean", "draws sd"]
         columns += [draws.mean(axis=0), draws.std(axis=0)]
         for group, title in (("r_hat", "R-hat"), ("ess", "effective sample size")):
