@@ -24,7 +24,7 @@ from numpyro_score.placement import fetch
 __all__ = ["MissingCells"]
 
 _MOMENTS = "missing_cells_moments"
-_FREEDOM = 5.0  # degrees of freedom of the law that draws are from, whose tails are heavier than most densities'
+_FREEDOM = 5  # degrees of freedom of the law that draws are from, whose tails are heavier than most densities'
 _LEVEL = 1e-3  # of a warning that cells are not missing at random, for all pairs of columns together
 _ENOUGH = 20  # cells on each side of a comparison
 _LOOKED_AT = 100_000  # rows
@@ -226,7 +226,7 @@ def _draw(
     centre, root = jax.vmap(conditional)(x, missing)
     normal_key, scale_key = jax.random.split(rng_key)
     z = jax.random.normal(normal_key, (k // 2, *x.shape), x.dtype)
-    scale = jax.random.gamma(scale_key, _FREEDOM / 2, (k // 2, len(x), 1), x.dtype) / (_FREEDOM / 2)
+    scale = jnp.mean(jax.random.normal(scale_key, (k // 2, len(x), _FREEDOM), x.dtype) ** 2, axis=-1, keepdims=True)
     z = jnp.where(missing, z / jnp.sqrt(scale), 0.0)
     z = jnp.concatenate([z, -z])
     points = centre + jnp.einsum("nij,knj->kni", root, z)
