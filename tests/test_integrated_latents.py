@@ -194,6 +194,7 @@ REFUSED = {
     "no number": (with_site(dist.Normal(0, 1), {"quadrature": "many"}), "integrated by 'many' points: write a number"),
     "one": (with_site(dist.Normal(0, 1), {"quadrature": 1}), "by 1 points: write a number from 2 to 256"),
     "discrete": (with_site(dist.Poisson(2.0), {"quadrature": 8}), "Poisson is no law of single continuous numbers"),
+    "no quantiles": (with_site(dist.Weibull(1.0, 2.0), {"quadrature": 8}), "Weibull has no quantiles in NumPyro: use"),
     "simplex": (
         with_site(dist.Dirichlet(jnp.ones(3)), {"quadrature": 8}), "Dirichlet is no law of single continuous numbers"
     ),

@@ -30,6 +30,7 @@ from numpyro_score import (
     MissingCells,
     ScoreMatching,
     ScoreMatchingResult,
+    compare,
     generalized_bayes,
     hyvarinen_score,
     load,
@@ -37,6 +38,7 @@ from numpyro_score import (
     plot_marginals,
     report,
     sample,
+    windham,
 )
 from numpyro_score.losses import Loss, row_losses, total_loss
 from numpyro_score.losses.missing import _most_dependent
@@ -313,6 +315,41 @@ def test_what_cannot_be_is_refused(case: str) -> None:
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_compared_on_new_rows() -> None:
+    """By both objectives, as an energy at these rows is."""
+    fit, x = fitted(), rows()[~np.isnan(rows()).any(axis=1)]
+    log_z = log_partition(fit, rng_key=KEY)
+    fits = {"holes": fit, "alone": Energy(graph, {k: 1.3 * fit.estimates[k] for k in "do"}, x)}
+    found = compare(fits, x, rng_key=KEY, num_samples=0, log_partition={"holes": log_z})
+    assert found.order_kl == found.order_fisher == ("holes", "alone")
+    with pytest.raises(TypeError, match="windham weighs whole rows"):
+        windham(fit, 0.1)
+
+
+def test_draws_that_are_worth_little_are_told() -> None:
+    """Columns of a chain with correlation 0.95, half the cells missing: few of eight draws count."""
+    rng = np.random.default_rng(7)
+    x = np.empty((300, 4))
+    x[:, 0] = rng.normal(size=300)
+    for j in range(1, 4):
+        x[:, j] = 0.97 * x[:, j - 1] + 0.24 * rng.normal(size=300)
+    missing = rng.uniform(size=x.shape) < 0.5
+    missing[missing.all(axis=1), 0] = False
+
+    def chain(x: Any) -> None:
+        a = numpyro.param("a", 8.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", improper(4), obs=x)
+            steps = x[:, 1:] - 0.97 * x[:, :-1]
+            numpyro.factor("energy", -0.5 * x[:, 0] ** 2 - a * jnp.sum(steps**2, axis=-1))
+
+    sm = ScoreMatching(chain, loss=MissingCells(ISM(), 4), num_steps=3)
+    with pytest.warns(
+        UserWarning, match=r"The 4 draws of missing cells are worth 1\.\d or fewer in one of twenty rows"
+    ):
+        sm.run(KEY, np.where(missing, np.nan, x), progress_bar=False)
 
 
 def test_report_and_pictures_are_of_whole_rows(tmp_path: Any) -> None:

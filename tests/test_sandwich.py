@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import warnings
 
 import flax.linen as nn
 import jax
@@ -344,6 +345,25 @@ def test_masked_rows_are_no_rows():
     np.testing.assert_allclose(batch.stderr(spread)["mu"], alone.stderr()["mu"], rtol=1e-9)
     with pytest.raises(SandwichError, match="1 of 400 rows have a weight"):
         fitted(shrunk, padded, jnp.asarray(np.arange(400) == 0))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_a_number_of_few_rows(rows):
+    """Its residuals are made small: the interval of a single row is that of the others' mean."""
+    z = np.arange(200) < rows
+
+    def model(x):
+        b = numpyro.param("b", jnp.zeros(2))
+        with numpyro.plate("rows", len(x)):
+            numpyro.factor("energy", -0.5 * (x - b[0] - b[1] * z) ** 2)
+
+    fit = ScoreMatching(model).run(KEY, np.random.default_rng(0).normal(size=200).astype(np.float32))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit.stderr()
+    said = [str(w.message) for w in caught if "whose spread tells their errors" in str(w.message)]
+    expected = [f"Numbers of site 'b' are fitted to {rows} of 200"] if rows < 5 else []
+    assert [message.split(" rows")[0] for message in said] == expected
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Tables of pandas, polars and xarray as data: the numbers of arrays, and the names of their columns."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -164,6 +165,20 @@ def test_columns_that_hold_no_data(message):
         MATCHER.init(KEY, BAD[message])
 
 
+def test_arguments_given_again_have_the_same_columns(fit, tmp_path):
+    """After a file without data, and in `dataclasses.replace`."""
+    fit.save(tmp_path / "fit", data=False)
+    swapped = FRAME[["weight", "height"]]
+    for again in (
+        lambda frame: load(tmp_path / "fit", model, frame),
+        lambda frame: replace(fit, args=(frame,)),
+        lambda frame: replace(fit.without_data(), args=(frame,)),
+    ):
+        with pytest.raises(ValueError, match=r"'x' has the columns 'weight', 'height'"):
+            again(swapped)
+        assert again(FRAME).summary().index[0] == fit.summary().index[0]
+
+
 def test_covariates_have_the_same_columns():
     """A frame of covariates in another order would be another model, wherever new rows or values are given."""
     frame = pd.DataFrame(X, columns=["age", "dose"])
@@ -188,3 +203,7 @@ def test_covariates_have_the_same_columns():
         call(frame)
     np.testing.assert_array_equal(regressed.energy.bind(z=frame).data, regressed.energy.data)
     regressed.energy.bind(z=X[:, ::-1])  # an array has no names
+    with pytest.raises(ValueError, match=r"'z' has shape \(2,\), and the model is bound to one of shape \(60, 2\)"):
+        regressed.energy.at(Z[:2, None], z=pd.Series([1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"'z' has shape \(2,\), and the model is bound to one of shape \(60, 2\)"):
+        hyvarinen_score(regressed, Z[:2], pd.Series([1.0, 0.0]))

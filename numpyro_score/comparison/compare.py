@@ -33,11 +33,12 @@ from numpyro_score.diffusion.source import noise_range_of
 from numpyro_score.divergences.mmd import mmd
 from numpyro_score.divergences.moments import moment_test
 from numpyro_score.divergences.stein import kernel_stein_discrepancy
-from numpyro_score.energy import Energy, one_plate
+from numpyro_score.energy import Energy
 from numpyro_score.inference import AdversarialResult, FitCost, ScoreMatchingResult
 from numpyro_score.normaliser import LogPartition, sample
 from numpyro_score.normaliser import log_partition as estimate_log_partition
 from numpyro_score.normaliser.coordinates import row_log_jacobian
+from numpyro_score.normaliser.source import energy_of_fit
 from numpyro_score.random import Key, as_key
 
 __all__ = ["Comparison", "compare"]
@@ -266,7 +267,7 @@ def _energies(fits: Mapping[str, Fit], log_partition: dict[str, Any], covariates
             )
     if unknown := sorted(set(log_partition) - set(fits)):
         raise ValueError(f"log_partition has '{unknown[0]}', which is no fit: the fits are {sorted(fits)}.")
-    energies = {k: fit if isinstance(fit, Energy) else one_plate(fit.energy) for k, fit in fits.items()}
+    energies = {k: fit if isinstance(fit, Energy) else energy_of_fit(fit) for k, fit in fits.items()}
     if unknown := [k for k in covariates if not any(_taken(e, {k: None}) for e in energies.values())]:
         raise TypeError(f"given has '{unknown[0]}', which no model takes: use the names of the models' arguments.")
     for name, energy in energies.items():

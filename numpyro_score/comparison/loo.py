@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from numpyro.infer import MCMC
 
 from numpyro_score.comparison.posterior import Posterior, draw_losses, draws_of
-from numpyro_score.energy import Energy, one_plate, refuse_other_columns
+from numpyro_score.energy import Energy, one_plate, refuse_other_axes, refuse_other_columns
 from numpyro_score.generalized import GeneralizedModel
 from numpyro_score.inference import AdversarialResult, ScoreMatchingResult
 from numpyro_score.losses.base import refuse_kinks_of_score
@@ -220,6 +220,7 @@ def at_arguments(source: Energy | ScoreMatchingResult | AdversarialResult, args:
     energy = one_plate(source.energy)
     new = Energy.bound_to(energy.model, energy.params, {}, None, energy.data_name, args, kwargs)
     refuse_other_columns(energy.labels, new.labels)
+    refuse_other_axes(energy, new)
     return new
 
 

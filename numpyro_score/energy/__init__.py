@@ -7,7 +7,7 @@ shows; none of its modules is imported from outside.
 from numpyro_score.energy.accuracy import quadrature_error
 from numpyro_score.energy.arguments import join_arrays, split_arrays, takes_keyword, with_outside
 from numpyro_score.energy.base import AnyArray, layouts_kept
-from numpyro_score.energy.binding import rows_given
+from numpyro_score.energy.binding import refuse_other_axes, rows_given
 from numpyro_score.energy.boundary import weight_at_boundary
 from numpyro_score.energy.check import evaluate_for_check
 from numpyro_score.energy.dependence import (
@@ -101,6 +101,7 @@ __all__ = [
     "polygon",
     "quadrature_error",
     "read_arguments",
+    "refuse_other_axes",
     "refuse_other_columns",
     "refuse_other_rows",
     "relaxed",

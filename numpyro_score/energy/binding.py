@@ -13,7 +13,7 @@ from numpyro_score.energy.arguments import join_arrays, named_arrays, positional
 from numpyro_score.energy.tables import read_arguments, refuse_other_columns
 from numpyro_score.placement import places_of
 
-__all__ = ["data_arguments", "rebound", "rows_given"]
+__all__ = ["data_arguments", "rebound", "refuse_other_axes", "rows_given"]
 
 
 def rebound(energy: Any, arguments: Mapping[str, Any]) -> Any:
@@ -34,6 +34,7 @@ def rebound(energy: Any, arguments: Mapping[str, Any]) -> Any:
             )
     arrays, static = split_arrays((tuple(args), kwargs), energy.model)
     new = energy._replace(_arrays=arrays, _static=static, _places=places_of(arrays))
+    refuse_other_axes(energy, new)
     try:
         new._layout = new._read_layout()
     except (TypeError, ValueError) as error:  # the model's own, which need not know what is new to it
@@ -64,6 +65,23 @@ def data_arguments(energy: Any, values: dict[str, Any]) -> dict[str, Any]:
             )
         found[names[a.leaf]] = values[a.name]
     return found
+
+
+def refuse_other_axes(known: Any, new: Any) -> None:
+    """Raises ValueError for an argument that has axes, and others in number than where the energy `known` has it.
+
+    A column in the place of a table would have each row meet the numbers of the others.
+    """
+    before = named_arrays(known.model, known._static)[0]
+    for name, leaf in named_arrays(new.model, new._static)[0].items():
+        if name not in before:
+            continue
+        first, second = np.shape(known._arrays[before[name]]), np.shape(new._arrays[leaf])
+        if first and second and len(first) != len(second):
+            raise ValueError(
+                f"'{name}' has shape {second}, and the model is bound to one of shape {first}: give it "
+                f"{len(first)} {'axis' if len(first) == 1 else 'axes'}, as there."
+            )
 
 
 def rows_given(energy: Any, given: Mapping[str, Any]) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -35,10 +36,16 @@ def num_points(site: Site) -> int:
             f"Site '{site['name']}' is to be integrated by {count!r} points: write a number from 2 to {MAX_POINTS}, "
             "e.g. infer={'quadrature': 16}."
         )
-    if law.event_dim or law.support.is_discrete or not (_is_normal(law) or hasattr(law, "icdf")):
+    why = "" if law.event_dim == 0 and not law.support.is_discrete else "is no law of single continuous numbers"
+    if not (why or _is_normal(law)):
+        try:
+            jax.eval_shape(law.icdf, 0.5)
+        except (NotImplementedError, ImportError, AttributeError) as error:
+            why = "has no quantiles in NumPyro" + (f" ({str(error).rstrip('.')})" if str(error) else "")
+    if why:
         raise ValueError(
-            f"Site '{site['name']}' is to be integrated, and {type(law).__name__} is no law of single continuous "
-            "numbers with quantiles: use dist.Normal or another that has icdf, or write the integral in the model."
+            f"Site '{site['name']}' is to be integrated, and {type(law).__name__} {why}: use dist.Normal, a transform "
+            "of it in the model, or another law with icdf, such as Exponential, Uniform, Laplace or Logistic."
         )
     return count
 

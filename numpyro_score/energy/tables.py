@@ -119,16 +119,17 @@ NO_LABELS = Labels()
 
 
 def read_arguments(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: Labels | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any], Labels]:
     """The model's arguments, looked at, with arrays in the place of tables, and what the tables say of their axes.
 
     Raises:
         TypeError: for a column that holds no numbers, and other containers of them; the message names the column.
-        ValueError: for two columns of one name.
+        ValueError: for two columns of one name, or other columns than those of the same arguments in `known`.
         TypeError, ValueError: as :func:`check_arguments`.
     """
     args, kwargs, labels = _from_tables(model, args, kwargs)
+    refuse_other_columns(known or NO_LABELS, labels)
     check_arguments(model, args, kwargs)
     return args, kwargs, labels
 

@@ -10,8 +10,9 @@ import scipy.stats
 
 from numpyro_score.energy import AnyEnergy, quadrature_error
 from numpyro_score.inference.processes import is_first
+from numpyro_score.placement import fetch
 
-__all__ = ["warn_at_end", "warn_if_average_lags", "warn_if_still_falling", "warn_of_points"]
+__all__ = ["warn_at_end", "warn_if_average_lags", "warn_if_still_falling", "warn_of_draws", "warn_of_points"]
 
 
 def warn_at_end(fitter: Any, state: Any, losses: np.ndarray, num_rows: int) -> None:
@@ -48,6 +49,22 @@ def warn_of_points(energy: AnyEnergy) -> None:
             f"infer={{'quadrature': {2 * count}}}.",
             stacklevel=5,
         )
+
+
+def warn_of_draws(loss: Any, energy: AnyEnergy, rng_key: Any) -> None:
+    """Warns, in the first process, where the draws that a loss weighs are worth few in some of the rows."""
+    if not hasattr(loss, "effective_draws"):
+        return
+    worth = fetch(loss.effective_draws(energy, rng_key))
+    worth = worth[worth < 0.999 * loss.num_draws]  # of rows that have missing cells
+    if not len(worth) or (low := float(np.quantile(worth, 0.05))) >= _FEW_DRAWS or not is_first():
+        return
+    warnings.warn(
+        f"The {loss.num_draws} draws of missing cells are worth {low:.1f} or fewer in one of twenty rows that have "
+        f"such cells, and {np.mean(worth):.1f} on average: the loss is noisy and biased, and so may estimates and "
+        f"errors be. Write more, num_draws={4 * loss.num_draws}.",
+        stacklevel=5,
+    )
 
 
 def warn_if_still_falling(losses: np.ndarray, num_rows: int) -> None:
@@ -117,6 +134,7 @@ def warn_if_average_lags(losses: np.ndarray, num_rows: int, average: float, num_
         )
 
 
+_FEW_DRAWS = 2.0
 _OFF = 0.01  # of the score
 _FALL = 1.0
 _LAG = 5.0

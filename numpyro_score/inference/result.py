@@ -86,7 +86,7 @@ class ScoreMatchingResult:
 
     def __post_init__(self) -> None:
         if self.has_data:  # which may be tables, where `dataclasses.replace` gives it
-            arguments = read_arguments(self.svi.score_model, self.args, self.kwargs)
+            arguments = read_arguments(self.svi.score_model, self.args, self.kwargs, self.labels)
             self.__dict__.update(zip(("args", "kwargs", "labels"), arguments, strict=True) if arguments[2].axes else ())
 
     def __repr__(self) -> str:

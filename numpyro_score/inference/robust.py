@@ -115,6 +115,8 @@ def windham(fit: ScoreMatchingResult, c: float) -> ScoreMatchingResult:
     if len(fit.energy.parts) > 1:
         raise TypeError("windham takes data in one plate, whose rows have one density, and these are in several.")
     loss = loss_for(fit.svi.score_loss, fit.energy)
+    if fit.has_missing_cells:
+        raise TypeError("windham weighs whole rows by their density, and this fit has rows with missing cells.")
     if not fit.is_point or hasattr(loss, "no_posterior") or hasattr(loss, "declare"):
         what = type(fit.svi.guide if not fit.is_point else loss).__name__
         raise TypeError(f"windham takes a point fit by ISM, SSM, DSM or FSM, and this one is by {what}.")

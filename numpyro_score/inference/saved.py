@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_score.energy import Labels
+from numpyro_score.energy import Labels, refuse_other_columns
 from numpyro_score.inference.arguments import named_leaves
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.files import Arrays, read
@@ -114,7 +114,9 @@ def load(
         params, state, losses, svi, args, kwargs, head["interrupted"], cost, held_out=held_out, dependence=dependence
     )
     # Those of the file, unless the arguments given again are tables, which bring their own.
-    return fit if fit.labels.axes else replace(fit, labels=Labels.decode(head.get("labels")))
+    labels = Labels.decode(head.get("labels"))
+    refuse_other_columns(labels, fit.labels)
+    return fit if fit.labels.axes else replace(fit, labels=labels)
 
 
 _MISMATCH = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,16 @@ from jaxtyping import Array
 from numpyro_score.energy import Energy, one_plate
 from numpyro_score.normaliser.coordinates import Chart, to_free
 
-__all__ = ["Fitted", "Source", "density_of", "fitted_moments", "free_data", "one_density", "with_density"]
+__all__ = [
+    "Fitted",
+    "Source",
+    "density_of",
+    "energy_of_fit",
+    "fitted_moments",
+    "free_data",
+    "one_density",
+    "with_density",
+]
 
 
 @runtime_checkable
@@ -44,15 +53,19 @@ def one_density(source: Source) -> Energy:
     return energy
 
 
+def energy_of_fit(fit: Any) -> Energy:
+    """The energy of a fit, at its whole rows where some have missing cells: they place draws of its density."""
+    energy = one_plate(getattr(fit, "energy", None))
+    return energy.whole_rows() if getattr(fit, "has_missing_cells", False) and energy.resizable else energy
+
+
 def with_density(source: Source) -> Energy:
     """The energy of a source, if it has values; rows may have densities of their own.
 
     Raises:
         TypeError: if the source is neither an energy nor a fit, or has a score but no density.
     """
-    energy = one_plate(source if isinstance(source, Energy) else getattr(source, "energy", None))
-    if getattr(source, "has_missing_cells", False):
-        energy = energy.whole_rows()
+    energy = source if isinstance(source, Energy) else energy_of_fit(source)
     if not isinstance(energy, Energy):
         raise TypeError(f"Expected an Energy or a fit, got {type(source).__name__}.")
     if not energy.has_density:

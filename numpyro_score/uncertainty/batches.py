@@ -22,6 +22,7 @@ from numpyro_score.uncertainty.sandwich import (
     sums_of_bends,
     used_rows,
     warn_if_few_rows_bend,
+    warn_if_few_rows_enter,
     warn_if_not_converged,
     warn_of_ends,
 )
@@ -55,7 +56,7 @@ def curvature_of_batches(objectives: Iterator[Objective], num_rows: int | None) 
     """
     first: Objective | None = None
     hessian: Any = 0.0
-    outer, total, bends = np.zeros(()), np.zeros(()), np.zeros(())
+    outer, total, bends, entered = np.zeros(()), np.zeros(()), np.zeros(()), np.zeros((), int)
     prior_hessian, prior_gradient, random, count = np.zeros(()), np.zeros(()), False, 0
     for objective in objectives:
         *found, of_batch = derivatives(objective)
@@ -74,7 +75,7 @@ def curvature_of_batches(objectives: Iterator[Objective], num_rows: int | None) 
             one, other = (fetch(gradient_at(first, key)) for key in jax.random.split(first.rng_key))
             random = not np.array_equal(one, other)
         hessian, outer, total, count = hessian + loss_hessian, outer + g.T @ g, total + g.sum(axis=0), count + len(g)
-        bends = bends + sums_of_bends(of_batch)
+        bends, entered = bends + sums_of_bends(of_batch), entered + np.count_nonzero(g, axis=0)
     if first is None:
         raise ValueError("batches has none: give at least one, an iterator anew as it can be used only once.")
     if num_rows is not None and num_rows < count:
@@ -86,6 +87,7 @@ def curvature_of_batches(objectives: Iterator[Objective], num_rows: int | None) 
     whole = beta * loss_hessian + prior_hessian
     require_curved(first, whole)
     spread = (outer - np.outer(total, total) / (share * count)) * count / (count - 1)
+    warn_if_few_rows_enter(first, np.maximum(entered, bends[0]), count, np.diag(loss_hessian))
     warn_if_few_rows_bend(first, whole / share, bends)  # of the rows that there are
     size = np.sqrt(np.diag(outer))
     unit = np.where(size > 0, size, 1.0)

@@ -33,6 +33,11 @@ def calibrated_learning_rate(curvature: Curvature) -> float:
         )
     p = len(curvature.size)
     counts = ~curvature.at_an_end & ((curvature.size > 0) | (np.diag(curvature.loss_hessian) != 0))
+    if curvature.at_an_end.any() and not counts.any():
+        raise SandwichError(
+            "All parameters are at the end of their constraint, so no learning rate is calibrated: pass learning_rate "
+            "as a number, or drop the term that the data do not have."
+        )
     h, size = curvature.loss_hessian[np.ix_(counts, counts)], curvature.size[counts]
     root = np.asarray(np.linalg.qr(curvature.root[:, counts], mode="r"))
     resolution = 10 * p * float(np.finfo(jnp.result_type(float)).eps)

@@ -46,6 +46,7 @@ __all__ = [
     "sums_of_bends",
     "used_rows",
     "warn_if_few_rows_bend",
+    "warn_if_few_rows_enter",
     "warn_if_not_converged",
     "warn_of_ends",
 ]
@@ -129,7 +130,7 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
 
     Warns:
         UserWarning: if the minimum is further away than a tenth of a standard error, see :func:`distance_to_minimum`;
-            for parameters at the end of their constraint;
+            for parameters at the end of their constraint, or that enter the losses of fewer than five rows;
             if the spread of the effects of fewer than 30 groups is estimated; if few rows bend the objective, see
             :func:`warn_if_few_rows_bend`.
     """
@@ -155,7 +156,10 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
     at_an_end = warn_of_ends(objective)
     distance = np.where(at_an_end, 0.0, distance)
     warn_if_not_converged(objective, objective.unravel(jnp.asarray(distance, objective.position.dtype)))
-    warn_if_few_rows_bend(objective, hessian, sums_of_bends(bends))
+    sums = sums_of_bends(bends)
+    entered = np.maximum(np.count_nonzero(g, axis=0), sums[0])
+    warn_if_few_rows_enter(objective, entered, len(g), np.diag(loss_hessian), names)
+    warn_if_few_rows_bend(objective, hessian, sums)
     size = np.sqrt(np.sum(g**2, axis=0))
     return Curvature(hessian, loss_hessian, root, size, beta, spread, names, distance, at_an_end)
 
@@ -302,6 +306,31 @@ def warn_of_ends(objective: Objective) -> np.ndarray:
     return at_an_end
 
 
+def warn_if_few_rows_enter(
+    objective: Objective, counts: np.ndarray, num_rows: int, curvatures: np.ndarray, effects: tuple[str, ...] = ()
+) -> None:
+    """The spread of few residuals says little, and the fit makes them small: one row alone has none at all.
+
+    Args:
+        objective: whose parameters these are.
+        counts: rows whose loss has a first or second derivative in each, (P,).
+        num_rows: all that count.
+        curvatures: of the losses, (P,): 0 for what enters the prior alone.
+        effects: sites with a law of their own in a hierarchy, whose spread tells their errors.
+    """
+    few = (counts < FEW_ROWS + 1) & (counts < num_rows) & (curvatures > 0)
+    for name, block in objective.blocks().items():
+        if name not in effects and few[block].any():
+            least = max(counts[block][few[block]].min(), 1)
+            warnings.warn(
+                f"Numbers of site '{name}' are fitted to {least:.0f} of {num_rows} rows, "
+                "whose spread tells their errors: these come out far too small. Merge groups of so few rows, or give "
+                "their parameters a common law, in a hierarchy.",
+                stacklevel=5,
+            )
+            return
+
+
 def warn_if_few_rows_bend(objective: Objective, hessian: np.ndarray, bends: np.ndarray) -> None:
     r"""Errors are as uncertain as the curvature that they are divided by, which is a sum over rows, too.
 
@@ -336,9 +365,9 @@ def warn_if_few_rows_bend(objective: Objective, hessian: np.ndarray, bends: np.n
         name = next(k for k, block in objective.blocks().items() if worst in block)
         warnings.warn(
             f"The errors of site '{name}' are known to ±{share[worst] ** 0.5:.0%} only, and may be far too small: in "
-            f"effect {1 / share[worst]:.1f} of {count[worst]:.0f} rows bend the objective there, which then has many "
-            "minima. Let the density bend over the width of many rows, e.g. by a larger ε in sqrt(x**2 + ε), or use "
-            "NCE or PCD.",
+            f"effect {1 / share[worst]:.1f} of {count[worst]:.0f} rows bend the objective there. Either few rows have "
+            "all the leverage, as outlying covariates have: look at them. Or the density bends over a width of few "
+            "rows, and the objective has many minima: take e.g. a larger ε in sqrt(x**2 + ε), or NCE or PCD.",
             stacklevel=5,
         )
 
