@@ -197,7 +197,7 @@ def test_rows_without_weight_may_be_empty() -> None:
     """They are no rows: the same as without them."""
     x = np.concatenate([rows(100), np.full((20, 3), np.nan, np.float32)])
     seen = np.arange(120) < 100
-    loss, params = MissingCells(ISM(), 4), {"a": jnp.ones(3), "b": jnp.full(3, 0.2)}
+    loss, params = MissingCells(ISM(), 16), {"a": jnp.ones(3), "b": jnp.full(3, 0.2)}
     whole = total_loss(loss, Energy(columns, params, rows(100)), KEY)
     np.testing.assert_allclose(total_loss(loss, Energy(columns, params, x, seen), KEY), whole, rtol=1e-5)
     ScoreMatching(columns, loss=loss, num_steps=2).run(KEY, x, seen, progress_bar=False)
@@ -252,10 +252,10 @@ def test_cells_that_are_not_missing_at_random_are_told() -> None:
     x = np.random.default_rng(2).normal(size=(500, 3)).astype(np.float32)
     x[x[:, 1] > 0.5, 0] = np.nan
     with pytest.warns(UserWarning, match=r"Cells of x\[0\] are missing where those of x\[1\] are large"):
-        ScoreMatching(columns, loss=MissingCells(ISM(), 2), num_steps=2).run(KEY, x, progress_bar=False)
+        ScoreMatching(columns, loss=MissingCells(ISM(), 16), num_steps=2).run(KEY, x, progress_bar=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ScoreMatching(columns, loss=MissingCells(ISM(), 2), num_steps=2).run(KEY, rows(), progress_bar=False)
+        ScoreMatching(columns, loss=MissingCells(ISM(), 16), num_steps=2).run(KEY, rows(), progress_bar=False)
 
 
 def positive(x: Any) -> None:

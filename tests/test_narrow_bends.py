@@ -17,7 +17,8 @@ import pytest
 from numpyro.distributions import constraints
 
 from numpyro_score import NCE, ScoreMatching
-from numpyro_score.uncertainty.sandwich import derivatives, sums_of_bends, warn_if_few_rows_bend
+from numpyro_score.uncertainty.few_rows import sums_of_bends, warn_if_few_rows_bend
+from numpyro_score.uncertainty.sandwich import derivatives
 
 SAID = "rows bend the objective there"
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_score.placement import fetch
+from numpyro_score.uncertainty.few_rows import sums_of_bends, warn_if_few_rows_bend, warn_if_few_rows_enter
 from numpyro_score.uncertainty.hierarchy import effects, refuse_products
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
 from numpyro_score.uncertainty.sandwich import (
@@ -19,10 +20,7 @@ from numpyro_score.uncertainty.sandwich import (
     derivatives,
     gradient_at,
     require_curved,
-    sums_of_bends,
     used_rows,
-    warn_if_few_rows_bend,
-    warn_if_few_rows_enter,
     warn_if_not_converged,
     warn_of_ends,
 )
