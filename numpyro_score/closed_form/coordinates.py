@@ -85,13 +85,13 @@ class Coordinates:
 
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
         """The lower and the upper bound of each coordinate, (P,) each; infinite where there is none."""
-
-        def of(which: int) -> np.ndarray:
-            of_site = {k: limits(support)[which] for k, support in self.supports.items()}
-            bounds = {k: jax.tree.map(lambda v, k=k: jnp.full_like(v, of_site[k]), v) for k, v in self.values.items()}
-            return np.asarray(ravel_pytree(bounds)[0], np.float64)
-
-        return of(0), of(1)
+        found = []
+        for name, value in sorted(self.values.items()):
+            bounds = [np.asarray(bound, np.float64) for bound in limits(self.supports[name])]
+            for leaf in jax.tree.leaves(value):
+                found.append([np.ravel(np.broadcast_to(bound, np.shape(leaf))) for bound in bounds])
+        lower, upper = (np.concatenate(of_leaves) for of_leaves in zip(*found, strict=True))
+        return lower, upper
 
     def beside_ends(self, vector: np.ndarray, at: np.ndarray, curvatures: np.ndarray) -> np.ndarray:
         """A vector (P,) with what is at an end moved inside by all but nothing, as constraints are open.

@@ -342,7 +342,8 @@ def minimise(
     # What forming Γ has lost to rounding, gradients at the solution give back.
     for _ in range(2):
         theta[free] -= inverse((expansion.value_and_gradient(theta)[1] + expansion.prior.gradient(theta))[free])
-    theta = coordinates.beside_ends(theta, at, np.diag(whole.hessian))
+    if at.any():
+        theta = coordinates.beside_ends(theta, at, np.diag(whole.hessian))
     coordinates.require_inside(theta)
     value = expansion.value_and_gradient(theta)[0] + expansion.prior(theta)
     names = dict.fromkeys(coordinates.site_of(int(i)) for i in np.flatnonzero(at))

@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array
 
-__all__ = ["MAX_POINTS", "is_integrated", "num_points", "point_values", "point_weights"]
+__all__ = ["MAX_POINTS", "is_integrated", "law_of_numbers", "num_points", "point_values", "point_weights"]
 
 Site = dict[str, Any]
 
@@ -30,7 +30,7 @@ def num_points(site: Site) -> int:
     Raises:
         ValueError: for no number of points, or a law that is neither normal nor has quantiles.
     """
-    count, law = site["infer"]["quadrature"], _law(site)
+    count, law = site["infer"]["quadrature"], law_of_numbers(site)
     if not isinstance(count, int) or isinstance(count, bool) or not 2 <= count <= MAX_POINTS:
         raise ValueError(
             f"Site '{site['name']}' is to be integrated by {count!r} points: write a number from 2 to {MAX_POINTS}, "
@@ -52,7 +52,7 @@ def num_points(site: Site) -> int:
 
 def point_values(site: Site, numbers: Any) -> Array:
     """The values of a site at points of these numbers, 0 to K − 1, in its own shape."""
-    law, count = _law(site), num_points(site)
+    law, count = law_of_numbers(site), num_points(site)
     points = jnp.asarray(_rule(count, _is_normal(law))[0], jnp.result_type(float))[numbers]
     if not _is_normal(law):
         values = law.icdf(points)
@@ -64,8 +64,8 @@ def point_values(site: Site, numbers: Any) -> Array:
 
 def point_weights(site: Site, numbers: Any) -> Array:
     """The log weights of these points, as the log density of the site would be: of its batch shape."""
-    weights = jnp.asarray(np.log(_rule(num_points(site), _is_normal(_law(site)))[1]), jnp.result_type(float))[numbers]
-    whole = jnp.broadcast_to(weights, site["fn"].shape())
+    weights = np.log(_rule(num_points(site), _is_normal(law_of_numbers(site)))[1])
+    whole = jnp.broadcast_to(jnp.asarray(weights, jnp.result_type(float))[numbers], site["fn"].shape())
     return jnp.sum(whole, axis=tuple(range(-site["fn"].event_dim, 0)))
 
 
@@ -79,7 +79,8 @@ def _rule(count: int, normal: bool) -> tuple[np.ndarray, np.ndarray]:
     return 0.5 * (points + 1), 0.5 * weights
 
 
-def _law(site: Site) -> Any:
+def law_of_numbers(site: Site) -> Any:
+    """The law of one number of a site, under what shapes or masks it."""
     law = site["fn"]
     while isinstance(law, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         law = law.base_dist

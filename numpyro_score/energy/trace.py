@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.primitives import Messenger
 
-from numpyro_score.energy.quadrature import is_integrated, point_values, point_weights
+from numpyro_score.energy.quadrature import is_integrated, law_of_numbers, point_values, point_weights
 from numpyro_score.energy.values import check_observed
 
 Site = dict[str, Any]
@@ -252,9 +252,7 @@ def support_points(site: Site) -> np.ndarray:
     Raises:
         ValueError: if they are not a few numbers that are known.
     """
-    law = unwrap(site["fn"])[0]
-    while isinstance(law, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        law = law.base_dist
+    law = law_of_numbers(site)
     if law.event_dim == 0 and law.has_enumerate_support:
         try:
             with jax.ensure_compile_time_eval():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_score.energy import Labels, refuse_other_columns
+from numpyro_score.energy import Labels
 from numpyro_score.inference.arguments import named_leaves
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.files import Arrays, read
@@ -110,13 +109,11 @@ def load(
     losses = np.asarray(arrays.get(head["losses"]))
     held_out = None if head.get("held_out") is None else np.asarray(arrays.get(head["held_out"]))
     dependence = None if head.get("dependence") is None else Dependence.decode(head["dependence"], arrays.get)
-    fit = ScoreMatchingResult(
-        params, state, losses, svi, args, kwargs, head["interrupted"], cost, held_out=held_out, dependence=dependence
-    )
-    # Those of the file, unless the arguments given again are tables, which bring their own.
-    labels = Labels.decode(head.get("labels"))
-    refuse_other_columns(labels, fit.labels)
-    return fit if fit.labels.axes else replace(fit, labels=labels)
+    return ScoreMatchingResult(
+        params, state, losses, svi, args, kwargs, head["interrupted"], cost,
+        labels=Labels.decode(head.get("labels")),  # unless the arguments given again are tables, which bring their own
+        held_out=held_out, dependence=dependence,
+    )  # fmt: skip
 
 
 _MISMATCH = (

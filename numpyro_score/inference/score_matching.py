@@ -332,8 +332,9 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         if not interrupted:
             warn_at_end(self, state, losses, self._shape[1])
         fit = result(self.get_params(state), state, losses, interrupted=interrupted)
-        warn_of_points(fit.energy)
-        warn_of_draws(self.score_loss, fit.energy, jax.random.fold_in(state.rng_key, 2))
+        if self._approximates:
+            warn_of_points(fit.energy)
+            warn_of_draws(self.score_loss, fit.energy, jax.random.fold_in(state.rng_key, 2))
         return fit
 
     def evaluate(self, svi_state: Any, *args: Any, **kwargs: Any) -> Array:
@@ -355,6 +356,8 @@ class ScoreMatching(Compiling, FromBatches, SVI):
     def _check(self, labels: Any, energy: AnyEnergy) -> None:
         energy = energy.labelled(labels)
         self._shape, self._num_plates = (energy.dim, energy.num_rows), len(energy.parts)  # of a step's data
+        latents = [latent for part in energy.parts for latent in part.latents]
+        self._approximates = hasattr(self.score_loss, "effective_draws") or any(v.integrated for v in latents)
         if energy.is_concrete:
             filled(self.score_loss, energy).check(self._evaluate)
             check_settings(self.score_loss, energy)

@@ -189,10 +189,10 @@ def rows_of(energy: AnyEnergy) -> str:
     """How many rows of how many numbers there are, and how many count, by plate."""
 
     def of(part: Energy) -> str:
-        x, weights = (fetch(v) for v in part.data_and_weights())
-        used = int((weights != 0).sum())
+        x, weights = part.data_and_weights()
+        counts = weights != 0
+        used, missing = (int(fetch(n)) for n in (jnp.sum(counts), jnp.sum(jnp.isnan(x) & counts[:, None])))
         counted = "" if used == part.num_rows else f", {used} of them with a weight"
-        missing = int(np.isnan(x[weights != 0]).sum())
         cells = f", {used * part.dim - missing} of {used * part.dim} of which were seen" if missing else ""
         return f"{plural(part.num_rows, 'row')}{counted} of {plural(part.dim, 'number')}{cells}"
 

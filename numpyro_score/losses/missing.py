@@ -145,14 +145,13 @@ class MissingCells:
                 f"Data {names} have no cell that was seen in {rows_text(empty)}: drop these rows or mask them with "
                 "handlers.mask."
             )
-        mean, _ = _moments(x)
-        return energy.at(jnp.where(jnp.isnan(x), mean, x))
+        return energy.at(jnp.where(jnp.isnan(x), jnp.nanmean(x, axis=0), x))
 
     def check(self, energy: Energy) -> None:
         """Raises as :meth:`filled`; warns if what is missing depends on the values of other cells."""
-        x, weights = (fetch(v) for v in energy.data_and_weights())
-        x = x[weights != 0][:_LOOKED_AT]
-        if (pair := _most_dependent(x)) is not None:
+        x, weights = energy.data_and_weights()
+        rows = np.flatnonzero(fetch(weights))[:_LOOKED_AT]
+        if (pair := _most_dependent(fetch(x[rows]))) is not None:
             one, other, how = pair
             names = energy.column_names
             warnings.warn(
