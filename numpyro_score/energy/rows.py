@@ -145,12 +145,14 @@ def check_sites(sites: Trace, layout: Layout) -> None:
                     "it out and mask these rows, with numpyro.handlers.mask(mask=...), or put NaN in the cells of rows "
                     "that others were seen of, and take MissingCells(ISM())."
                 )
-            few = site["fn"].support is not None and site["fn"].support.is_discrete
+            remedy = (
+                "marginalise it in the model, or write infer={'quadrature': 16} to have it integrated out by 16 points"
+            )
+            if site["fn"].support is not None and site["fn"].support.is_discrete:
+                remedy = "write infer={'enumerate': 'parallel'} to have the density summed over it"
             raise ValueError(
-                f"Latent site '{name}' stands inside the data plate '{plate}', one value per row: "
-                + ("write infer={'enumerate': 'parallel'} to have the density summed over it" if few else "")
-                + ("" if few else "write infer={'quadrature': 16} to have it integrated out by 16 points")
-                + ", or observe it."
+                f"Latent site '{name}' stands inside the data plate '{plate}', one value per row: {remedy}, or "
+                "observe it."
             )
         if not is_factor(site):
             continue
