@@ -5,6 +5,7 @@ annotations state are checked too. That takes a fifth more time; tools/test_newe
 """
 
 import gc
+import itertools
 import os
 
 import jax
@@ -50,11 +51,18 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=others)
 
 
+_files = itertools.count(1)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """No file needs what another has compiled; all together takes gigabytes and most maps that a process may have."""
+    """No file needs what another has compiled; all together takes gigabytes and most maps that a process may have.
+
+    To forget takes half a second.
+    """
     yield
-    jax.clear_caches()
+    if next(_files) % 4 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from numpyro_score.energy.check import check
 from numpyro_score.energy.latents import marginals
 from numpyro_score.energy.reading import ReadModel
 from numpyro_score.energy.values import check_rows
+from numpyro_score.programs import being_traced, run_compiled, shared_jit
 
 __all__ = ["Energy"]
 
@@ -90,7 +91,7 @@ class Energy(ReadModel):
                 f"Site '{self._layout.score_terms[0]}' is a score_factor, whose density is unknown: use ISM, SSM, DSM "
                 "or ESM, or declare an energy with numpyro.factor."
             )
-        return self._over_rows(self.row_log_density, x)
+        return self._over_rows(_values, x)
 
     def score(self, x: Float[AnyArray, "*batch d"] | Table) -> Float[Array, "*batch d"]:
         """The score ∇f(x) of each row: (..., D) to (..., D). Scale, mask and subsampling do not enter.
@@ -99,7 +100,7 @@ class Energy(ReadModel):
             TypeError: for discrete data, which have none.
         """
         self.require_continuous()
-        return self._over_rows(lambda y: operators.value_score(self.row_log_density, y)[1], x)
+        return self._over_rows(_scores, x)
 
     def laplacian(self, x: Float[AnyArray, "*batch d"] | Table) -> Float[Array, "*batch"]:
         """The Laplacian tr ∇²f(x) of each row: (..., D) to (...). Exact; costs D + 2 densities."""
@@ -116,9 +117,7 @@ class Energy(ReadModel):
             TypeError: for discrete data.
         """
         self.require_continuous()
-        # The forward Laplacian differentiates values.
-        of = functools.partial(operators.value_score_laplacian, self.row_log_density, forward=self.has_density)
-        return self._over_rows(of, x)
+        return self._over_rows(_values_scores_laplacians, x)
 
     def latent_probabilities(self, x: Float[AnyArray, "n d"] | Table) -> dict[str, Float[Array, "n *rest k"]]:
         """The law of the discrete latent sites of each row given its data, by site, (N, ..., K) for K values.
@@ -135,9 +134,7 @@ class Energy(ReadModel):
                 "The model has no latent site of rows that is summed: mark one in the plate of rows, e.g. "
                 "numpyro.sample('z', dist.Categorical(w), infer={'enumerate': 'parallel'})."
             )
-        at = self.at(x)
-        joint = jax.nn.softmax(at._terms_by_assignment(at._layout.terms), axis=0)
-        return marginals(layout.latents, joint)
+        return run_compiled(_latent_probabilities, self.at(x))
 
     def require_continuous(self, owner: str = "A score") -> None:
         """Raises TypeError if some of the data are discrete, whose density has no derivatives."""
@@ -148,27 +145,20 @@ class Energy(ReadModel):
                     "PseudoLikelihood(), RatioMatching() or DiscreteFisher(), with Mixed(...) beside continuous sites."
                 )
 
-    def _over_rows(self, f: Callable[..., Any], x: Any) -> Any:
+    def _over_rows(self, f: Callable[[Energy, Array], Any], x: Any) -> Any:
         """Applies a function of (M, D) rows to x of any leading shape."""
         x = self._from_table(x)
         check_rows("x", x)
         x = jnp.asarray(x, self.dtype)
         if x.ndim == 0 or x.shape[-1] != self.dim or x.size == 0:
             raise ValueError(f"x has shape {x.shape}, but a row has {self.dim} numbers: pass (..., {self.dim}).")
-        if self.resizable:
-            rows = f(x.reshape(-1, self.dim))
-            return jax.tree.map(lambda r: r.reshape(x.shape[:-1] + r.shape[1:]), rows)
-        n = self.num_rows
-        if n == 1:  # one big point: every leading axis is a batch
-            x = x[..., None, :]
-        elif x.ndim < 2 or x.shape[-2] != n:
+        if not self.resizable and self.num_rows > 1 and (x.ndim < 2 or x.shape[-2] != self.num_rows):
             raise ValueError(
-                f"x has shape {x.shape}, but the model has {n} rows: pass (..., {n}, {self.dim}), or pass the data as "
-                "an argument and let the plate follow its length, e.g. numpyro.plate('data', len(x))."
+                f"x has shape {x.shape}, but the model has {self.num_rows} rows: pass (..., {self.num_rows}, "
+                f"{self.dim}), or pass the data as an argument and let the plate follow its length, e.g. "
+                "numpyro.plate('data', len(x))."
             )
-        rows = jax.vmap(f)(x.reshape(-1, n, self.dim))
-        lead = x.shape[:-2] if n == 1 else x.shape[:-1]
-        return jax.tree.map(lambda r: r.reshape(lead + r.shape[2:]), rows)
+        return _of_rows(f, self, x) if being_traced((self, x)) else _of_rows_compiled(self, x, f=f)
 
     def check(self, evaluate: Callable[[Energy], Any] | None = None) -> None:
         """Looks at the data and the density there; needs concrete values.
@@ -181,3 +171,37 @@ class Energy(ReadModel):
                 finite there, rows that interact.
         """
         check(self, evaluate)
+
+
+def _of_rows(f: Callable[[Energy, Array], Any], energy: Energy, x: Array) -> Any:
+    """What a function of (M, D) rows gives for x of any leading shape."""
+    d, n = energy.dim, energy.num_rows
+    if energy.resizable:
+        rows, lead = f(energy, x.reshape(-1, d)), x.shape[:-1]
+        return jax.tree.map(lambda r: r.reshape(lead + r.shape[1:]), rows)
+    # One big point has every leading axis as a batch.
+    rows, lead = jax.vmap(lambda y: f(energy, y))(x.reshape(-1, n, d)), x.shape[: -1 if n == 1 else -2]
+    return jax.tree.map(lambda r: r.reshape((lead if n == 1 else (*lead, n)) + r.shape[2:]), rows)
+
+
+@functools.partial(shared_jit, static_argnames=("f",))
+def _of_rows_compiled(energy: Energy, x: Array, *, f: Callable[[Energy, Array], Any]) -> Any:
+    return _of_rows(f, energy, x)
+
+
+def _values(energy: Energy, x: Array) -> Array:
+    return energy.row_log_density(x)
+
+
+def _scores(energy: Energy, x: Array) -> Array:
+    return operators.value_score(energy.row_log_density, x)[1]
+
+
+def _latent_probabilities(energy: Energy) -> dict[str, Array]:
+    joint = jax.nn.softmax(energy._terms_by_assignment(energy._layout.terms), axis=0)
+    return marginals(energy._layout.latents, joint)
+
+
+def _values_scores_laplacians(energy: Energy, x: Array) -> tuple[Array, Array, Array]:
+    # The forward Laplacian differentiates values.
+    return operators.value_score_laplacian(energy.row_log_density, x, forward=energy.has_density)

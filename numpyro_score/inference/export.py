@@ -41,7 +41,7 @@ def fit_groups(
     fit: Any, rng_key: Any, num_samples: int, log_partition: LogPartition | NormalisedDensity | float | None
 ) -> dict[str, xr.Dataset]:
     """The groups of a :class:`~numpyro_score.ScoreMatchingResult`; see :func:`~numpyro_score.to_arviz`."""
-    losses, weights = jax.jit(partial(row_losses, fit.svi.score_loss))(fit.energy, jax.random.key(0))
+    losses, weights = row_losses(fit.svi.score_loss, fit.energy, jax.random.key(0))
     details = dataset({"loss": fit.losses}, ("step",))
     details = details.merge(dataset({"pointwise_loss": losses, "weight": weights}, ("row",)))
     details.attrs |= {

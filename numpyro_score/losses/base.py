@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from numpyro_score.energy import NOT_PERIODIC, AnyEnergy, Energies, Energy, Kink, by_device, find_kink, sum_by_device
 from numpyro_score.losses.chunks import chunks_in_a_pass
 from numpyro_score.losses.memory import spread_sites
+from numpyro_score.programs import being_traced, run_compiled
 from numpyro_score.random import integer
 
 __all__ = [
@@ -223,6 +224,8 @@ def row_losses(loss: Loss, energy: AnyEnergy, rng_key: Array) -> tuple[Float[Arr
     Where the rows lie over several devices so do these, and each device takes its own; see :func:`total_loss`. The rows
     of several plates come one plate after the other.
     """
+    if not being_traced((energy, rng_key)):
+        return run_compiled(partial(row_losses, loss), energy, rng_key)
     if isinstance(energy, Energies):
         found = [row_losses(loss, part, key) for part, key in _parts(energy, rng_key)]
         return jnp.concatenate([v for v, _ in found]), jnp.concatenate([w for _, w in found])
@@ -253,6 +256,8 @@ def total_loss(loss: Loss, energy: AnyEnergy, rng_key: Array) -> Float[Array, ""
     Rows that lie over several devices (`Energy.spread`) stay where they are: the loss is called on each device with the
     rows there and a random key of its own, and one sum goes between them.
     """
+    if not being_traced((energy, rng_key)):
+        return run_compiled(partial(total_loss, loss), energy, rng_key)
     if isinstance(energy, Energies):
         return jnp.sum(jnp.stack([total_loss(loss, part, key) for part, key in _parts(energy, rng_key)]))
     sites = spread_sites(loss, energy.spread, energy.params)

@@ -7,7 +7,6 @@ from typing import Any
 
 import arviz as az
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from numpyro_score.divergences.columns import data_columns, discrete_columns, sample_columns
@@ -31,8 +30,6 @@ __all__ = ["plot_density", "plot_marginals", "plot_score_field"]
 
 Source = Energy | ScoreMatchingResult | AdversarialResult
 
-_score = jax.jit(lambda energy, x: energy.score(x))
-_log_density = jax.jit(lambda energy, x: energy.log_density(x))
 _LEVELS = (-8.0, -6.0, -4.5, -3.0, -2.0, -1.0, -0.5, 0.0)  # nats below the maximum
 
 
@@ -86,7 +83,7 @@ def plot_score_field(
     inner = np.linspace(0, 1, num_points + 2)[1:-1, None] * (high - low) + low
     grid = np.tile(held, (num_points, num_points, 1))
     grid[..., i], grid[..., j] = inner[:, 0], inner[:, 1, None]
-    score = np.asarray(_score(energy, jnp.asarray(grid)), np.float64)[..., chosen]
+    score = np.asarray(energy.score(grid), np.float64)[..., chosen]
     finite = np.asarray(np.isfinite(score).all(axis=-1))
     length = np.linalg.norm(np.where(finite[..., None], score, 0.0), axis=-1)
     unit = score / np.where(length > 0, length, 1.0)[..., None]
@@ -149,7 +146,7 @@ def plot_density(source: Source, *, log_partition: LogPartition | float | None =
             log_partition = find_log_partition(energy, "quadrature")
         normaliser = log_partition.value if isinstance(log_partition, LogPartition) else float(log_partition)
         grid = np.linspace(low, high, 400)
-        values = np.exp(np.asarray(_log_density(energy, jnp.asarray(grid)), np.float64) - normaliser)
+        values = np.exp(np.asarray(energy.log_density(grid), np.float64) - normaliser)
         (axes,) = as_axes(name, ax).ravel()
         edges = np.histogram_bin_edges(x[:, 0], "auto")
         label = f"data, {len(x)} rows"
@@ -160,7 +157,7 @@ def plot_density(source: Source, *, log_partition: LogPartition | float | None =
         return axes
     first, second = np.linspace(low, high, 200).T
     grid = np.stack(np.meshgrid(first, second), axis=-1)
-    values = np.asarray(_log_density(energy, jnp.asarray(grid)), np.float64)
+    values = np.asarray(energy.log_density(grid), np.float64)
     (axes,) = as_axes(name, ax, size=(5.5, 4.6)).ravel()
     below = values - np.nanmax(values)
     shades = axes.contourf(first, second, below, levels=_LEVELS, cmap="Blues", extend="min")
