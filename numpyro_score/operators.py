@@ -153,7 +153,7 @@ def _supported(jaxpr: Jaxpr, depends: list[bool]) -> bool:
     tainted = {v for v, yes in zip(jaxpr.invars, depends, strict=True) if yes}
     for eqn in jaxpr.eqns:
         into = [not isinstance(v, Literal) and v in tainted for v in eqn.invars]
-        if not any(into):
+        if not any(into) or eqn.primitive.name == "stop_gradient":
             continue
         # Comparisons have no derivative, and what is made of their results needs no rule.
         tainted.update(v for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact))  # type: ignore[attr-defined]

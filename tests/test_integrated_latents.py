@@ -203,7 +203,7 @@ REFUSED = {
     ),
     "outside": (with_site(dist.Normal(0, 1), {"quadrature": 8}, False), "stands outside of the plate 'rows'"),
     "unmarked": (
-        with_site(dist.Normal(0, 1), None), "write infer={'quadrature': 16} to have it integrated out by 16 points"
+        with_site(dist.Normal(0, 1), None), "write infer={'laplace': 16} to have it integrated out by 16 points"
     ),
 }  # fmt: skip
 

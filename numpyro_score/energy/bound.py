@@ -14,7 +14,7 @@ from numpyro.distributions import constraints
 
 from numpyro_score.energy.base import AnyArray, ModelAtValues, Table
 from numpyro_score.energy.binding import data_arguments, rebound
-from numpyro_score.energy.latents import Latent, assignments
+from numpyro_score.energy.latents import Latent, assignments, with_rows_in_place
 from numpyro_score.energy.layout import (
     DataArray,
     by_name,
@@ -24,6 +24,7 @@ from numpyro_score.energy.layout import (
     rows_first,
     sum_rows,
 )
+from numpyro_score.energy.placed import log_integral
 from numpyro_score.energy.supports import Block, outside
 from numpyro_score.energy.tables import as_rows
 from numpyro_score.energy.trace import term_log_prob
@@ -350,10 +351,25 @@ class BoundModel(ModelAtValues):
         layout = self._layout
         latents = [latent.name for latent in layout.latents]
 
-        def of(values: dict[str, Any]) -> Array:
-            sites = self._replace(_pinned={**self._pinned, **values})._run().sites
+        def with_latents(energy: BoundModel, values: dict[str, Any]) -> Array:
+            sites = energy._replace(_pinned={**energy._pinned, **values})._run().sites
             if rows is not None and any(sites[p]["args"][0] != len(rows) for p in layout.row_plates):
                 raise ValueError("A plate of rows has a fixed size.")
             return functools.reduce(jnp.add, [sum_rows(term_log_prob(sites[k]), layout) for k in [*names, *latents]])
 
-        return jax.vmap(of)(assignments(layout.latents)) if latents else of({})[None]
+        placed = [latent for latent in layout.latents if latent.placed]
+
+        def of(values: dict[str, Any]) -> Array:
+            if not placed:
+                return with_latents(self, values)
+
+            def joint(energy: BoundModel, u: Array) -> Array:
+                return with_latents(energy, {**values, **with_rows_in_place(layout.latents, u, layout.row_shape)})
+
+            shape = (layout.num_rows, sum(latent.width for latent in placed))
+            start = jnp.full(shape, placed[0].start, self.dtype)
+            parts = {"params": self.params, "_arrays": self._arrays, "_pinned": self._pinned}
+            frozen = self._replace(**jax.tree.map(jax.lax.stop_gradient, parts))
+            return log_integral(functools.partial(joint, self), functools.partial(joint, frozen), start, placed[0].size)
+
+        return jax.vmap(of)(assignments(layout.latents)) if len(placed) < len(latents) else of({})[None]

@@ -309,7 +309,7 @@ def numbers_per_row(jaxpr: Jaxpr, n: int) -> tuple[int, int]:
 def _depends_on_position(jaxpr: Jaxpr, n: int) -> bool:
     """Whether an output varies with the last input, the plate's indices, or with a count of n made on the way."""
     tainted = {jaxpr.invars[-1]}
-    for eqn in jaxpr.eqns:
+    for eqn in _needed(jaxpr):
         if _counts(eqn, n) or any(not isinstance(v, Literal) and v in tainted for v in eqn.invars):
             tainted.update(eqn.outvars)
     return any(not isinstance(v, Literal) and v in tainted for v in jaxpr.outvars)
@@ -320,5 +320,15 @@ def _counts(eqn: JaxprEqn, n: int) -> bool:
         return n in eqn.params["shape"]
     if eqn.primitive.name.startswith("cum"):  # a running sum, product or maximum
         return eqn.outvars[0].aval.shape[eqn.params["axis"]] == n  # type: ignore[attr-defined]
-    inner = [p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in eqn.params.values()]
-    return any(_counts(e, n) for p in inner if isinstance(p, Jaxpr) for e in p.eqns)
+    inner = [p.jaxpr if isinstance(p, ClosedJaxpr) else p for p in _parts(eqn)]
+    return any(_counts(e, n) for p in inner for e in _needed(p))
+
+
+def _needed(jaxpr: Jaxpr) -> list[JaxprEqn]:
+    """The operations that the outputs need: a plate counts its rows wherever a model runs, and mostly for nothing."""
+    needed, found = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+            found.append(eqn)
+    return found[::-1]

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_score.energy.quadrature import is_integrated, num_points
+from numpyro_score.energy.placed import fewest_points
+from numpyro_score.energy.quadrature import START, is_integrated, is_placed, num_points
 from numpyro_score.energy.supports import Shape
 from numpyro_score.energy.trace import Site, is_summed, support_points
 
-__all__ = ["Latent", "assignments", "find_latents", "marginals"]
+__all__ = ["Latent", "assignments", "find_latents", "marginals", "with_rows_in_place"]
 
 MAX_ASSIGNMENTS = 4096
 """More values than this that the latent sites of one row take together are not summed."""
@@ -27,8 +28,16 @@ class Latent(NamedTuple):
     name: str
     size: int  # how many values one number of it takes
     integrated: bool  # whether these are points of a continuous one
+    placed: bool  # whether they are placed for each row, `size` of them for all numbers of a row
     shape: Shape  # of the site, with 1 along the rows
     rest: Shape  # without the rows
+    row_axes: Shape  # of the site that number the rows, outermost first
+    start: float = 0.0  # of the search for the place
+
+    @property
+    def width(self) -> int:
+        """The numbers of a row."""
+        return math.prod(self.rest)
 
 
 def find_latents(sites: dict[str, Site], row_plates: tuple[str, ...], row_dims: Shape) -> tuple[Latent, ...]:
@@ -48,27 +57,51 @@ def find_latents(sites: dict[str, Site], row_plates: tuple[str, ...], row_dims: 
                 "density is summed over latent values of each row alone; move the site into the plate, or sum over it "
                 "in the model by logsumexp."
             )
-        size, shape = num_points(site) if is_integrated(site) else len(support_points(site)), jnp.shape(site["value"])
-        batch = len(site["fn"].batch_shape)
-        rows = {batch + d for d in row_dims}
+        integrated, start = is_integrated(site), site["infer"].get(START, 0.0)
+        size, shape = num_points(site) if integrated else len(support_points(site)), jnp.shape(site["value"])
+        rows = tuple(len(site["fn"].batch_shape) + d for d in row_dims)
         whole = tuple(1 if i in rows else s for i, s in enumerate(shape))
-        found.append(
-            Latent(name, size, is_integrated(site), whole, tuple(s for i, s in enumerate(shape) if i not in rows))
-        )
-    count = math.prod(latent.size ** math.prod(latent.shape) for latent in found)
+        rest = tuple(s for i, s in enumerate(shape) if i not in rows)
+        found.append(Latent(name, size, integrated, is_placed(site), whole, rest, rows, start))
+    _check_placed([latent for latent in found if latent.placed])
+    summed = [latent for latent in found if not latent.placed]
+    count = math.prod(latent.size**latent.width for latent in summed)
     if count > MAX_ASSIGNMENTS:
-        of = ", ".join(f"'{latent.name}' ({latent.size}^{math.prod(latent.shape)})" for latent in found)
+        of = ", ".join(f"'{latent.name}' ({latent.size}^{latent.width})" for latent in summed)
         raise ValueError(
             f"The latent sites of a row, {of}, take {count} values together, and at most {MAX_ASSIGNMENTS} are summed: "
-            "take fewer points of continuous ones, or write the sum in the model, e.g. softplus for each binary unit "
-            "that meets no other."
+            "take fewer points of continuous ones, infer={'laplace': 64} for points placed by row, or write the sum in "
+            "the model, e.g. softplus for each binary unit that meets no other."
         )
     return tuple(found)
 
 
+def _check_placed(placed: list[Latent]) -> None:
+    """Raises ValueError unless the sites whose points are placed agree on how many, and those are enough."""
+    if not placed:
+        return
+    first, width = placed[0], sum(latent.width for latent in placed)
+    for other in placed[1:]:
+        if other.size != first.size:
+            raise ValueError(
+                f"Sites '{first.name}' and '{other.name}' are integrated together, by the points of a row, and one "
+                f"has infer={{'laplace': {first.size}}} and the other {other.size}: write the same number."
+            )
+    if first.size < (least := fewest_points(width)):
+        names = " and ".join(f"'{latent.name}'" for latent in placed)
+        raise ValueError(
+            f"{first.size} points for the {width} numbers of a row that site {names} has are too few: write at least "
+            f"infer={{'laplace': {least}}}, better {4 * least}."
+        )
+
+
 def assignments(latents: tuple[Latent, ...]) -> dict[str, np.ndarray]:
-    """All values that the latent sites of one row take together, by number of the point of the support: (A, ...)."""
-    sizes = [(latent.size,) * math.prod(latent.shape) for latent in latents]
+    """All values that the latent sites of one row take together, by number of the point of the support: (A, ...).
+
+    Without those whose points are placed.
+    """
+    latents = tuple(latent for latent in latents if not latent.placed)
+    sizes = [(latent.size,) * latent.width for latent in latents]
     table = np.array(list(itertools.product(*(range(k) for s in sizes for k in s))))
     ends = np.cumsum([len(s) for s in sizes])
     parts = np.split(table, ends[:-1], axis=1)
@@ -77,10 +110,24 @@ def assignments(latents: tuple[Latent, ...]) -> dict[str, np.ndarray]:
 
 def marginals(latents: tuple[Latent, ...], joint: Float[Array, "a n"]) -> dict[str, Float[Array, "n *rest k"]]:
     """Probabilities of the values of each number of each discrete site, from those of all assignments, (A, N)."""
-    found = {}
-    for latent, numbers in zip(latents, assignments(latents).values(), strict=True):
+    found, numbers = {}, assignments(latents)
+    for latent in latents:
         if latent.integrated:
             continue
-        points = jax.nn.one_hot(numbers.reshape(len(numbers), *latent.rest), latent.size, dtype=joint.dtype)
+        table = numbers[latent.name]
+        points = jax.nn.one_hot(table.reshape(len(table), *latent.rest), latent.size, dtype=joint.dtype)
         found[latent.name] = jnp.tensordot(joint.T, points, axes=1)
+    return found
+
+
+def with_rows_in_place(
+    latents: tuple[Latent, ...], numbers: Float[Array, "n m"], row_shape: Shape
+) -> dict[str, Float[Array, "..."]]:
+    """The numbers of each row that the sites have whose points are placed, (N, M), in the shapes of the sites."""
+    found, start = {}, 0
+    for latent in latents:
+        if latent.placed:
+            part = numbers[:, start : start + latent.width].reshape(*row_shape, *latent.rest)
+            found[latent.name] = jnp.moveaxis(part, range(len(row_shape)), latent.row_axes)
+            start += latent.width
     return found

@@ -146,7 +146,7 @@ def check_sites(sites: Trace, layout: Layout) -> None:
                     "that others were seen of, and take MissingCells(ISM())."
                 )
             remedy = (
-                "marginalise it in the model, or write infer={'quadrature': 16} to have it integrated out by 16 points"
+                "marginalise it in the model, or write infer={'laplace': 16} to have it integrated out by 16 points"
             )
             if site["fn"].support is not None and site["fn"].support.is_discrete:
                 remedy = "write infer={'enumerate': 'parallel'} to have the density summed over it"

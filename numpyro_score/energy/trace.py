@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.primitives import Messenger
 
-from numpyro_score.energy.quadrature import is_integrated, law_of_numbers, point_values, point_weights
+from numpyro_score.energy.quadrature import is_integrated, law_of_numbers, set_point
 from numpyro_score.energy.values import check_observed
 
 Site = dict[str, Any]
@@ -239,9 +239,9 @@ def is_summed(site: Site) -> bool:
 
 
 def _set_point(msg: Site, numbers: Any) -> None:
-    """Sets a site that is summed to its points of these numbers."""
+    """Sets a site that is summed to its points of these numbers, or where it is integrated as `set_point` says."""
     if is_integrated(msg):
-        msg["value"], msg["log_weight"] = point_values(msg, numbers), point_weights(msg, numbers)
+        set_point(msg, numbers)
     else:
         msg["value"] = jnp.broadcast_to(jnp.asarray(support_points(msg))[numbers], msg["fn"].shape())
 

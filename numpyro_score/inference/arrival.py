@@ -42,11 +42,17 @@ def warn_of_points(energy: AnyEnergy) -> None:
         error = quadrature_error(part)  # of rows that may lie over all processes
         if error is None or error <= _OFF or not is_first():
             continue
-        name, count = next((v.name, v.size) for v in part.latents if v.integrated)
+        latent = next(v for v in part.latents if v.integrated)
+        seen = f"changes by {error:.0%} of its size, and estimates may be off by many standard errors"
+        if latent.placed:
+            what, where = f"by {latent.size} points placed for each row", " or the mode looked for from other starts,"
+            then = f"Write infer={{'laplace': {4 * latent.size}}}, or where a row's law of the site has several modes "
+            then += "{'quadrature': 32}, whose points are the same for all rows"
+        else:
+            what, where, then = f"by {latent.size} points", "", f"Write infer={{'quadrature': {2 * latent.size}}}"
         warnings.warn(
-            f"The integral over site '{name}' by {count} points is off: with more of them the score of a row changes "
-            f"by {error:.0%} of its size, and estimates may be off by many standard errors. Write "
-            f"infer={{'quadrature': {2 * count}}}.",
+            f"The integral over site '{latent.name}' {what} is off: with more of them{where} the score of a row "
+            f"{seen}. {then}.",
             stacklevel=5,
         )
 
