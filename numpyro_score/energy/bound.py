@@ -24,7 +24,7 @@ from numpyro_score.energy.layout import (
     rows_first,
     sum_rows,
 )
-from numpyro_score.energy.placed import log_integral
+from numpyro_score.energy.placed import log_integral, logsumexp
 from numpyro_score.energy.supports import Block, outside
 from numpyro_score.energy.tables import as_rows
 from numpyro_score.energy.trace import term_log_prob
@@ -344,7 +344,7 @@ class BoundModel(ModelAtValues):
     def _sum_of_terms(self, names: Sequence[str], rows: Array | None = None) -> Float[Array, "n"]:
         """Some terms of each row together, (N,): log Σ_z p(z) e^{terms} where latent sites z are summed."""
         terms = self._terms_by_assignment(names, rows)
-        return jax.nn.logsumexp(terms, axis=0) if self._layout.latents else terms[0]
+        return logsumexp(terms) if self._layout.latents else terms[0]
 
     def _terms_by_assignment(self, names: Sequence[str], rows: Array | None = None) -> Float[Array, "a n"]:
         """The same for each of the values that the latent sites of a row take together, with log p(z): (A, N)."""

@@ -16,7 +16,7 @@ import scipy.optimize
 import scipy.stats
 from jaxtyping import Array, Float
 
-__all__ = ["FOUND", "fewest_points", "log_integral", "more_points"]
+__all__ = ["FOUND", "fewest_points", "log_integral", "logsumexp", "more_points"]
 
 FOUND = "points_of_rows"
 """The name of the function that finds the points, whose results are constant to all derivatives."""
@@ -65,7 +65,13 @@ def log_integral(
     def at(point: Array, weight: Array) -> Array:
         return joint(centre + jnp.sum(root * point, axis=-1)) + weight + spread
 
-    return jax.nn.logsumexp(jax.vmap(at)(points, jnp.asarray(log_w, start.dtype)), axis=0)
+    return logsumexp(jax.vmap(at)(points, jnp.asarray(log_w, start.dtype)))
+
+
+@jax.jit  # under its name, by which it is known to have no kink, as its parts have
+def logsumexp(terms: Float[Array, "a n"]) -> Float[Array, "n"]:
+    """The log of Σ e^{terms} over the first axis."""
+    return jax.nn.logsumexp(terms, axis=0)
 
 
 def fewest_points(dim: int) -> int:
@@ -172,6 +178,7 @@ def _find(
         along = jnp.einsum("nij,ni->nj", here.axes, here.slope)
         way = jnp.einsum("nij,nj->ni", here.axes, along / here.values)
         arrived = (jnp.sum(along**2 / here.values, axis=1) < _SMALL**2) | (size < _SMALL**2)
+        arrived &= step > 0  # which is there to look at the start, so that the model is compiled once
         there = look(jnp.where(arrived[:, None], here.u, here.u + size[:, None] * way))
         rounding = 8 * jnp.finfo(start.dtype).eps * (1 + jnp.abs(here.value))
         up = ~arrived & (there.value >= here.value - rounding)
@@ -181,7 +188,9 @@ def _find(
     def on(state: tuple[Array, _Seen, Array, Array]) -> Array:
         return (state[0] < _STEPS) & ~state[-1].all()
 
-    begin = (jnp.zeros((), int), look(start), jnp.ones(n, start.dtype), jnp.zeros(n, bool))
+    flat, least = jnp.ones_like(start), jnp.full(n, -jnp.inf, start.dtype)
+    nowhere = _Seen(start, least, 0 * flat, flat, jnp.moveaxis(basis, 0, 1))
+    begin = (jnp.zeros((), int), nowhere, jnp.ones(n, start.dtype), jnp.zeros(n, bool))
     _, mode, _, _ = jax.lax.while_loop(on, move, begin)
     spread = jnp.einsum("nij,nj,nkj->nik", mode.axes, 1 / mode.values, mode.axes)
     return mode.u, jnp.linalg.cholesky(spread) if m > 1 else jnp.sqrt(spread)

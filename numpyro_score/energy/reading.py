@@ -125,7 +125,9 @@ class ReadModel(BoundModel):
             if any(len(a.row_axes) != 1 for a in layout.arrays):
                 return layout
             resizable = layout._replace(resizable=True)
-            energy, traced = self._replace(_layout=resizable), {}
+            # Where points are placed the model runs some five times, and one of them shows what it does.
+            once = resizable._replace(latents=tuple(v for v in layout.latents if not v.placed))
+            energy, traced = self._replace(_layout=once), {}
 
             def trace(n: int) -> Any:
                 jax.eval_shape(lambda: energy.bounds(n))  # as many as there are rows, or the same for all
@@ -141,8 +143,9 @@ class ReadModel(BoundModel):
             except (TypeError, ValueError, IndexError, AssertionError):
                 return layout
             n, closed = traced.popitem()
+            times = next((v.size for v in layout.latents if v.placed), 1)
             width, total = numbers_per_row(closed.jaxpr, n)
-            return resizable._replace(width=width, numbers_per_row=total)
+            return resizable._replace(width=width, numbers_per_row=times * total)
 
         layout = for_any_rows(layout)
         held_apart = any(a.leaf is not None and self._arrays[a.leaf].shape != a.shape for a in layout.arrays)
