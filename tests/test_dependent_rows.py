@@ -21,7 +21,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
 from numpyro_score import DSM, ISM, SandwichError, ScoreMatching, ScoreMatchingResult, dependent_rows, load, windham
-from numpyro_score.uncertainty import MAX_PARAMETERS
+from numpyro_score.uncertainty import MAX_PARAMETERS, jackknife
 
 FLAT = dist.ImproperUniform(constraints.real, (), ())
 GROUPS, EACH = 40, 5
@@ -88,10 +88,38 @@ LABELS = np.random.default_rng(2).permutation(np.repeat(np.arange(GROUPS), EACH)
     "labels", [LABELS, [f"patient {k}" for k in LABELS], LABELS.astype(float), jnp.asarray(LABELS)]
 )
 def test_groups_are_those_of_least_squares(labels: Any) -> None:
-    """Clustered errors of statsmodels, but for its G/(G − 1) alone, which is ours; labels of any kind."""
+    """The jackknife of least squares by statsmodels, each group left out in turn; labels of any kind."""
     errors = dependent_rows(fitted(), groups=labels).stderr()
+    np.testing.assert_allclose([errors["a"], errors["b"]], left_out(LABELS), rtol=2e-4)
+    of = dependent_rows(fitted(), groups=labels).stderr(of=lambda estimates: estimates["a"])
+    np.testing.assert_allclose(of, errors["a"], rtol=1e-5)
+
+
+def left_out(labels: np.ndarray) -> np.ndarray:
+    """Their spread over fits without one of the groups."""
+    y, z = (v.astype(np.float64) for v in series())
+    kept = [labels != k for k in np.unique(labels)]
+    fits = np.array([sm.OLS(y[k], sm.add_constant(z[k])).fit().params for k in kept])
+    return np.asarray(np.sqrt((len(fits) - 1) * fits.var(axis=0)))
+
+
+def test_many_parameters_have_the_sandwich(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clustered errors of statsmodels, but for its G/(G − 1) alone, which is ours."""
+    monkeypatch.setattr(jackknife, "MOST_PARAMETERS", 1)
+    errors = dependent_rows(fitted(), groups=LABELS).stderr()
     expected = least_squares(cov_type="cluster", cov_kwds={"groups": LABELS, "use_correction": False})
     np.testing.assert_allclose([errors["a"], errors["b"]], expected * (GROUPS / (GROUPS - 1)) ** 0.5, rtol=2e-4)
+
+
+def test_a_parameter_of_one_group_is_told() -> None:
+    """Without that group there is nothing to tell it; the other parameter's errors are there."""
+    y, _ = series()
+    fit = ScoreMatching(line).run(jax.random.key(0), y, (LABELS == 3).astype(np.float32), progress_bar=False)
+    with pytest.warns(UserWarning, match="site 'b' are determined by one group of rows alone"):
+        clustered = dependent_rows(fit, groups=LABELS)
+    mean = y[LABELS != 3].astype(np.float64)
+    groups = np.array([mean[LABELS[LABELS != 3] != k].mean() for k in range(GROUPS) if k != 3])
+    np.testing.assert_allclose(clustered.stderr()["a"], np.sqrt((len(groups) - 1) * groups.var()), rtol=0.03)
 
 
 @pytest.mark.parametrize("lags", [1, 4])

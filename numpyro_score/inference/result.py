@@ -243,10 +243,10 @@ class ScoreMatchingResult:
             return diagonal_stderr(self._objective)
         if of is None:
             return self.coordinates.stderr(self.curvature.covariance)
-        if self.of_batches is not None:
+        few = len(self.coordinates.position) <= MAX_PARAMETERS
+        if self.of_batches is not None or (few and self.dependence is not None):
             return stderr_from(self._objective, of, self.curvature.covariance)
-        dense = self.curvature if len(self.coordinates.position) <= MAX_PARAMETERS else None
-        hessian, effects = (dense.hessian, dense.effects) if dense else (None, None)
+        hessian, effects = (self.curvature.hessian, self.curvature.effects) if few else (None, None)
         return stderr_of(self._objective, of, hessian, effects, self.dependence)
 
     def influence(self, of: Function | None = None) -> Any:

@@ -33,6 +33,7 @@ from numpyro_score.uncertainty.hierarchy import (
     ties,
     warn_if_few_groups,
 )
+from numpyro_score.uncertainty.jackknife import jackknife_root, takes_jackknife
 from numpyro_score.uncertainty.objective import USE_NUTS, Objective, SandwichError
 
 __all__ = [
@@ -125,7 +126,8 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
 
     Args:
         objective: at its minimum.
-        dependence: which rows depend on each other; None for independent ones.
+        dependence: which rows depend on each other; None for independent ones. Of groups the spread is that of
+            :func:`~numpyro_score.uncertainty.jackknife.jackknife_root`, up to 32 parameters and 1,000 groups.
 
     Raises:
         SandwichError: for more than MAX_PARAMETERS parameters, fewer than two rows, an H that is not positive
@@ -151,7 +153,11 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
     names = effects(objective, g)
     if dependence is not None:
         dependence.refuse_effects(names)
-    root = spread_root(all_gradients, used, dependence)
+    if dependence is not None and takes_jackknife(dependence, used, len(hessian)):
+        dependence.check(used)
+        root = jackknife_root(objective, dependence, used, hessian, all_gradients)
+    else:
+        root = spread_root(all_gradients, used, dependence)
     warn_if_few_groups(objective, names)
     spread = np.asarray(between(objective, names=names), np.float64) if names else None
     errors = np.sqrt(np.maximum(np.diag(_sandwich(hessian, beta * root, spread)), 0.0))

@@ -1,0 +1,103 @@
+"""The spread of groups of rows as it is when each of them is left out."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from numpyro_score.placement import fetch
+from numpyro_score.programs import shared_jit
+from numpyro_score.uncertainty.dependence import Dependence
+from numpyro_score.uncertainty.objective import Objective
+
+__all__ = ["MOST_GROUPS", "MOST_PARAMETERS", "jackknife_root", "takes_jackknife"]
+
+MOST_PARAMETERS = 32
+"""More take P² second derivatives of the rows' losses, which then is most of the time of a fit."""
+MOST_GROUPS = 1000
+"""Beyond, one group is too small a part of the data to matter."""
+
+_LEAST = 1e-4  # of the curvature, that is left of some direction without a group
+
+
+def takes_jackknife(dependence: Dependence | None, used: np.ndarray, num_parameters: int) -> bool:
+    """Whether the spread is over groups of several rows, few enough that each is felt."""
+    if dependence is None or not dependence.by_groups or num_parameters > MOST_PARAMETERS:
+        return False
+    return 2 <= (groups := dependence.count(used)) <= MOST_GROUPS and groups < used.sum()
+
+
+def jackknife_root(
+    objective: Objective,
+    dependence: Dependence,
+    used: np.ndarray,
+    hessian: np.ndarray,
+    gradients: Float[np.ndarray, "n p"],
+) -> Float[np.ndarray, "g p"]:
+    r"""R with RᵀR the spread S for which H⁻¹β²SH⁻¹ is that of estimates without one group of rows each.
+
+    To first order in what a group weighs the estimates without group c are those with all plus
+
+    .. math:: d_c = (H - \beta H_c)^{-1} \beta g_c,
+
+    from the group's own gradient and Hessian, which is exact for quadratic objectives; their spread is
+    :math:`\tfrac{G-1}{G} \sum_c (d_c - \bar d)(d_c - \bar d)^\top` [Bell & McCaffrey 2002; MacKinnon, Nielsen & Webb
+    2023]. With H in the place of H − βH_c it is the sandwich, whose errors come out too small, as the fit follows each
+    group, the more so the fewer there are and the less alike.
+
+    Args:
+        objective: at its minimum.
+        dependence: the groups.
+        used: which rows have a weight, (N,).
+        hessian: of the whole objective, (P, P).
+        gradients: of the rows' weighted losses, without β.
+
+    Warns:
+        UserWarning: where one group alone determines a parameter.
+    """
+    beta, p = float(objective.learning_rate), len(hessian)
+    g = dependence.sums @ gradients
+    unit = jnp.eye(p, dtype=objective.position.dtype)
+    own = np.stack([dependence.sums @ fetch(_gradients_along(objective, v)).astype(np.float64) for v in unit], axis=1)
+    # In coordinates in which H is the identity.
+    root = np.linalg.cholesky(hessian)
+    share = np.linalg.solve(root, np.linalg.solve(root, own).transpose(0, 2, 1)) * beta
+    left, axes = np.linalg.eigh(np.eye(p) - 0.5 * (share + share.transpose(0, 2, 1)))
+    if (alone := left < _LEAST).any():
+        _warn_of_one_group(objective, root, left, axes)
+    inverse = np.where(alone, 0.0, 1 / np.where(alone, 1.0, left))
+    d = np.einsum("gij,gj,gkj,gk->gi", axes, inverse, axes, np.linalg.solve(root, g.T).T)
+    count = dependence.count(used)
+    d = d[dependence.sums @ used.astype(float) > 0]
+    d -= d.mean(axis=0)
+    return (d @ root.T) * ((count - 1) / count) ** 0.5
+
+
+@shared_jit
+def _gradients_along(objective: Objective, direction: Float[Array, "p"]) -> Float[Array, "n p"]:
+    """The derivative along a direction of the gradients of the rows' losses."""
+
+    def along(other: Array) -> Array:
+        def slope(vector: Array) -> Array:
+            return jax.jvp(objective.rows, (vector,), (other,))[1]
+
+        return jax.jvp(slope, (objective.position,), (direction,))[1]
+
+    unit = jnp.eye(len(direction), dtype=direction.dtype)
+    return jax.lax.map(along, unit, batch_size=8).T
+
+
+def _warn_of_one_group(objective: Objective, root: np.ndarray, left: np.ndarray, axes: np.ndarray) -> None:
+    """Warns, naming the site, that the estimates without one of the groups are not determined."""
+    group, axis = np.unravel_index(int(left.argmin()), left.shape)
+    direction = np.abs(np.linalg.solve(root.T, axes[group, :, axis]) * np.sqrt(np.diag(root @ root.T)))
+    name = next(k for k, block in objective.blocks().items() if int(direction.argmax()) in block)
+    warnings.warn(
+        f"Numbers of site '{name}' are determined by one group of rows alone, whose spread from group to group cannot "
+        "tell their errors: these mean nothing.",
+        stacklevel=6,
+    )
