@@ -28,7 +28,8 @@ def takes_jackknife(dependence: Dependence | None, used: np.ndarray, num_paramet
     """Whether the spread is over groups of several rows, few enough that each is felt."""
     if dependence is None or not dependence.by_groups or num_parameters > MOST_PARAMETERS:
         return False
-    return 2 <= (groups := dependence.count(used)) <= MOST_GROUPS and groups < used.sum()
+    groups = dependence.count(used)
+    return 2 <= groups <= MOST_GROUPS and groups < int(used.sum())
 
 
 def jackknife_root(
