@@ -103,6 +103,26 @@ def left_out(labels: np.ndarray) -> np.ndarray:
     return np.asarray(np.sqrt((len(fits) - 1) * fits.var(axis=0)))
 
 
+@pytest.mark.parametrize("constraint", [constraints.positive, constraints.interval(0.0, 3.0)])
+def test_constraints_change_no_errors_of_groups(constraint: Any) -> None:
+    """Few groups that differ: the objective is quadratic in the precision, and so exact, and not in its logarithm."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=80) * (1 + 1.5 * rng.random(8)[np.repeat(np.arange(8), 10)])
+    labels = np.repeat(np.arange(8), 10)
+
+    def model(x: Any) -> None:
+        tau = numpyro.param("tau", 1.0, constraint=constraint)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", FLAT, obs=x)
+            numpyro.factor("energy", -0.5 * tau * x**2)
+
+    fit = ScoreMatching(model).run(jax.random.key(0), x.astype(np.float32), progress_bar=False)
+    with pytest.warns(UserWarning, match="over 8 groups"):
+        error = dependent_rows(fit, groups=labels).stderr()["tau"]
+    without = np.array([1 / np.mean(x[labels != k] ** 2) for k in range(8)])
+    np.testing.assert_allclose(error, np.sqrt(7 * without.var()), rtol=1e-4)
+
+
 def test_many_parameters_have_the_sandwich(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clustered errors of statsmodels, but for its G/(G − 1) alone, which is ours."""
     monkeypatch.setattr(jackknife, "MOST_PARAMETERS", 1)

@@ -14,8 +14,9 @@ from models import FAST_COMPILE, energy_of, improper
 from numpyro import handlers
 from refused import LABELS, REFUSED, base_of, rows_plate, site, site_and_labels
 
-from numpyro_score import Energy, generalized_bayes
+from numpyro_score import ISM, Energy, generalized_bayes
 from numpyro_score.generalized import LOSS_SITE
+from numpyro_score.losses import total_loss
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -327,3 +328,27 @@ def test_independent_rows_pass():
         for n in (1, 2, 300):
             x, w = rng.normal(size=(n, 32)), rng.normal(size=(32, 64))
             energy_of(large, np.float32(w), np.float32(x)).check()
+
+
+def test_what_the_model_reads_may_change():
+    """Lists and NumPy's arrays, which no key of a compiled program holds: every call runs the model."""
+    listed, array = [1.0], np.ones(2)
+
+    def model(x):
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()), obs=x)
+            numpyro.factor("energy", -0.5 * listed[0] * jnp.asarray(array)[0] * x**2)
+
+    x = jnp.array([[1.0], [2.0]])
+    energy = Energy(model, {}, x[:, 0])
+
+    def asked():
+        loss = total_loss(ISM(), energy, jax.random.key(0))
+        return [energy.log_density(x), energy.score(x)[:, 0], energy.laplacian(x), loss]
+
+    def expected(c):
+        return [-0.5 * c * x[:, 0] ** 2, -c * x[:, 0], -c * jnp.ones(2), 2.5 * c**2 - 2 * c]
+
+    assert all(map(np.array_equal, asked(), expected(1.0)))
+    listed[0], array[0] = 4.0, 0.5
+    assert all(map(np.array_equal, asked(), expected(2.0)))

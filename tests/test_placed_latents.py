@@ -191,6 +191,44 @@ def test_a_fit_is_that_of_the_law_without_the_factors() -> None:
     np.testing.assert_allclose(fit.stderr()["w"], errors, rtol=0.02)
 
 
+def sums(x: Any, law: Callable[[Any], Any]) -> None:
+    """Data near to a latent number."""
+    a = numpyro.param("a", 1.0, constraint=constraints.positive)
+    with numpyro.plate("rows", len(x)):
+        z = numpyro.sample("z", law(a), infer={"laplace": 16})
+        x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+        numpyro.factor("energy", -2.0 * (x - z) ** 2)
+
+
+def test_the_median_of_a_law_with_a_kink_is_no_mode(x64: Any) -> None:
+    """JAX gives the quantiles of a Laplace law the slope 0 at the median, where a search would end as it began."""
+    x, z = np.array([4.0, 30.0, -1.0]), np.linspace(-10, 40, 200_001)
+    joint = np.exp(-np.abs(z) - 2 * (x[:, None] - z) ** 2)
+    expected = np.sum(-4 * (x[:, None] - z) * joint, axis=1) / joint.sum(axis=1)
+    found = Energy(sums, {"a": 1.0}, x, functools.partial(dist.Laplace, 0.0)).score(x[:, None])[:, 0]
+    np.testing.assert_allclose(found, expected, rtol=5e-3)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_placing_is_taken_for_no_kink(seed: int, x64: Any) -> None:
+    """The points of an exponential law end at its end, and their sum is smooth."""
+    rng = np.random.default_rng(seed)
+    x = rng.exponential(size=100) + 0.5 * rng.normal(size=100)
+    assert find_kink(Energy(sums, {"a": 1.0}, x, dist.Exponential)) is None
+
+
+def test_a_kink_in_the_data_is_found() -> None:
+    def model(x: Any) -> None:
+        a = numpyro.param("a", 1.0)
+        with numpyro.plate("rows", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0), infer={"laplace": 16})
+            x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+            numpyro.factor("energy", z * x - a * jnp.abs(x) - x**2)
+
+    kink = find_kink(Energy(model, {"a": 1.0}, np.random.default_rng(0).normal(size=100).astype(np.float32)))
+    assert kink is not None and kink.operation == "abs"
+
+
 def curved(x: Any, infer: dict[str, int], bend: float) -> None:
     with numpyro.plate("rows", len(x)):
         z = numpyro.sample("z", dist.Normal(0.0, 1.0), infer=infer)

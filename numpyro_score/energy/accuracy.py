@@ -75,15 +75,16 @@ def quadrature_error(energy: Energy) -> float | None:
     most = max((more[v.name] for v in summed if v.integrated), default=0)
     if count > MAX_ASSIGNMENTS or most > MAX_POINTS:
         return None
-    finer = _otherwise(energy, True, -_AWAY)
+    others = [_otherwise(energy, True, -_AWAY)]
     if len(summed) < len(latents):
-        energy = _otherwise(energy, False, _AWAY)
+        others.append(_otherwise(energy, False, _AWAY))
     energy, weights = energy.usable()
     rows = np.flatnonzero(fetch(weights))[:_LOOKED_AT] if energy.resizable else slice(None)
     x = energy.data[rows]
-    scores = [
+    own, finer, *rest = (
         fetch(run_compiled(lambda e, x: value_score(e.row_log_density, x)[1], e, x)).astype(np.float64)
-        for e in (energy, finer)
-    ]
-    size = np.sqrt(np.mean(np.sum(scores[1] ** 2, axis=1)))
-    return float(np.max(np.linalg.norm(scores[0] - scores[1], axis=1)) / max(size, float(jnp.finfo(x.dtype).tiny)))
+        for e in (energy, *others)
+    )
+    size = np.sqrt(np.mean(np.sum(finer**2, axis=1)))
+    off = max(float(np.max(np.linalg.norm(finer - s, axis=1))) for s in (own, *rest))
+    return off / max(size, float(jnp.finfo(x.dtype).tiny))

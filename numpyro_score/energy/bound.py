@@ -123,6 +123,16 @@ class BoundModel(ModelAtValues):
         """The latent sites of each row that the density is summed or integrated over."""
         return self._layout.latents
 
+    def at_one_point(self: M) -> M:
+        """The same with the latent sites whose points are placed at one of them, for what reads the model's operations.
+
+        Where points are placed the model runs some five times, and one of them shows what it does.
+        """
+        latents = tuple(latent for latent in self._layout.latents if not latent.placed)
+        return (
+            self if latents == self._layout.latents else self._replace(_layout=self._layout._replace(latents=latents))
+        )
+
     @property
     def angle_columns(self) -> list[int]:
         """Which numbers of a row are angles."""

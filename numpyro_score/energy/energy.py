@@ -17,7 +17,7 @@ from numpyro_score.energy.check import check
 from numpyro_score.energy.latents import marginals
 from numpyro_score.energy.reading import ReadModel
 from numpyro_score.energy.values import check_rows
-from numpyro_score.programs import being_traced, run_compiled, shared_jit
+from numpyro_score.programs import being_traced, run_compiled
 
 __all__ = ["Energy"]
 
@@ -158,7 +158,10 @@ class Energy(ReadModel):
                 f"{self.dim}), or pass the data as an argument and let the plate follow its length, e.g. "
                 "numpyro.plate('data', len(x))."
             )
-        return _of_rows(f, self, x) if being_traced((self, x)) else _of_rows_compiled(self, x, f=f)
+        if being_traced((self, x)):
+            return _of_rows(f, self, x)
+        # Traced at each call, as the model may read what has changed; compiled where that made other operations of it.
+        return run_compiled(functools.partial(_of_rows, f), self, x)
 
     def check(self, evaluate: Callable[[Energy], Any] | None = None) -> None:
         """Looks at the data and the density there; needs concrete values.
@@ -182,11 +185,6 @@ def _of_rows(f: Callable[[Energy, Array], Any], energy: Energy, x: Array) -> Any
     # One big point has every leading axis as a batch.
     rows, lead = jax.vmap(lambda y: f(energy, y))(x.reshape(-1, n, d)), x.shape[: -1 if n == 1 else -2]
     return jax.tree.map(lambda r: r.reshape((lead if n == 1 else (*lead, n)) + r.shape[2:]), rows)
-
-
-@functools.partial(shared_jit, static_argnames=("f",))
-def _of_rows_compiled(energy: Energy, x: Array, *, f: Callable[[Energy, Array], Any]) -> Any:
-    return _of_rows(f, energy, x)
 
 
 def _values(energy: Energy, x: Array) -> Array:

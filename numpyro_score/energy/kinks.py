@@ -18,7 +18,6 @@ from jaxtyping import Array
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 
 from numpyro_score.energy.bound import BoundModel
-from numpyro_score.energy.placed import FOUND
 from numpyro_score.operators import full_precision, value_score
 from numpyro_score.placement import fetch
 from numpyro_score.programs import compiled, run_compiled
@@ -94,6 +93,7 @@ def find_kink(energy: BoundModel) -> Kink | None:
     parameter away from zero, where it often starts and hides what it multiplies, lines are searched a second time with
     small parameters put between a half and one.
     """
+    energy = energy.at_one_point()  # kinks at other places than that of a latent number are integrated over
     found = _suspects(energy)
     if not found:
         return None
@@ -168,9 +168,6 @@ def _walk(jaxpr: Jaxpr, inputs: Sequence[int], found: dict[str, int], inside: st
             squares.update(eqn.outvars)
         out = [joint] * len(eqn.outvars)
         called = str(eqn.params.get("name", ""))
-        if called == FOUND:  # constant to derivatives, as the points of a rule are
-            marks.update(dict.fromkeys(eqn.outvars, 0))
-            continue
         bodies = _bodies(eqn)
         if joint & _DATA and called not in _SMOOTH and not _ends_support(eqn):
             if (name := _operation(eqn, into)) is None and eqn.primitive.name == "log" and eqn.invars[0] in squares:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from numpyro_score.energy.placed import fewest_points
-from numpyro_score.energy.quadrature import START, is_integrated, is_placed, num_points
+from numpyro_score.energy.quadrature import NEAR, START, is_integrated, is_placed, num_points
 from numpyro_score.energy.supports import Shape
 from numpyro_score.energy.trace import Site, is_summed, support_points
 
@@ -32,7 +32,7 @@ class Latent(NamedTuple):
     shape: Shape  # of the site, with 1 along the rows
     rest: Shape  # without the rows
     row_axes: Shape  # of the site that number the rows, outermost first
-    start: float = 0.0  # of the search for the place
+    start: float  # of the search for the place, in deviations of the law
 
     @property
     def width(self) -> int:
@@ -57,7 +57,7 @@ def find_latents(sites: dict[str, Site], row_plates: tuple[str, ...], row_dims: 
                 "density is summed over latent values of each row alone; move the site into the plate, or sum over it "
                 "in the model by logsumexp."
             )
-        integrated, start = is_integrated(site), site["infer"].get(START, 0.0)
+        integrated, start = is_integrated(site), site["infer"].get(START, NEAR)
         size, shape = num_points(site) if integrated else len(support_points(site)), jnp.shape(site["value"])
         rows = tuple(len(site["fn"].batch_shape) + d for d in row_dims)
         whole = tuple(1 if i in rows else s for i, s in enumerate(shape))

@@ -16,10 +16,7 @@ import scipy.optimize
 import scipy.stats
 from jaxtyping import Array, Float
 
-__all__ = ["FOUND", "fewest_points", "log_integral", "logsumexp", "more_points"]
-
-FOUND = "points_of_rows"
-"""The name of the function that finds the points, whose results are constant to all derivatives."""
+__all__ = ["fewest_points", "log_integral", "logsumexp", "more_points"]
 
 _PRODUCT = 3  # numbers of a row; for more of them the points are quasi-random
 _CONDITIONS = 1000  # of a rule, which take longer to solve than the rule is worth
@@ -51,11 +48,7 @@ def log_integral(
         start: of the search, (N, M).
         count: K, the points of a row.
     """
-
-    def points_of_rows(start: Array) -> tuple[Array, Array]:
-        return _find(frozen, start)
-
-    found, root = jax.lax.stop_gradient(jax.jit(points_of_rows)(start))
+    found, root = jax.lax.stop_gradient(_find(frozen, start))
     slope = jax.grad(lambda u: joint(u).sum())(found)
     centre = found + jnp.sum(root * jnp.sum(root * slope[:, :, None], axis=1)[:, None], axis=2)
     z, log_w = _rule(count, start.shape[1])

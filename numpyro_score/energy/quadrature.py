@@ -13,6 +13,7 @@ import numpyro.distributions as dist
 __all__ = [
     "MAX_PLACED",
     "MAX_POINTS",
+    "NEAR",
     "START",
     "is_integrated",
     "is_placed",
@@ -31,6 +32,8 @@ MAX_PLACED = 4096
 """For the numbers of a row together."""
 START = "laplace_start"
 """Where in `infer` the start of the search for the mode stands, in deviations, for checks."""
+NEAR = 0.1
+"""The start otherwise. At 0 itself, the median, quantiles of a Laplace law have the derivative 0 in JAX."""
 
 
 def is_integrated(site: Site) -> bool:

@@ -125,9 +125,7 @@ class ReadModel(BoundModel):
             if any(len(a.row_axes) != 1 for a in layout.arrays):
                 return layout
             resizable = layout._replace(resizable=True)
-            # Where points are placed the model runs some five times, and one of them shows what it does.
-            once = resizable._replace(latents=tuple(v for v in layout.latents if not v.placed))
-            energy, traced = self._replace(_layout=once), {}
+            energy, traced = self._replace(_layout=resizable).at_one_point(), {}
 
             def trace(n: int) -> Any:
                 jax.eval_shape(lambda: energy.bounds(n))  # as many as there are rows, or the same for all

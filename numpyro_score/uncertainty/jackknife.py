@@ -7,6 +7,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from numpyro_score.placement import fetch
@@ -45,7 +46,8 @@ def jackknife_root(
 
     .. math:: d_c = (H - \beta H_c)^{-1} \beta g_c,
 
-    from the group's own gradient and Hessian, which is exact for quadratic objectives; their spread is
+    from the group's own gradient and Hessian in the constrained values, where there are as many of these as
+    coordinates: exact for objectives that are quadratic in them. Their spread is
     :math:`\tfrac{G-1}{G} \sum_c (d_c - \bar d)(d_c - \bar d)^\top` [Bell & McCaffrey 2002; MacKinnon, Nielsen & Webb
     2023]. With H in the place of H − βH_c it is the sandwich, whose errors come out too small, as the fit follows each
     group, the more so the fewer there are and the less alike.
@@ -64,6 +66,7 @@ def jackknife_root(
     g = dependence.sums @ gradients
     unit = jnp.eye(p, dtype=objective.position.dtype)
     own = np.stack([dependence.sums @ fetch(_gradients_along(objective, v)).astype(np.float64) for v in unit], axis=1)
+    own -= _of_coordinates(objective, g)
     # In coordinates in which H is the identity.
     root = np.linalg.cholesky(hessian)
     share = np.linalg.solve(root, np.linalg.solve(root, own).transpose(0, 2, 1)) * beta
@@ -76,6 +79,24 @@ def jackknife_root(
     d = d[dependence.sums @ used.astype(float) > 0]
     d -= d.mean(axis=0)
     return (d @ root.T) * ((count - 1) / count) ** 0.5
+
+
+def _of_coordinates(objective: Objective, g: Float[np.ndarray, "g p"]) -> Float[np.ndarray, "g p p"]:
+    """What of the groups' Hessians is that of the coordinates, and not of the constrained values: Σ_k g_k ∇²θ_k."""
+    slopes, bends = (fetch(v).astype(np.float64) for v in _of_constrained(objective))
+    if slopes.shape[0] != slopes.shape[1]:  # as of a simplex
+        return np.zeros((len(g), *bends.shape[1:]))
+    return np.einsum("gk,kpq->gpq", np.linalg.solve(slopes.T, g.T).T, bends)
+
+
+@shared_jit
+def _of_constrained(objective: Objective) -> tuple[Float[Array, "k p"], Float[Array, "k p p"]]:
+    """First and second derivatives of the constrained values."""
+
+    def values(vector: Array) -> Array:
+        return ravel_pytree(objective.constrain(vector))[0]
+
+    return jax.jacfwd(values)(objective.position), jax.jacfwd(jax.jacfwd(values))(objective.position)
 
 
 @shared_jit
