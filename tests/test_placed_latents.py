@@ -250,6 +250,14 @@ def test_several_modes_are_told(x64: Any) -> None:
 EVERYWHERE = {"quadrature": 200}
 
 
+@pytest.mark.parametrize("infer", [{"laplace": 4}, {"quadrature": 8}])
+def test_the_check_leaves_the_model_as_it_is(infer: dict[str, int]) -> None:
+    """The dict that a site was given may be one that all calls of the model share."""
+    before = dict(infer)
+    quadrature_error(Energy(curved, {}, np.ones(5, np.float32), infer, 0.0))
+    assert infer == before
+
+
 def site(*laws: tuple[Any, dict[str, Any]]) -> Callable[[Any], None]:
     def model(x: Any) -> None:
         with numpyro.plate("rows", len(x)):

@@ -29,7 +29,7 @@ class _Otherwise(Messenger):
     """Integrates by more points, none of which but 0 are those of the model's own rule, or from other starts."""
 
     def __init__(self, latents: tuple[Latent, ...], more: bool, start: float) -> None:
-        self.sizes = {v.name: _more(latents)[v.name] if more else v.size for v in latents if v.integrated}
+        self.sizes = _more(latents) if more else {v.name: v.size for v in latents}
         self.start = start
         super().__init__()
 
@@ -37,7 +37,8 @@ class _Otherwise(Messenger):
         """Changes what the site asks for."""
         if is_integrated(msg):
             size = self.sizes[msg["name"]]
-            msg["infer"] |= {"laplace": size, START: self.start} if is_placed(msg) else {"quadrature": size}
+            wanted = {"laplace": size, START: self.start} if is_placed(msg) else {"quadrature": size}
+            msg["infer"] = {**msg["infer"], **wanted}  # not in place: it is the user's own dict
 
 
 def _more(latents: tuple[Latent, ...]) -> dict[str, int]:
