@@ -129,9 +129,7 @@ class BoundModel(ModelAtValues):
         Where points are placed the model runs some five times, and one of them shows what it does.
         """
         latents = tuple(latent for latent in self._layout.latents if not latent.placed)
-        return (
-            self if latents == self._layout.latents else self._replace(_layout=self._layout._replace(latents=latents))
-        )
+        return self._replace(_layout=self._layout._replace(latents=latents))
 
     @property
     def angle_columns(self) -> list[int]:

@@ -154,18 +154,11 @@ def coarsest_rounding(f: Callable[[Array], Array], x: Array) -> float:
 
 def _coarsest(jaxpr: Jaxpr, inputs: Sequence[bool]) -> float:
     """The same for what the marked inputs reach and the outputs need."""
-    reached = {v for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
-    before = []
-    for eqn in jaxpr.eqns:
-        before.append([not isinstance(v, Literal) and v in reached for v in eqn.invars])
-        if any(before[-1]):
-            reached.update(eqn.outvars)
-    needed, coarsest = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, 0.0
-    for eqn, into in zip(reversed(jaxpr.eqns), reversed(before), strict=True):
-        if needed.isdisjoint(eqn.outvars):
-            continue
-        needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+    reached, coarsest = {v for v, mark in zip(jaxpr.invars, inputs, strict=True) if mark}, 0.0
+    for eqn in _needed(jaxpr):
+        into = [not isinstance(v, Literal) and v in reached for v in eqn.invars]
         if any(into):
+            reached.update(eqn.outvars)
             coarsest = max(coarsest, _rounding(eqn, into))
     return coarsest
 

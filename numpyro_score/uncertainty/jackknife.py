@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 from numpyro_score.placement import fetch
 from numpyro_score.programs import shared_jit
 from numpyro_score.uncertainty.dependence import Dependence
+from numpyro_score.uncertainty.hierarchy import rows_along
 from numpyro_score.uncertainty.objective import Objective
 
 __all__ = ["MOST_GROUPS", "MOST_PARAMETERS", "jackknife_root", "takes_jackknife"]
@@ -25,9 +27,9 @@ MOST_GROUPS = 1000
 _LEAST = 1e-4  # of the curvature, that is left of some direction without a group
 
 
-def takes_jackknife(dependence: Dependence | None, used: np.ndarray, num_parameters: int) -> bool:
+def takes_jackknife(dependence: Dependence, used: np.ndarray, num_parameters: int) -> bool:
     """Whether the spread is over groups of several rows, few enough that each is felt."""
-    if dependence is None or not dependence.by_groups or num_parameters > MOST_PARAMETERS:
+    if not dependence.by_groups or num_parameters > MOST_PARAMETERS:
         return False
     groups = dependence.count(used)
     return 2 <= groups <= MOST_GROUPS and groups < int(used.sum())
@@ -59,9 +61,13 @@ def jackknife_root(
         hessian: of the whole objective, (P, P).
         gradients: of the rows' weighted losses, without β.
 
+    Raises:
+        SandwichError: for fewer than two groups.
+
     Warns:
-        UserWarning: where one group alone determines a parameter.
+        UserWarning: for fewer than 30 groups, or where one group alone determines a parameter.
     """
+    dependence.check(used)
     beta, p = float(objective.learning_rate), len(hessian)
     g = dependence.sums @ gradients
     unit = jnp.eye(p, dtype=objective.position.dtype)
@@ -102,15 +108,12 @@ def _of_constrained(objective: Objective) -> tuple[Float[Array, "k p"], Float[Ar
 @shared_jit
 def _gradients_along(objective: Objective, direction: Float[Array, "p"]) -> Float[Array, "n p"]:
     """The derivative along a direction of the gradients of the rows' losses."""
-
-    def along(other: Array) -> Array:
-        def slope(vector: Array) -> Array:
-            return jax.jvp(objective.rows, (vector,), (other,))[1]
-
-        return jax.jvp(slope, (objective.position,), (direction,))[1]
-
     unit = jnp.eye(len(direction), dtype=direction.dtype)
-    return jax.lax.map(along, unit, batch_size=8).T
+
+    def gradients(at: Array) -> Array:
+        return rows_along(replace(objective, position=at), unit)
+
+    return jax.jvp(gradients, (objective.position,), (direction,))[1]
 
 
 def _warn_of_one_group(objective: Objective, root: np.ndarray, left: np.ndarray, axes: np.ndarray) -> None:

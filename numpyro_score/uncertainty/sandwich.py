@@ -154,7 +154,6 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
     if dependence is not None:
         dependence.refuse_effects(names)
     if dependence is not None and takes_jackknife(dependence, used, len(hessian)):
-        dependence.check(used)
         root = jackknife_root(objective, dependence, used, hessian, all_gradients)
     else:
         root = spread_root(all_gradients, used, dependence)
