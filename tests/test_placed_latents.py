@@ -254,7 +254,11 @@ EVERYWHERE = {"quadrature": 200}
 def test_the_check_leaves_the_model_as_it_is(infer: dict[str, int]) -> None:
     """The dict that a site was given may be one that all calls of the model share."""
     before = dict(infer)
-    quadrature_error(Energy(curved, {}, np.ones(5, np.float32), infer, 0.0))
+
+    def model(x: Any) -> None:  # which closes over it: arguments are copied
+        curved(x, infer, 0.0)
+
+    quadrature_error(Energy(model, {}, np.ones(5, np.float32)))
     assert infer == before
 
 
