@@ -32,7 +32,7 @@ examples: $(VENV)/.extra-examples
 	for example in examples/*.py; do echo "== $$example"; $(VENV)/bin/python $$example || exit 1; done
 
 test: $(VENV)/.extra-test
-	$(RUN) pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(VENV)/.extra-examples
 	$(RUN) benchmarks.run $(BENCH_ARGS)

@@ -65,7 +65,7 @@ def probes(rows: int, dims: tuple[int, ...]) -> Iterator[str]:
     for dim in dims:
         mixture = Mixture(dim, 4, 0)
         x, energy = jnp.asarray(mixture.draw(rows, 1), float), mixture.energy()
-        for num_probes in (4, 16, 64):
+        for num_probes in (n for n in (4, 16, 32) if n < dim):  # else the exact divergence is taken
             options = dict(noise_range=(1e-3, 140.0), rtol=1e-4, atol=1e-4, divergence="hutchinson", rng_key=0)
             found = flow_log_prob(energy, x, **options, num_probes=num_probes)
             off = np.asarray(found.value - mixture.log_density(x, 1e-3))
@@ -86,7 +86,7 @@ def main() -> None:
         for line in solutions(double, options.rows, tuple(options.dims)):
             print(line, flush=True)
             lines.append(line)
-    calibration = list(probes(options.rows, tuple(options.dims)))
+    calibration = list(probes(options.rows, (*options.dims, 64)))
     text = [
         "# Log densities by the probability flow",
         "",

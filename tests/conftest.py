@@ -7,6 +7,7 @@ annotations state are checked too. That takes a fifth more time; tools/test_newe
 import gc
 import itertools
 import os
+from collections import Counter
 
 import jax
 import jaxtyping
@@ -32,7 +33,8 @@ if QUICKLY_COMPILED:
     os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys(os.environ["XLA_FLAGS"].split() + flags))
 
 # Tracing makes many small objects that live on: by default, to look for cycles among them takes a sixth of the time.
-gc.set_threshold(50_000, 20, 100)
+# `forget_programs` does it.
+gc.disable()
 
 
 def pytest_addoption(parser):
@@ -40,6 +42,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Files of much work first, so that all workers end together; pytest-xdist takes them in this order if told so.
+    work = Counter()
+    for item in items:
+        work[item.path] += 5 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -work[item.path])
     if not config.getoption("first_cases"):
         return
     seen, first, others = set(), [], []
@@ -63,6 +70,7 @@ def forget_programs():
     yield
     if next(_files) % 4 == 0:
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

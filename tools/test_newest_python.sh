@@ -97,7 +97,7 @@ names = "jax", "numpyro", "optax", "arviz", "folx", "flax", "equinox", "numpy"
 print("Python", sys.version.split()[0] + ":", ", ".join(f"{name} {version(name)}" for name in names))'
 # The array shapes that annotations state are checked here: the checks take time, and once is enough. Unless asked for,
 # tests that take long, and all cases of a test but the first, are left to the oldest Python, which runs them all.
-run() { inside sh -c 'cd /src && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"' pytest "$@"; }
+run() { inside sh -c 'cd /src && exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"' pytest "$@"; }
 if (($#)); then
     run --jaxtyping-packages=numpyro_score,beartype.beartype "$@"
 else

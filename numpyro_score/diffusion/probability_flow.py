@@ -88,7 +88,7 @@ def flow_log_prob(
         atol: its absolute tolerance, in the units of the data.
         divergence: "exact", at the cost of a Laplacian, D + 2 energies or D derivatives of a score; or "hutchinson",
             from random probes of each row, held along its path: unbiased, with the error `stderr` [Grathwohl et al.
-            2019].
+            2019]. With D probes or more the exact one costs no more, and is taken.
         num_probes: how many, each a uniform direction of length √D.
         rng_key: for the probes, with "hutchinson" only.
         adjoint: how derivatives with respect to x and parameters are taken: "recursive" checkpoints, exact for the
@@ -143,6 +143,8 @@ def flow_log_prob(
     flow, settings = prepared("flow_log_prob", source, sde, noise_range, solver, rtol, atol, adjoint)
     rows = flow.model.energy.flatten(x)
     require_finite("flow_log_prob", rows)
+    if num_probes >= rows.shape[1]:
+        key = None
     found, arrived = _values_and_errors(settings, flow, rows, key, num_probes)
     require_solved("flow_log_prob", arrived)
     return found
@@ -155,7 +157,7 @@ def _values_and_errors(
     log_jacobian = jax.vmap(partial(row_log_jacobian, flow.model.energy))(x)
     probes = None
     if rng_key is not None:
-        # Uniform on the sphere. Random signs have in two dimensions two values in all, and too small errors by chance.
+        # Uniform on the sphere: random signs have few values in few dimensions, and too small errors by chance.
         z = jax.random.normal(rng_key, (len(x), num_probes, x.shape[1]), x.dtype)
         probes = x.shape[1] ** 0.5 * z / jnp.linalg.norm(z, axis=-1, keepdims=True)
 

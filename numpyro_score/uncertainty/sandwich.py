@@ -329,22 +329,23 @@ def derivatives(objective: Objective) -> tuple[Array, Array, Array, Array, Array
     The sums (8, P) are for :func:`sums_of_bends`, and 0 for a loss that no bend of the density in the data can harm.
     """
     position = objective.position
+    rows, penalty = jax.jit(objective.rows), jax.jit(objective.penalty)  # each is traced once
 
     def losses(vector: Array) -> Array:
-        return jnp.sum(objective.rows(vector))
+        return jnp.sum(rows(vector))
 
     def along(direction: Array) -> tuple[Array, Array, Array, Array]:
         def move(f: Callable[[Array], Array], at: Array = position) -> tuple[Array, Array]:
             return jax.jvp(f, (at,), (direction,))
 
         if hasattr(loss_for(objective.loss, objective.energy), "no_kinks"):
-            g, h = move(lambda at: move(objective.rows, at)[1])
+            g, h = move(lambda at: move(rows, at)[1])
             bends = bends_of(g, h)
         else:
-            g, bends = move(objective.rows)[1], jnp.zeros(8, position.dtype)
-        return move(jax.grad(losses))[1], move(jax.grad(objective.penalty))[1], g, bends
+            g, bends = move(rows)[1], jnp.zeros(8, position.dtype)
+        return move(jax.grad(losses))[1], move(jax.grad(penalty))[1], g, bends
 
     unit = jnp.eye(len(position), dtype=position.dtype)
     hessian, prior_hessian, gradients, bends = jax.lax.map(along, unit, batch_size=8)
-    prior_gradient = jax.grad(objective.penalty)(position)
+    prior_gradient = jax.grad(penalty)(position)
     return 0.5 * (hessian + hessian.T), 0.5 * (prior_hessian + prior_hessian.T), gradients.T, prior_gradient, bends.T
