@@ -28,6 +28,7 @@ from numpyro_score import (
     Energy,
     Gibbs,
     Mixed,
+    PairLikelihood,
     PseudoLikelihood,
     RatioMatching,
     ScoreMatching,
@@ -69,6 +70,7 @@ MODELS = {
 THETA = {"w": np.array([0.5, -0.4, 0.3, -0.2]), "b": np.array([0.1, -0.3, 0.2, -0.1])}
 LOSSES = {
     "pseudo-likelihood": PseudoLikelihood(),
+    "pairs": PairLikelihood(),
     "ratio matching": RatioMatching(),
     "Fisher": DiscreteFisher(),
     "Fisher on a path": DiscreteFisher("path"),
@@ -108,9 +110,67 @@ def test_counts_without_end():
     """Of a Conway–Maxwell–Poisson law, summed to where nothing is left."""
     theta, x = {"rate": 2.0, "nu": 0.8}, np.arange(80)
     weights = probabilities(com_poisson, theta, x)
-    for loss in (DiscreteFisher(), PseudoLikelihood(max_count=120)):
+    for loss in (DiscreteFisher(), PairLikelihood(), PairLikelihood(2), PseudoLikelihood(max_count=120)):
         _, slope = mean_gradient(loss, com_poisson, x, weights)(theta)
         np.testing.assert_allclose([*slope.values()], 0.0, atol=1e-10)
+
+
+def negative_binomial(x):
+    """Of log mean and log size."""
+    mean, size = numpyro.param("mean", 3.0), numpyro.param("size", 0.0)
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", discrete(COUNT), obs=x)
+        r = jnp.exp(size)
+        numpyro.factor("energy", gammaln(x + r) - gammaln(x + 1.0) + x * (mean - jnp.logaddexp(mean, size)))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("num_distances", "least", "most"), [(11, 0.9, 1.0), (1, 0.0, 0.5)], ids=["the default", "neighbours alone"]
+)
+def test_pairs_have_nearly_all_of_the_information(num_distances, least, most):
+    """Of a wide law, by its exact probabilities: the variance of maximum likelihood over that of pairs."""
+    flat, unravel = ravel_pytree({"mean": jnp.log(8.0), "size": jnp.log(2.0)})
+    x = jnp.arange(400)
+    p = probabilities(negative_binomial, unravel(flat), x)
+
+    @jax.jit
+    def of(flat):
+        energy = Energy(negative_binomial, unravel(flat), x)
+        return energy.log_density(x[:, None].astype(float)), PairLikelihood(num_distances)(energy, jax.random.key(0))
+
+    slope, g = jax.jacfwd(of)(flat)
+    hessian = jnp.einsum("n,nij->ij", p, jax.jacfwd(jax.jacrev(lambda flat: of(flat)[1]))(flat))
+    np.testing.assert_allclose(p @ g, 0.0, atol=1e-9)
+    half = np.linalg.inv(hessian) @ g.T
+    spread = np.diag(half * p @ half.T)
+    slope -= p @ slope
+    exact = np.diag(np.linalg.inv(slope.T * p @ slope))
+    assert least < (exact / spread).min() and (exact / spread).max() < most
+
+
+@pytest.mark.usefixtures("x64")
+def test_pairs_by_hand():
+    """Levels from 1 to 3, which end, and counts; of binary rows pairs are the pseudo-likelihood."""
+    model, x = MODELS["levels of several sizes"]
+    p = dict(zip(map(tuple, x), probabilities(model, THETA, x), strict=True))
+    found = jax.jit(lambda x: PairLikelihood()(Energy(model, THETA, x), jax.random.key(0)))(x)
+    for row, value in zip(x, found, strict=True):
+        moved = [tuple(row + s * np.eye(4, dtype=int)[d]) for d in range(4) for s in (-2, -1, 1, 2)]
+        expected = sum(np.log(1 + p[other] / p[tuple(row)]) for other in moved if other in p)
+        np.testing.assert_allclose(value, expected, rtol=1e-10)
+    model, x = MODELS["binary"]
+    pair, pseudo = (
+        jax.jit(lambda x, loss=loss: loss(Energy(model, THETA, x), jax.random.key(0)))(x)
+        for loss in (PairLikelihood(), PseudoLikelihood())
+    )
+    np.testing.assert_allclose(pair, pseudo, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("given", "message"), [(0, "num_distances"), (2.5, "num_distances"), (25, "at most 24")])
+def test_distances_that_are_refused(given, message, unchecked):
+    with pytest.raises((ValueError, TypeError), match=message):
+        PairLikelihood(given)
 
 
 @pytest.mark.usefixtures("x64")
@@ -309,7 +369,7 @@ def test_restricted_boltzmann_machine():
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_com_poisson_against_its_summed_likelihood():
-    """Pseudo-likelihood is the likelihood, and DiscreteFisher is within three of its standard errors."""
+    """Pseudo-likelihood is the likelihood, and the others are within three of their standard errors."""
     x = draw(com_poisson, {"rate": 3.0, "nu": 1.3}, np.arange(60), 1000, seed=5)
     k = np.arange(60.0)
 
@@ -328,8 +388,30 @@ def test_com_poisson_against_its_summed_likelihood():
     # One count alone has its likelihood for a pseudo-likelihood; at its minimum the gradient vanishes.
     _, slope = mean_gradient(PseudoLikelihood(max_count=59), com_poisson, k, np.bincount(x, minlength=60) / 1000)(best)
     np.testing.assert_allclose([*slope.values()], 0.0, atol=1e-10)
-    found, errors = minimum(DiscreteFisher(), com_poisson, best, x)
-    assert all(abs(found[name] - best[name]) < 3 * errors[name] < 0.9 for name in best)
+    for loss, widest in ((DiscreteFisher(), 0.9), (PairLikelihood(), 0.6)):
+        found, errors = minimum(loss, com_poisson, best, x)
+        assert all(abs(found[name] - best[name]) < 3 * errors[name] < widest for name in best)
+
+
+def test_a_regression_whose_laws_differ_by_orders_of_magnitude():
+    """Poisson counts of means from 0.1 to 1,000, by the default: within three standard errors, and these as exact."""
+    rng = np.random.default_rng(3)
+    z = rng.uniform(-1, 1, 1000).astype(np.float32)
+    x = rng.poisson(np.exp(2.3 + 4.6 * z))
+
+    def regression(x, z):
+        a, b = numpyro.param("a", 2.0), numpyro.param("b", 4.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", discrete(COUNT), obs=x)
+            numpyro.factor("energy", (a + b * z) * x - gammaln(x + 1.0))
+
+    fit = ScoreMatching(regression).run(None, x, z, progress_bar=False)
+    design = np.stack([np.ones_like(z), z], 1)
+    exact = np.sqrt(np.diag(np.linalg.inv(design.T * np.exp(2.3 + 4.6 * z) @ design)))
+    errors = fit.stderr()
+    for name, truth, error in zip("ab", (2.3, 4.6), exact, strict=True):
+        assert abs(fit.estimates[name] - truth) < 3 * errors[name]
+        assert 0.9 < errors[name] / error < 1.5
 
 
 def test_chunks_change_nothing(monkeypatch):
@@ -396,7 +478,7 @@ REFUSED = {
     "negative counts": (COUNT, np.array([[-1, 3]]), None, "from -1 to 3 lie beyond"),
     "one value": (constraints.integer_interval(1, 1), np.ones((4, 2), int), None, "one value only.* neighbour"),
     "a multinomial": (constraints.multinomial(3), np.array([[1, 2]]), None, "multinomial.*no neighbours"),
-    "counts without end": (COUNT, np.ones((4, 2), int), PseudoLikelihood(), r"'x'.*max_count.*DiscreteFisher\(\)"),
+    "counts without end": (COUNT, np.ones((4, 2), int), PseudoLikelihood(), r"'x'.*max_count.*PairLikelihood\(\)"),
     "a low cut": (COUNT, np.array([[5, 2]]), PseudoLikelihood(max_count=4), "max_count=4.*up to 5"),
     "a cycle of counts": (COUNT, np.array([[5, 2]]), DiscreteFisher("cycle"), "no cycle of the counts of site 'x'"),
     "ratios of three": (THREE, np.array([[1, 2]]), RatioMatching(), r"RatioMatching.*'x' has more \(levels\)"),

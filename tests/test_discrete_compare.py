@@ -65,18 +65,27 @@ def test_words(compared, tmp_path):
 
 
 def test_counts():
-    """A Poisson law beside one of half its rate, of 300 counts: the score is by ratios."""
+    """A Poisson law beside one of half its rate, of 300 counts: the score is by pairs."""
     x = np.random.default_rng(1).poisson(3.0, 300)
     energies = {k: Energy(com_poisson, {"rate": k, "nu": 1.0}, jnp.asarray(x[:20])) for k in (3.0, 1.5)}
     found = compare({str(k): e for k, e in energies.items()}, x, rng_key=KEY, num_samples=1000)
+
+    def x_to_log_p(k):
+        at = np.arange(2000)
+        return at * np.log(k) - gammaln(at + 1)
+
     for k in (3.0, 1.5):
         np.testing.assert_allclose(
             found.table["log_likelihood"][str(k)], np.sum(x * np.log(k) - k - gammaln(x + 1)), rtol=1e-4
         )
-        score = np.where(x > 0, x / k, 0.0) ** 2 - 2 * (x + 1) / k
+        log_p = x_to_log_p(k)
+        score = sum(
+            np.logaddexp(0.0, log_p[x + s] - log_p[x]) + np.where(x >= s, np.logaddexp(0.0, log_p[x - s] - log_p[x]), 0)
+            for s in 2 ** np.arange(11)
+        )
         np.testing.assert_allclose(found.table["score"][str(k)], score.sum(), rtol=1e-4)
     assert found.order_kl == found.order_fisher == ("3.0", "1.5")
-    assert found.rule.score == "discrete Fisher score"
+    assert found.rule.score == "minus log likelihood of pairs"
 
 
 def test_chains_that_are_short(compared):

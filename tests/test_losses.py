@@ -44,6 +44,7 @@ from numpyro_score import (
     Energy,
     KLContraction,
     Mixed,
+    PairLikelihood,
     PseudoLikelihood,
     RatioMatching,
     geometric_levels,
@@ -83,6 +84,7 @@ LEVELS = {  # pass the model a noise level
 }
 DISCRETE = {  # of data in integers
     "pseudo-likelihood": PseudoLikelihood(),
+    "pairs": PairLikelihood(),
     "ratio matching": RatioMatching(),
     "discrete Fisher": DiscreteFisher("path"),
     "mixed": Mixed(SSM(), PseudoLikelihood(), 0.5),
@@ -91,7 +93,7 @@ ALL = {**LOSSES, **LIKELIHOOD, **LEVELS, **DISCRETE}
 # Those of which another with the same code and one setting more is there; their slopes are tested below.
 PLAINER = {"SSM plain", "SSM gaussian", "DSM plain", "KL contraction", "continuous DSM own"}
 KINDS = {name: loss for name, loss in ALL.items() if name not in PLAINER}
-EXACT = (ISM, ESM, PseudoLikelihood, RatioMatching, DiscreteFisher)  # draw no random numbers
+EXACT = (ISM, ESM, PseudoLikelihood, PairLikelihood, RatioMatching, DiscreteFisher)  # draw no random numbers
 SLICED = {
     f"{law} {form}": SSM(projection=law, variance_reduced=form == "reduced")
     for law in LAWS

@@ -55,7 +55,7 @@ class Comparison:
 
             - `score`, `score_se`: Hyvärinen score Σ ½‖∇f‖² + Δf, lower is better; `score_diff`, `score_dse`: paired
               difference from the fit of lowest score. Of discrete data the value of
-              :class:`~numpyro_score.PseudoLikelihood`, of counts that of :class:`~numpyro_score.DiscreteFisher`;
+              :class:`~numpyro_score.PseudoLikelihood`, of counts that of :class:`~numpyro_score.PairLikelihood`;
             - `log_likelihood`, `log_likelihood_se`, higher is better; `log_likelihood_diff`, `log_likelihood_dse`:
               paired difference from the fit of highest likelihood; the errors hold that of log Z;
             - `log_partition`, `log_partition_stderr`;
@@ -133,7 +133,7 @@ def compare(
 ) -> Comparison:
     """Compares fits on rows that none of them has seen: which is better, in which sense, and is it to be trusted?
 
-    Every fit is taken at its point estimates. Discrete data have a pseudo-likelihood, or ratios of neighbours, in place
+    Every fit is taken at its point estimates. Discrete data have a pseudo-likelihood, counts one of pairs, in place
     of the Hyvärinen score, as `rule` says. The likelihood sees what the Hyvärinen score does not, such as the
     weights of modes far apart, and costs a normaliser; where the two disagree beyond their errors, a sentence says so:
 

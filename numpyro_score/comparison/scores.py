@@ -30,11 +30,11 @@ _PSEUDO = Rule(
     "−Σ log p(x_d | all other numbers of the row)",
     "each number given the others of its row",
 )
-_RATIOS = Rule(
-    "discrete Fisher score",
-    "discrete Fisher",
-    "Σ (p(x^{d−})/p(x))² − 2 p(x)/p(x^{d+}), one step lower and higher in number d",
-    "the ratios of the density to that one step away",
+_PAIRS = Rule(
+    "minus log likelihood of pairs",
+    "pair likelihood",
+    "−Σ log p(x_d | all other numbers of the row, and that x_d is one of two values)",
+    "the ratios of the density to those at the distances 1, 2, 4 and so on",
 )
 
 
@@ -48,5 +48,5 @@ def row_scores(energies: dict[str, Energy], rng_key: Array) -> tuple[Rule, dict[
     if not len(first.discrete_columns):
         return HYVARINEN, {k: hyvarinen_score(e).pointwise.values for k, e in energies.items()}
     loss = DefaultLoss.of(first)
-    rule = _PSEUDO if isinstance(loss, PseudoLikelihood) else _RATIOS
+    rule = _PSEUDO if isinstance(loss, PseudoLikelihood) else _PAIRS
     return rule, {k: np.asarray(row_losses(loss, e, rng_key)[0], np.float64) for k, e in energies.items()}

@@ -26,6 +26,7 @@ from numpyro_score.losses import (
     KLContraction,
     Loss,
     Mixed,
+    PairLikelihood,
     PseudoLikelihood,
     RatioMatching,
     loss_for,
@@ -93,7 +94,7 @@ def evaluations_per_row(loss: Loss, energy: AnyEnergy, num_rows: int) -> float |
             count = 2 + loss.num_steps
         case PCD():
             count = 1 + (loss.num_steps + 1) * loss.num_chains / num_rows
-        case PseudoLikelihood() | RatioMatching() | DiscreteFisher():
+        case PseudoLikelihood() | PairLikelihood() | RatioMatching() | DiscreteFisher():
             count = loss.evaluations(energy)
         case Mixed():
             smooth = evaluations_per_row(loss.continuous, part(energy, discrete=False), num_rows)

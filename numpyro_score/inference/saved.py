@@ -28,6 +28,7 @@ from numpyro_score.losses import (
     KLContraction,
     Loss,
     MissingCells,
+    PairLikelihood,
     PseudoLikelihood,
     RatioMatching,
 )
@@ -36,8 +37,8 @@ from numpyro_score.uncertainty import Dependence
 __all__ = ["load"]
 
 _SETTINGS_TELL_ALL = (
-    DSM, FSM, ISM, SSM, ContinuousDSM, DefaultLoss, DiscreteFisher, KLContraction, MissingCells, PseudoLikelihood,
-    RatioMatching,
+    DSM, FSM, ISM, SSM, ContinuousDSM, DefaultLoss, DiscreteFisher, KLContraction, MissingCells, PairLikelihood,
+    PseudoLikelihood, RatioMatching,
 )  # fmt: skip
 _LOSSES: dict[str, Any] = {c.__name__: c for c in _SETTINGS_TELL_ALL}
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import AnyEnergy, Energy
 from numpyro_score.losses.base import Loss, check_settings
-from numpyro_score.losses.discrete import DiscreteFisher, PseudoLikelihood
+from numpyro_score.losses.discrete import PairLikelihood, PseudoLikelihood
 from numpyro_score.losses.ism import ISM
 from numpyro_score.losses.mixed import Mixed
 from numpyro_score.losses.ssm import SSM
@@ -21,8 +21,8 @@ __all__ = ["DefaultLoss", "loss_for"]
 class DefaultLoss:
     """:class:`~numpyro_score.ISM` up to 64 dimensions, and :class:`~numpyro_score.SSM` above.
 
-    For discrete data :class:`~numpyro_score.PseudoLikelihood`, and for counts :class:`~numpyro_score.DiscreteFisher`;
-    for rows of both :class:`~numpyro_score.Mixed` of the two.
+    For discrete data :class:`~numpyro_score.PseudoLikelihood`, and for counts :class:`~numpyro_score.PairLikelihood`;
+    for rows of discrete and continuous numbers :class:`~numpyro_score.Mixed` of these.
     """
 
     takes_discrete: ClassVar[bool] = True
@@ -51,7 +51,7 @@ class DefaultLoss:
         if not discrete:
             return smooth
         finite = all(a.support.size is not None for a in energy.arrays if a.support.is_discrete)
-        ratios: Loss = PseudoLikelihood() if finite else DiscreteFisher()
+        ratios: Loss = PseudoLikelihood() if finite else PairLikelihood()
         return ratios if discrete == energy.dim else Mixed(smooth, ratios)
 
 

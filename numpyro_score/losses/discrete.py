@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,12 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy, evaluations, log_ratios
-from numpyro_score.losses.base import at_least_one
+from numpyro_score.losses.base import at_least_one, set_counts
 from numpyro_score.losses.chunks import rows_at_once, rows_in_cache
 from numpyro_score.operators import full_precision
 from numpyro_score.placement import fetch
 
-__all__ = ["DiscreteFisher", "PseudoLikelihood", "RatioMatching", "refuse_mixed", "require_discrete"]
+__all__ = [
+    "DiscreteFisher",
+    "PairLikelihood",
+    "PseudoLikelihood",
+    "RatioMatching",
+    "refuse_mixed",
+    "require_discrete",
+]
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ class PseudoLikelihood:
                 if a.support.kind == "counts":
                     raise ValueError(
                         f"PseudoLikelihood sums over all values, and the counts of site '{a.name}' have no largest "
-                        "one: write PseudoLikelihood(max_count=...), or use DiscreteFisher()."
+                        "one: write PseudoLikelihood(max_count=...), or use PairLikelihood()."
                     )
                 raise ValueError(
                     f"PseudoLikelihood sums over all values of site '{a.name}', whose bounds the model computes: write "
@@ -114,6 +122,88 @@ class PseudoLikelihood:
                 )
             sizes.append((self.max_count or 0) + 1 if size is None else size)
         return range(1, max(sizes))
+
+
+@dataclass(frozen=True)
+class PairLikelihood:
+    r"""The conditional likelihood of pairs of values: of each number, given that it is one of two.
+
+    .. math:: -\sum_d \sum_{s \in \pm\{1, 2, 4, \dots\}} \log p(x_d \mid x_{-d},\ x_d \in \{x_d, x_d + s\})
+              = \sum_d \sum_s \log\left[1 + \frac{p(x^{d \to x_d + s})}{p(x)}\right].
+
+    A composite likelihood [Lindsay 1988]: each pair is judged by a proper score with no normaliser but the sum of the
+    two, and for the distance 1 alone the pairs tie all values together, so that the estimates are consistent. It is
+    conditional noise-contrastive estimation [Ceylan & Gutmann 2018] with the noise ±s, summed over s in place of drawn.
+    Nothing is summed over all values, so that it takes counts without end. A row whose probability is far below that
+    of a neighbour weighs as its logarithm, as in a likelihood. In densities affine in the parameters the objective is
+    convex, and of binary data it is the pseudo-likelihood.
+
+    Distances up to the spread of the law are needed: for geometric laws of mean 10 and 100, distance 1 alone has a
+    tenth and a hundredth of the information of the likelihood, the distances 1 to 1,024 nine tenths; for Poisson,
+    Conway–Maxwell–Poisson and negative binomial laws they have 0.9 to 0.98, and for spreads beyond a hundred 0.7.
+
+    Costs 1 + 2 D S densities for S distances, one gradient where the density is a quadratic of the data. Returns (N,)
+    values.
+
+    Args:
+        num_distances: S, of the distances 1, 2, 4, ..., 2^(S − 1). Those without a second value in the support are left
+            out.
+
+    Raises:
+        TypeError, ValueError: for a num_distances that is not an integer from 1 to 24. When called: for continuous data
+            and rows that hold some (see :class:`~numpyro_score.Mixed`).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.distributions import constraints
+        >>> from numpyro_score import PairLikelihood, ScoreMatching
+        >>> def model(x):  # a geometric law, p(x + 1) / p(x) = e^a
+        ...     a = numpyro.param("a", -1.0)
+        ...     with numpyro.plate("rows", len(x)):
+        ...         x = numpyro.sample("x", dist.ImproperUniform(constraints.nonnegative_integer, (), ()), obs=x)
+        ...         numpyro.factor("energy", a * x)
+        >>> x = dist.Geometric(0.1).sample(jax.random.key(0), (2000,))
+        >>> fit = ScoreMatching(model, loss=PairLikelihood()).run(jax.random.key(1), x, progress_bar=False)
+        >>> bool(abs(fit.estimates["a"] - jnp.log(0.9)) < 3 * fit.stderr()["a"])
+        True
+    """
+
+    num_distances: int = 11
+
+    takes_discrete: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        set_counts(self, "num_distances")
+        if self.num_distances > 24:
+            raise ValueError(
+                f"PairLikelihood needs num_distances of at most 24, got {self.num_distances}: it counts distances "
+                "1, 2, 4, ..., and floats know no larger integers."
+            )
+
+    @full_precision
+    def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
+        """One value per row of the energy's data, (N,)."""
+        ratios, valid = log_ratios(energy, self._shifts(energy), cycle=False)
+        return jnp.where(valid, jax.nn.softplus(ratios), 0.0).sum(axis=(1, 2))
+
+    def rows_per_chunk(self, energy: Energy) -> int | None:
+        """What fits the cache, or bounds the memory."""
+        return _rows_per_chunk(energy, self.evaluations(energy))
+
+    def evaluations(self, energy: Energy) -> int:
+        """Of the log density, for each row."""
+        return evaluations(energy, len(self._shifts(energy)))
+
+    def check(self, energy: Energy) -> None:
+        """Raises TypeError for rows that hold continuous numbers."""
+        refuse_mixed(energy, "PairLikelihood")
+
+    def _shifts(self, energy: Energy) -> tuple[int, ...]:
+        require_discrete(energy, "PairLikelihood")
+        sizes = [a.support.size for a in energy.arrays if a.support.is_discrete]
+        most = math.inf if None in sizes else max(s for s in sizes if s is not None)
+        distances = [2**k for k in range(self.num_distances) if 2**k < most]
+        return (*(-s for s in reversed(distances)), *distances)
 
 
 @dataclass(frozen=True)
@@ -159,7 +249,7 @@ class RatioMatching:
             if a.support.is_discrete and a.support.size != 2:
                 raise TypeError(
                     f"RatioMatching compares two values, and site '{a.name}' has more ({a.support.kind}): use "
-                    "PseudoLikelihood() or DiscreteFisher()."
+                    "PseudoLikelihood() or PairLikelihood()."
                 )
 
 

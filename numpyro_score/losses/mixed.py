@@ -28,7 +28,7 @@ class Mixed:
 
     Args:
         continuous: a loss without parameters or memory of its own, such as ISM() or SSM().
-        discrete: PseudoLikelihood(), RatioMatching() or DiscreteFisher().
+        discrete: PseudoLikelihood(), PairLikelihood(), RatioMatching() or DiscreteFisher().
         weight: w.
 
     Raises:
