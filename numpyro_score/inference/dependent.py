@@ -45,7 +45,8 @@ def dependent_rows(
     A fit follows its groups, and where they are few that S is too small. Up to 32 parameters and 1,000 groups the
     errors of groups are those of a jackknife: the spread of the G estimates without one group each, times (G − 1)/G.
     They are found from the group's gradient and Hessian, exactly where the objective is quadratic in the constrained
-    values [Bell & McCaffrey 2002]; `stderr(of=...)` is their delta method.
+    values [Bell & McCaffrey 2002]; `stderr(of=...)` is their delta method. Intervals of `summary` are those of the t
+    law of G − 1 degrees of freedom [Cameron & Miller 2015].
 
     What is computed from the sandwich follows: `stderr`, `covariance`, `summary`, `sample_posterior`, `to_arviz`,
     `calibrated_learning_rate`, `adjust_draws`. :meth:`influence` stays that of each row.

@@ -284,8 +284,11 @@ def _z(fit: Any, name: str, value: Any, error: Any) -> Any:
 def _intervals(
     fit: Any, covariance: np.ndarray, probability: float, values: dict[str, Any], errors: dict[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Equal-tailed intervals: normal in unconstrained space where each number has one coordinate of its own there."""
-    quantile = float(scipy.stats.norm.ppf(probability))
+    """Equal-tailed intervals: normal in unconstrained space where each number has one coordinate of its own there.
+
+    With G groups, by the t law of G − 1 degrees of freedom [Cameron & Miller 2015].
+    """
+    quantile = float(scipy.stats.t.ppf(probability, fit.curvature.degrees))
     c = fit.coordinates
     spread = jnp.asarray(quantile * np.sqrt(np.maximum(np.diag(covariance), 0.0)), c.position.dtype)
     ends = [flat_leaves(c.constrain(c.position + sign * spread)) for sign in (-1, 1)]
@@ -300,7 +303,8 @@ def _intervals(
             both = np.stack([np.asarray(e[name], np.float64) for e in ends])
             found[name] = both.min(axis=0), both.max(axis=0)
         else:
-            draws = draws or c.draw(jax.random.key(0), covariance, _DRAWS)
+            wider = (quantile / scipy.stats.norm.ppf(probability)) ** 2
+            draws = draws or c.draw(jax.random.key(0), wider * covariance, _DRAWS)
             low, high = np.quantile(np.asarray(draws[site], np.float64), [1 - probability, probability], axis=0)
             found[name] = low, high
     return found
