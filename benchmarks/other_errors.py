@@ -221,12 +221,13 @@ def study(case: Case, replications: int) -> dict[str, np.ndarray]:
                 fits = fit, case.change(fit)
             except SandwichError:  # at the end of a constraint
                 continue
-            changed = fits[1].stderr()
-            errors = [changed if case.loss else fit.stderr(), changed]  # one point has no ordinary ones
+            se, table = fits[1].stderr(), fits[1].summary(level=LEVEL)
+            ordinary = se if case.loss else fit.stderr()  # one point has no ordinary ones
+        low, high = table.columns[3:5]
         for k, truth in case.truth.items():
-            away = [abs(float(f.estimates[k]) - truth) for f in fits]
-            se = [float(e[k]) for e in errors]
-            found[k].append([away[0] < z * se[0], away[1] < z * se[1], *se, float(fits[1].estimates[k])])
+            plain = abs(float(fit.estimates[k]) - truth) < z * float(ordinary[k])
+            within = table.loc[k, low] < truth < table.loc[k, high]
+            found[k].append([plain, within, float(se[k]), float(fits[1].estimates[k])])
     return {k: np.array(v) for k, v in found.items()}
 
 
@@ -236,8 +237,8 @@ def render(results: dict[Case, dict[str, np.ndarray]], replications: int, second
         "# Errors of rows that depend on each other, and of robust fits",
         "",
         f"How often {LEVEL:.0%} intervals hold the truth, over {replications} data sets ({LEVEL} ± {error:.3f} for an "
-        "exact method), with the ordinary sandwich and with the errors named; and these over the spread of the "
-        f"estimates. Written by `python -m benchmarks.other_errors` in {seconds:.0f} s.",
+        "exact method), with the ordinary sandwich and with the errors named, the intervals of `summary`; and these "
+        f"errors over the spread of the estimates. Written by `python -m benchmarks.other_errors` in {seconds:.0f} s.",
         "",
         "Fits at the end of a constraint, which have no errors, are left out: "
         f"{sum(replications - len(next(iter(r.values()))) for r in results.values())} of all. "
@@ -251,7 +252,7 @@ def render(results: dict[Case, dict[str, np.ndarray]], replications: int, second
     ]
     for case, by_site in results.items():
         for site, found in by_site.items():
-            plain, changed, _, se, estimate = found.T
+            plain, changed, se, estimate = found.T
             ordinary = "–" if case.loss else f"{plain.mean():.3f}"
             lines.append(
                 f"| {case.name} | {site} | {ordinary} | {case.how} | {changed.mean():.3f} "
