@@ -288,8 +288,8 @@ and {OFTEN:.0%} of that of the others, so that there are as many as kills.
   save was cut short if the temporary item is still there after the kill.
 - *A whole save is lost* if it cannot be read, is gone, or the next process goes on from another.
 - *Memory* is the resident set of the process, ten times a second. Undisturbed: after a fifth of the run, the medians of
-  ten windows. In a life: after its second save, the medians of its halves, where these last for 10 s. Orbax 0.12 keeps
-  some 60 kB of each save.
+  ten windows. In a life: after its second save, the medians of its halves, where these last for 10 s. TensorStore keeps
+  some kB of each save.
 
 {machine.describe((*machine.PACKAGES, "orbax-checkpoint"))}
 - Load average: {machine.load()} at the end

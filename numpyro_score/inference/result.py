@@ -185,7 +185,7 @@ class ScoreMatchingResult:
         Columns: `estimate`; `stderr`, as :meth:`stderr`; `z`, the estimate in standard errors, missing where the site's
         constraint leaves zero out; the ends of an interval, `2.5%` and `97.5%`, normal in unconstrained space, as draws
         of :meth:`sample_posterior`, or t for groups of rows; `distance` of the minimum, in standard errors (of a
-        simplex or matrix, of the coordinate furthest away). Deterministic sites are there, too, and why errors are missing.
+        simplex or matrix, of the coordinate furthest away). Deterministic sites are there, and why errors are missing.
 
         Args:
             level: of the intervals.
