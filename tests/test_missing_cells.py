@@ -345,11 +345,12 @@ def test_draws_that_are_worth_little_are_told() -> None:
             steps = x[:, 1:] - 0.97 * x[:, :-1]
             numpyro.factor("energy", -0.5 * x[:, 0] ** 2 - a * jnp.sum(steps**2, axis=-1))
 
-    sm = ScoreMatching(chain, loss=MissingCells(ISM(), 4), num_steps=3)
-    with pytest.warns(
-        UserWarning, match=r"The 4 draws of missing cells are worth 1\.\d or fewer in one of twenty rows"
-    ):
-        sm.run(KEY, np.where(missing, np.nan, x), progress_bar=False)
+    sm, seen = ScoreMatching(chain, loss=MissingCells(ISM(), 4), num_steps=3), np.where(missing, np.nan, x)
+    said = r"The 4 draws of missing cells are worth 1\.\d or fewer in one of twenty rows"
+    with pytest.warns(UserWarning, match=said) as caught:
+        sm.run(KEY, seen, progress_bar=False)
+        sm.run_batches(KEY, [seen] * 3, progress_bar=False)
+    assert [w.filename for w in caught if re.match(said, str(w.message))] == [__file__] * 2
 
 
 def test_report_and_pictures_are_of_whole_rows(tmp_path: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import jax
 import numpy as np
 import scipy.stats
 
@@ -12,7 +13,7 @@ from numpyro_score.energy import AnyEnergy, quadrature_error
 from numpyro_score.inference.processes import is_first
 from numpyro_score.placement import fetch
 
-__all__ = ["warn_at_end", "warn_if_average_lags", "warn_if_still_falling", "warn_of_draws", "warn_of_points"]
+__all__ = ["warn_at_end", "warn_if_average_lags", "warn_if_still_falling", "warn_of_density"]
 
 
 def warn_at_end(fitter: Any, state: Any, losses: np.ndarray, num_rows: int) -> None:
@@ -31,7 +32,14 @@ def warn_at_end(fitter: Any, state: Any, losses: np.ndarray, num_rows: int) -> N
         warn_if_average_lags(losses, num_rows, fitter.average, int(state.optim_state[0]))
 
 
-def warn_of_points(energy: AnyEnergy) -> None:
+def warn_of_density(loss: Any, fit: Any) -> None:
+    """Warns, in the first process, where the density is approximated badly at the rows that a fit ended on."""
+    energy = fit.energy
+    _warn_of_points(energy)
+    _warn_of_draws(loss, energy, jax.random.fold_in(fit.state.rng_key, 2))
+
+
+def _warn_of_points(energy: AnyEnergy) -> None:
     """Warns, in the first process, where a latent site is integrated by too few points for the score to be right.
 
     Between points that are too far apart the density has dents, and a fit seeks parameters that make use of them: with
@@ -53,11 +61,11 @@ def warn_of_points(energy: AnyEnergy) -> None:
         warnings.warn(
             f"The integral over site '{latent.name}' {what} is off: with more of them{where} the score of a row "
             f"{seen}. {then}.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
-def warn_of_draws(loss: Any, energy: AnyEnergy, rng_key: Any) -> None:
+def _warn_of_draws(loss: Any, energy: AnyEnergy, rng_key: Any) -> None:
     """Warns, in the first process, where the draws that a loss weighs are worth few in some of the rows."""
     if not hasattr(loss, "effective_draws"):
         return
@@ -69,7 +77,7 @@ def warn_of_draws(loss: Any, energy: AnyEnergy, rng_key: Any) -> None:
         f"The {loss.num_draws} draws of missing cells are worth {low:.1f} or fewer in one of twenty rows that have "
         f"such cells, and {np.mean(worth):.1f} on average: the loss is noisy and biased, and so may estimates and "
         f"errors be. Write more, num_draws={4 * loss.num_draws}.",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

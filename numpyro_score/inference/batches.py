@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from numpyro_score.energy import join_arrays, layouts_kept, with_outside
 from numpyro_score.inference.arguments import GUIDES_WITH_DENSITY, check_memory
-from numpyro_score.inference.arrival import warn_at_end
+from numpyro_score.inference.arrival import warn_at_end, warn_of_density
 from numpyro_score.inference.checkpoint import Checkpoint
 from numpyro_score.inference.cost import with_cost
 from numpyro_score.inference.failure import explain
@@ -100,7 +100,8 @@ class FromBatches:
             OSError: if the checkpoint cannot be read or written.
 
         Warns:
-            UserWarning: if the loss was still falling at the end.
+            UserWarning: if the loss was still falling at the end; if the last batch has too few points of latent sites,
+                or draws of missing cells.
         """
         if isinstance(self.learning_rate, str):
             raise ValueError(
@@ -169,7 +170,10 @@ class FromBatches:
             warn_at_end(self, state, losses, num_rows or self._shape[1])
         params, args = self.get_params(state), loop.at.batch.args
         looks = None if held is None else loop.looks()
-        return ScoreMatchingResult(params, state, losses, self, args, {}, loop.interrupted, held_out=looks)
+        fit = ScoreMatchingResult(params, state, losses, self, args, {}, loop.interrupted, held_out=looks)
+        if self._approximates:
+            warn_of_density(self.score_loss, fit)
+        return fit
 
     def _step_impl(
         self: Any, course: Course, arrays: Any, state: Any, *, static: Any, places: Places

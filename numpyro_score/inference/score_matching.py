@@ -31,7 +31,7 @@ from numpyro_score.inference.arguments import (
     refuse_misplaced,
     refuse_unknown,
 )
-from numpyro_score.inference.arrival import warn_at_end, warn_of_draws, warn_of_points
+from numpyro_score.inference.arrival import warn_at_end, warn_of_density
 from numpyro_score.inference.batches import FromBatches
 from numpyro_score.inference.calibration import CalibratedRate, calibrated_fit, rate_of_fit
 from numpyro_score.inference.checkpoint import Checkpoint
@@ -333,8 +333,7 @@ class ScoreMatching(Compiling, FromBatches, SVI):
             warn_at_end(self, state, losses, self._shape[1])
         fit = result(self.get_params(state), state, losses, interrupted=interrupted)
         if self._approximates:
-            warn_of_points(fit.energy)
-            warn_of_draws(self.score_loss, fit.energy, jax.random.fold_in(state.rng_key, 2))
+            warn_of_density(self.score_loss, fit)
         return fit
 
     def evaluate(self, svi_state: Any, *args: Any, **kwargs: Any) -> Array:
