@@ -178,13 +178,14 @@ class Energy(ReadModel):
 
 def _of_rows(f: Callable[[Energy, Array], Any], energy: Energy, x: Array) -> Any:
     """What a function of (M, D) rows gives for x of any leading shape."""
-    d, n = energy.dim, energy.num_rows
-    if energy.resizable:
-        rows, lead = f(energy, x.reshape(-1, d)), x.shape[:-1]
+    d, n, lead = energy.dim, energy.num_rows, x.shape[:-1]
+    # A batch of one would make XLA's kernels for images slower.
+    if energy.resizable or x.size == n * d:
+        rows = f(energy, x.reshape(-1, d))
         return jax.tree.map(lambda r: r.reshape(lead + r.shape[1:]), rows)
     # One big point has every leading axis as a batch.
-    rows, lead = jax.vmap(lambda y: f(energy, y))(x.reshape(-1, n, d)), x.shape[: -1 if n == 1 else -2]
-    return jax.tree.map(lambda r: r.reshape((lead if n == 1 else (*lead, n)) + r.shape[2:]), rows)
+    rows = jax.vmap(lambda y: f(energy, y))(x.reshape(-1, n, d))
+    return jax.tree.map(lambda r: r.reshape(lead + r.shape[2:]), rows)
 
 
 def _values(energy: Energy, x: Array) -> Array:
