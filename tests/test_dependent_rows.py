@@ -16,6 +16,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+import scipy.stats
 import statsmodels.api as sm
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
@@ -93,6 +94,20 @@ def test_groups_are_those_of_least_squares(labels: Any) -> None:
     np.testing.assert_allclose([errors["a"], errors["b"]], left_out(LABELS), rtol=2e-4)
     of = dependent_rows(fitted(), groups=labels).stderr(of=lambda estimates: estimates["a"])
     np.testing.assert_allclose(of, errors["a"], rtol=1e-5)
+
+
+def test_intervals_of_groups_are_of_the_t_law() -> None:
+    """Of one degree of freedom less than there are groups; of lags, and of rows of their own, normal."""
+    groups = np.repeat(np.arange(GROUPS), EACH)
+    for fit, t in (
+        (dependent_rows(fitted(), groups=groups), scipy.stats.t.ppf(0.95, GROUPS - 1)),
+        (dependent_rows(fitted(), lags=4), scipy.stats.norm.ppf(0.95)),
+        (fitted(), scipy.stats.norm.ppf(0.95)),
+    ):
+        table, errors = fit.summary(level=0.9), fit.stderr()
+        for name in "ab":
+            expected = fit.estimates[name] + np.array([-t, t]) * errors[name]
+            np.testing.assert_allclose(table.loc[name, ["5%", "95%"]].astype(float), expected, rtol=1e-5)
 
 
 def left_out(labels: np.ndarray) -> np.ndarray:
