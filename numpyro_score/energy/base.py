@@ -42,7 +42,8 @@ def layouts_kept() -> Iterator[None]:
     A fit binds its model to parameters some ten times, and reading the layout runs the model half a dozen times. It
     cannot be kept for longer: what a model closes over may be other data at the next call.
     """
-    token = _LAYOUTS.set(_LAYOUTS.get() or {})
+    known = _LAYOUTS.get()
+    token = _LAYOUTS.set({} if known is None else known)
     try:
         yield
     finally:
@@ -190,7 +191,7 @@ class ModelAtValues:
         if known is None:
             return self._read_layout()
         leaves, treedef = jax.tree.flatten((self.params, self._arrays, self._plates, self._pinned))
-        types = tuple((jnp.shape(v), getattr(v, "dtype", type(v))) for v in leaves)
+        types = tuple((jnp.shape(v), v.dtype if hasattr(v, "dtype") else jnp.result_type(v)) for v in leaves)
         key = (self.model, self._static, self._choice, treedef, types, self.dtype)
         if key not in known:
             known[key] = self._read_layout()

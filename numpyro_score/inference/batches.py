@@ -41,8 +41,8 @@ _ON_DEVICE = 2  # steps that the device has been given, and not finished: one at
 class FromBatches:
     """The part of :class:`~numpyro_score.ScoreMatching` that fits batch by batch."""
 
-    @with_cost
     @layouts_kept()
+    @with_cost
     def run_batches(
         self: Any,
         rng_key: Key,

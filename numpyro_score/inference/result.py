@@ -18,7 +18,7 @@ from numpyro.infer import init_to_value
 from numpyro.infer.autoguide import AutoDelta
 
 from numpyro_score.arviz import as_arviz
-from numpyro_score.energy import NO_LABELS, Labels, bind, read_arguments
+from numpyro_score.energy import NO_LABELS, Labels, bind, layouts_kept, read_arguments
 from numpyro_score.inference.absent import Absent
 from numpyro_score.inference.cost import FitCost
 from numpyro_score.inference.export import NormalisedDensity, fit_groups
@@ -168,8 +168,7 @@ class ScoreMatchingResult:
     def energy(self) -> Any:  # an Energy, or Energies
         """The model bound to :attr:`estimates`, on all rows of its data; for several plates of these, one by site."""
         mutable = {k: s["value"] for k, s in self.sites.items() if s["type"] == "mutable"}
-        params = {**self.estimates, **mutable}
-        svi = self.svi
+        svi, params = self.svi, {**self.estimates, **mutable}
         energy = bind(svi.score_model, params, {}, None, svi.data, self.args, self.kwargs)
         return energy.labelled(self.labels)
 
@@ -356,6 +355,7 @@ class ScoreMatchingResult:
         return Parametrisation.of_sites(self.sites)
 
     @cached_property
+    @layouts_kept()
     def curvature(self) -> Curvature:
         """Hessians, spread of the gradients and sandwich at the estimates; see :meth:`covariance`."""
         return curvature(self._objective, self.dependence) if self.of_batches is None else self.of_batches

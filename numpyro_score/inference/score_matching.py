@@ -226,8 +226,8 @@ class ScoreMatching(Compiling, FromBatches, SVI):
         refuse_unknown(init_params, self.get_params(state))
         return state
 
-    @with_cost
     @layouts_kept()
+    @with_cost
     def run(
         self,
         rng_key: Key | None = None,
