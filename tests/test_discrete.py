@@ -393,6 +393,49 @@ def test_com_poisson_against_its_summed_likelihood():
         assert all(abs(found[name] - best[name]) < 3 * errors[name] < widest for name in best)
 
 
+@pytest.mark.parametrize(("mean", "rounded"), [(20_000.0, True), (1_500.0, False)])
+@pytest.mark.parametrize("law", ["poisson", "dispersed"])
+def test_counts_that_are_rounded_are_told(law, mean, rounded):
+    """From 10,000 or so single precision moves log lgamma by more than a ratio can stand; double precision does not."""
+    rng = np.random.default_rng(0)
+
+    def poisson(x):
+        a = numpyro.param("a", 9.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", discrete(COUNT), obs=x)
+            numpyro.factor("energy", a * x - gammaln(x + 1.0))
+
+    model = poisson if law == "poisson" else negative_binomial
+    x = rng.poisson(mean * (1.0 if law == "poisson" else rng.gamma(2.0, 0.5, 300)), 300)
+    with jax.enable_x64(True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ScoreMatching(model).init(jax.random.key(0), x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ScoreMatching(model).init(jax.random.key(0), x)
+    told = [str(w.message) for w in caught if "Rounding moves the log density" in str(w.message)]
+    assert len(told) == rounded
+    assert not told or ("of x" in told[0] and "jax_enable_x64" in told[0])
+
+
+@pytest.mark.filterwarnings("ignore:The loss was still falling")
+@pytest.mark.parametrize("constraint", [COUNT, BINARY], ids=["counts", "binary"])
+def test_data_that_are_all_zero_determine_nothing(constraint):
+    """Every row has the same gradient, and an error of 0 beside a minimum at minus infinity would be a lie."""
+
+    def model(x):
+        a = numpyro.param("a", 0.0)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", discrete(constraint), obs=x)
+            numpyro.factor("energy", a * x - gammaln(x + 1.0))
+
+    fit = ScoreMatching(model, optim=optax.adam(0.1), num_steps=200).run(None, np.zeros(50, int), progress_bar=False)
+    with pytest.warns(UserWarning, match="all rows have the same gradient in site 'a'.*do not determine it"):
+        fit.stderr()
+    table = fit.summary()
+    assert np.isinf(table.loc["a", "distance"]) and "where the distance is infinite" in str(table)
+
+
 def test_a_regression_whose_laws_differ_by_orders_of_magnitude():
     """Poisson counts of means from 0.1 to 1,000, by the default: within three standard errors, and these as exact."""
     rng = np.random.default_rng(3)

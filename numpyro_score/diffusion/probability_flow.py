@@ -31,7 +31,8 @@ class FlowLogProb(NamedTuple):
     value: Float[Array, "n"]
     """The log density of the data with noise of standard deviation `smallest_sigma`."""
     stderr: Float[Array, "n"]
-    """The standard error over probes; 0 for an exact divergence."""
+    """The standard error over probes; 0 for an exact divergence. Of few probes it is itself uncertain: the truth lies
+    within t standard errors, t the quantile of Student's law of `num_probes` − 1 degrees of freedom."""
     solver_error: Float[Array, "n"]
     """An estimate of the error of the solver alone, meant to be above it."""
     end_error: Float[Array, "n"]

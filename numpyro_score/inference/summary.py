@@ -22,7 +22,7 @@ from numpyro_score.labels import element_names, with_labels
 from numpyro_score.losses import loss_for
 from numpyro_score.placement import fetch
 from numpyro_score.printed import name_of, num_numbers, settings
-from numpyro_score.uncertainty import ARRIVED, AT_AN_END, MAX_PARAMETERS, NOT_CONVERGED, SandwichError
+from numpyro_score.uncertainty import ARRIVED, AT_AN_END, MAX_PARAMETERS, NOT_CONVERGED, SandwichError, undetermined
 
 __all__ = ["Summary", "number_names", "rows_of", "summarise", "summarise_estimates"]
 
@@ -207,6 +207,8 @@ def _convergence(fit: Any) -> str:
         close = f"less than {max(10 ** np.ceil(np.log10(max(distance, 1e-3))), 1e-3):g}"
         how = "the sandwich" if fit.dependence is None else f"the sandwich, where {fit.dependence.text}"
         return f"Converged: the minimum is {close} standard errors away. Errors are those of {how}."
+    if np.isinf(distance):
+        return undetermined("where the distance is infinite")
     return (
         f"{NOT_CONVERGED}: the minimum is {distance:.2g} standard errors away. Take more steps, or another optimiser "
         "such as optax.lbfgs()."

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from numpyro_score.energy import Energy, evaluations, log_ratios
 from numpyro_score.losses.base import at_least_one, set_counts
 from numpyro_score.losses.chunks import rows_at_once, rows_in_cache
+from numpyro_score.losses.rounding import warn_of_rounded_counts
 from numpyro_score.operators import full_precision
 from numpyro_score.placement import fetch
 
@@ -93,6 +94,7 @@ class PseudoLikelihood:
         """Raises TypeError for rows that hold continuous numbers, and ValueError for counts beyond max_count."""
         refuse_mixed(energy, "PseudoLikelihood")
         self._shifts(energy)
+        warn_of_rounded_counts("PseudoLikelihood", energy)
         if self.max_count is None:
             return
         x, weights = energy.data_and_weights()
@@ -197,6 +199,7 @@ class PairLikelihood:
     def check(self, energy: Energy) -> None:
         """Raises TypeError for rows that hold continuous numbers."""
         refuse_mixed(energy, "PairLikelihood")
+        warn_of_rounded_counts("PairLikelihood", energy)
 
     def _shifts(self, energy: Energy) -> tuple[int, ...]:
         require_discrete(energy, "PairLikelihood")
@@ -313,6 +316,7 @@ class DiscreteFisher:
         """Raises TypeError for rows that hold continuous numbers."""
         refuse_mixed(energy, "DiscreteFisher")
         self._shifts(energy)
+        warn_of_rounded_counts("DiscreteFisher", energy)
 
     def _graph(self, energy: Energy) -> str:
         require_discrete(energy, "DiscreteFisher")

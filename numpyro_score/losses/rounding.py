@@ -16,9 +16,17 @@ from numpyro_score.operators import full_precision
 from numpyro_score.placement import fetch
 from numpyro_score.programs import run_compiled
 
-__all__ = ["constant_columns", "density_noise", "log_density_at", "warn_of_flat_data"]
+__all__ = [
+    "constant_columns",
+    "density_noise",
+    "log_density_at",
+    "warn_of_flat_data",
+    "warn_of_rounded_counts",
+]
 
 _POINTS, _ROWS = 7, 64
+_LARGE = 1000.0  # counts; of smaller ones a log density has three digits behind the point
+_FELT = 2.5e-3  # of a log density: fits of negative binomial laws with as much did not arrive
 
 
 def density_noise(energy: Energy, x: Float[Array, "n d"], spreads: Float[Array, "d"]) -> float:
@@ -41,15 +49,59 @@ def density_noise(energy: Energy, x: Float[Array, "n d"], spreads: Float[Array, 
     steps = jnp.asarray(np.multiply.outer(lengths, np.arange(_POINTS) - _POINTS // 2), x.dtype)
     lines = rows + steps[..., None, None] * v  # (length, point, row, D)
     f = fetch(run_compiled(log_density_at, energy, lines)).astype(np.float64)
-    found = []
-    for at in f[np.isfinite(f).all(axis=(1, 2))]:
-        sigmas = [
-            math.factorial(k) / math.sqrt(math.factorial(2 * k)) * float(np.sqrt(np.mean(np.diff(at, k, axis=0) ** 2)))
-            for k in (4, 5, 6)
-        ]
-        found.append(float(np.mean(sigmas)) if min(sigmas) > 0.5 * max(sigmas) else 0.0)
+    found = [_noise(at) for at in f[np.isfinite(f).all(axis=(1, 2))]]
     pairs = [(min(pair), max(pair)) for pair in itertools.pairwise(found)]
     return max((low for low, high in pairs if high < 3 * low), default=0.0)
+
+
+def _noise(f: Float[np.ndarray, "7 n"]) -> float:
+    """σ of noise, from values at seven equally spaced points of N lines; 0 where what varies is a smooth function."""
+    sigmas = [
+        math.factorial(k) / math.sqrt(math.factorial(2 * k)) * float(np.sqrt(np.mean(np.diff(f, k, axis=0) ** 2)))
+        for k in (4, 5, 6)
+    ]
+    return float(np.mean(sigmas)) if min(sigmas) > 0.5 * max(sigmas) else 0.0
+
+
+def warn_of_rounded_counts(owner: str, energy: Energy) -> None:
+    """Warns where counts are so large that rounding of the log density is felt in its ratios.
+
+    By the differences of :func:`density_noise` over seven counts in a row, at the largest of each column; beside the
+    parameters, too, as terms that cancel at a start, such as lgamma(x + r) − lgamma(x + 1) at r = 1, are not rounded.
+
+    Args:
+        owner: the loss.
+        energy: at its data.
+    """
+    x, weights = run_compiled(lambda e: e.data_and_weights(), energy)
+    counts = jnp.where(weights[:, None] != 0, x, 0)
+    beside = energy.with_params(jax.tree.map(_beside, energy.params))
+    for column in energy.discrete_columns:
+        largest = float(fetch(counts[:, column].max()))
+        if largest < _LARGE:
+            continue
+        rows = counts
+        if energy.resizable and len(x) > _ROWS:
+            rows = counts[jax.lax.top_k(counts[:, column], _ROWS)[1]]
+        lines = rows + jnp.arange(_POINTS).reshape(-1, 1, 1) * (jnp.arange(x.shape[1]) == column)
+        chosen = fetch(rows[:, column]) >= max(_LARGE, 0.1 * largest)
+        noise = 0.0
+        for at in (energy, beside):
+            f = fetch(run_compiled(log_density_at, at, lines)).astype(np.float64)
+            if (finite := chosen & np.isfinite(f).all(axis=0)).any():
+                noise = max(noise, _noise(f[:, finite]))
+        if noise > _FELT:
+            warnings.warn(
+                f"Rounding moves the log density by {noise:.1g} at counts as large as {largest:.0f} of "
+                f"{_names(energy, np.array([column]))}, and {owner} sees differences of it: estimates may be far off, "
+                "and the fit may not arrive. Compute in double precision, jax.config.update('jax_enable_x64', True).",
+                stacklevel=3,
+            )
+            return
+
+
+def _beside(value: Array) -> Array:
+    return 1.1 * value + 0.1 if jnp.issubdtype(jnp.result_type(value), jnp.inexact) else value
 
 
 @full_precision

@@ -25,6 +25,7 @@ from numpyro_score.uncertainty.sandwich import (
     curvature,
     gradients_of_rows,
     require_curved,
+    undetermined,
 )
 
 __all__ = [
@@ -56,4 +57,5 @@ __all__ = [
     "spread_root",
     "stderr_from",
     "stderr_of",
+    "undetermined",
 ]

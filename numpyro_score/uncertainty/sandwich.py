@@ -50,6 +50,7 @@ __all__ = [
     "gradient_at",
     "gradients_of_rows",
     "require_curved",
+    "undetermined",
     "used_rows",
     "warn_if_not_converged",
     "warn_of_ends",
@@ -237,7 +238,10 @@ _used = shared_jit(Objective.used)
 def distance_to_minimum(
     objective: Objective, newton_step: Callable[[np.ndarray], np.ndarray], gradient: np.ndarray, errors: np.ndarray
 ) -> np.ndarray:
-    """How far the minimum is by a Newton step, in standard errors; 0 where there is no error.
+    """How far the minimum is by a Newton step, in standard errors.
+
+    Where all rows have one gradient there is no error: the distance is 0 at a minimum, as of data that the model meets
+    exactly, and infinite elsewhere.
 
     A stochastic loss has its minimum elsewhere at each key, up to about one standard error away, and the fit seeks the
     minimum of their mean. So where the step at the objective's own key is not short, the mean step of 64 other keys is
@@ -249,9 +253,11 @@ def distance_to_minimum(
         gradient: at the objective's own key.
         errors: standard errors, (K,).
     """
+    tiny = float(np.sqrt(np.finfo(objective.position.dtype).eps))
 
     def in_errors(step: np.ndarray) -> np.ndarray:
-        return np.abs(step) / np.where(errors > 0, errors, np.inf)
+        elsewhere = np.where(np.abs(step) > tiny, np.inf, 0.0)
+        return np.where(errors > 0, np.abs(step) / np.where(errors > 0, errors, 1.0), elsewhere)
 
     own = newton_step(gradient)
     distance = in_errors(own)
@@ -279,6 +285,14 @@ def gradient_at(objective: Objective, rng_key: Array) -> Array:
     return jax.grad(replace(objective, rng_key=rng_key))(objective.position)
 
 
+def undetermined(where: str) -> str:
+    """What to say of an infinite distance, see :func:`distance_to_minimum`."""
+    return (
+        f"{NOT_CONVERGED}: all rows have the same gradient {where}, so that its error is 0, and the minimum is "
+        "elsewhere, perhaps at infinity. The data do not determine it: are they all alike?"
+    )
+
+
 def warn_if_not_converged(objective: Objective, distance: dict[str, Any]) -> None:
     """Standard errors are those of the minimum, and say nothing of the way to it.
 
@@ -290,6 +304,9 @@ def warn_if_not_converged(objective: Objective, distance: dict[str, Any]) -> Non
         k: max((float(np.max(v, initial=0.0)) for v in jax.tree.leaves(d)), default=0.0) for k, d in distance.items()
     }
     name = max(furthest, key=lambda k: furthest[k])
+    if np.isinf(furthest[name]):
+        warnings.warn(undetermined(f"in site '{name}'"), stacklevel=5)
+        return
     # The draws that a loss with chains settles on are others than those of the fit, with noise that no key shows.
     if furthest[name] > (3.0 if hasattr(objective.loss, "settle") else ARRIVED):
         warnings.warn(
