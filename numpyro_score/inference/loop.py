@@ -142,7 +142,7 @@ def _run_steps(
                 begin, n = time.perf_counter(), min(size, num_steps - done)
                 new, buffers, taken = advance(state, n)
                 taken = int(taken)
-                values = jax.tree.map(lambda b, n=n: b[:n], fetch(buffers))
+                values = jax.tree.map(lambda b, n=n: np.array(b[:n]), fetch(buffers))  # a view would keep the buffer
                 chunks.append(values)
                 if taken < n:
                     # Steps are deterministic, so the states around the failing one are had by taking them again.
