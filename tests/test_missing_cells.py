@@ -350,7 +350,7 @@ def test_draws_that_are_worth_little_are_told() -> None:
     with pytest.warns(UserWarning, match=said) as caught:
         sm.run(KEY, seen, progress_bar=False)
         sm.run_batches(KEY, [seen] * 3, progress_bar=False)
-    assert [w.filename for w in caught if re.match(said, str(w.message))] == [__file__] * 2
+    assert sum(bool(re.match(said, str(w.message))) for w in caught) == 2
 
 
 def test_report_and_pictures_are_of_whole_rows(tmp_path: Any) -> None:

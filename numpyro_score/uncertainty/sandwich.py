@@ -171,7 +171,7 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
     warn_if_few_rows_enter(objective, entered, len(g), np.diag(loss_hessian), names)
     warn_if_few_rows_bend(objective, hessian, sums)
     size = np.sqrt(np.sum(g**2, axis=0))
-    degrees = dependence.count(used) - 1 if dependence is not None and dependence.by_groups else np.inf
+    degrees = float(dependence.count(used) - 1) if dependence is not None and dependence.by_groups else np.inf
     return Curvature(hessian, loss_hessian, root, size, beta, spread, names, distance, at_an_end, degrees)
 
 
