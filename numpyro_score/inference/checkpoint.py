@@ -128,8 +128,8 @@ class Checkpoint:
         by_first(self._claim)
         with self._explained("opened"):
             options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
-            # Plain Zarr arrays. Of Orbax's other format, and of JAX's arrays, each save leaves 28 kB in memory, as
-            # TensorStore never frees what it says of itself as a dict; so some 3 kB.
+            # Plain Zarr arrays. Of Orbax's other format, and of JAX's arrays, each save leaves more in memory, as
+            # TensorStore never frees what it says of itself as a dict.
             handlers = {k: ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False) for k in ("state", "values")}
             handlers["settings"] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
