@@ -108,7 +108,7 @@ def _refuse(energy: BoundModel, what: int, name: str, bad: Any, names: str) -> N
         where = f" of {'column' if len(columns) == 1 else 'columns'} {', '.join(columns)}" if columns else ""
         raise ValueError(
             f"Data {names} have NaN or infinity in {rows_text(bad)}{where}: correct them or, if values are missing at "
-            "random, drop these rows, mask them with handlers.mask, or fit what was seen by MissingCells(ISM())."
+            "random, drop these rows, mask them with handlers.mask, or fit what was seen by MissingCells()."
         )
     _refuse_failing(energy, bad, names)
 

@@ -67,9 +67,9 @@ def log_ratios(
     """The ratios log p(x') − log p(x) of each row x of the data, where x' has x_d + s in the place of x_d, (N, K, S).
 
     K numbers of a row are discrete. Also which x' are other points of the support, (N, K, S): the ratios of those that
-    are not are 0, and NaN where x is none itself. Costs 1 + K S densities; one gradient where the density is a
-    quadratic of the discrete numbers, as f(x') − f(x) = s ∂_d f + ½ s² ∂²_dd f with second derivatives that all rows
-    share.
+    are not are 0, and NaN where x is none itself. Missing cells have no other points. Costs 1 + K S densities; one
+    gradient where the density is a quadratic of the discrete numbers, as f(x') − f(x) = s ∂_d f + ½ s² ∂²_dd f with
+    second derivatives that all rows share.
 
     Args:
         energy: at its data.
@@ -89,6 +89,8 @@ def log_ratios(
         there, valid = lower + jnp.mod(there - lower, size), jnp.abs(shift) < size
     else:
         valid = (there >= lower) & (there <= upper)
+    if energy.missing is not None:
+        valid &= ~energy.missing[:, columns, None]
     steps = jnp.where(valid, there - here, 0.0)
     ratios = (_by_derivatives if energy.is_quadratic else _by_values)(energy, x, columns, steps)
     return jnp.where(inside, ratios, jnp.nan), valid

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from numpyro_score import operators
 from numpyro_score.energy.base import AnyArray, Table
@@ -77,6 +77,11 @@ class Energy(ReadModel):
     def is_quadratic(self) -> bool:
         """Whether the log density is a quadratic of the discrete numbers, whose second derivatives all rows share."""
         return self._layout.quadratic
+
+    @property
+    def missing(self) -> Bool[Array, "n d"] | None:
+        """Which numbers of a row the density is summed over, (N, D), at rows with missing cells; None elsewhere."""
+        return None
 
     def log_density(self, x: Float[AnyArray, "*batch d"] | Table) -> Float[Array, "*batch"]:
         """The unnormalised log density f(x) of each row: (..., D) to (...).

@@ -31,7 +31,9 @@ def outside_remedy(name: str, kind: str, constraint: constraints.Constraint, val
     """
     value, base = np.asarray(value, np.float64), base_constraint(constraint)
     if not np.isfinite(value).all():
-        return "there are NaN or infinity among them, so correct or mask these rows with handlers.mask"
+        by_cells = kind in (*DISCRETE, "box") or isinstance(base, type(constraints.circular))
+        seen = ", or fit what was seen by MissingCells()" if by_cells and np.isnan(value).any() else ""
+        return f"there are NaN or infinity among them, so correct or mask these rows with handlers.mask{seen}"
     if kind in DISCRETE:
         return _not_whole(name, kind, constraint, value)
     if kind == "sphere":

@@ -143,7 +143,7 @@ def check_sites(sites: Trace, layout: Layout) -> None:
                 raise ValueError(
                     f"obs_mask leaves site '{whole}' without a value in some rows of the data plate '{plate}': leave "
                     "it out and mask these rows, with numpyro.handlers.mask(mask=...), or put NaN in the cells of rows "
-                    "that others were seen of, and take MissingCells(ISM())."
+                    "that others were seen of, and take MissingCells()."
                 )
             remedy = (
                 "marginalise it in the model, or write infer={'laplace': 16} to have it integrated out by 16 points"

@@ -28,6 +28,7 @@ from numpyro_score.losses import (
     KLContraction,
     Loss,
     MissingCells,
+    Mixed,
     PairLikelihood,
     PseudoLikelihood,
     RatioMatching,
@@ -37,8 +38,8 @@ from numpyro_score.uncertainty import Dependence
 __all__ = ["load"]
 
 _SETTINGS_TELL_ALL = (
-    DSM, FSM, ISM, SSM, ContinuousDSM, DefaultLoss, DiscreteFisher, KLContraction, MissingCells, PairLikelihood,
-    PseudoLikelihood, RatioMatching,
+    DSM, FSM, ISM, SSM, ContinuousDSM, DefaultLoss, DiscreteFisher, KLContraction, MissingCells, Mixed,
+    PairLikelihood, PseudoLikelihood, RatioMatching,
 )  # fmt: skip
 _LOSSES: dict[str, Any] = {c.__name__: c for c in _SETTINGS_TELL_ALL}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from jaxtyping import Array, Float
@@ -57,4 +57,7 @@ class DefaultLoss:
 
 def loss_for(loss: Loss, energy: AnyEnergy) -> Loss:
     """The loss itself, or the one that is chosen for such rows where none was given."""
-    return loss.of(energy.parts[0]) if isinstance(loss, DefaultLoss) else loss
+    if isinstance(loss, DefaultLoss):
+        return loss.of(energy.parts[0])
+    inner = getattr(loss, "loss", None)
+    return replace(loss, loss=inner.of(energy.parts[0])) if isinstance(inner, DefaultLoss) else loss  # type: ignore[type-var]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -13,18 +12,21 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array, Bool, Float
 
-from numpyro_score.energy import AnyEnergy, Energies, Energy, SeenCells, rows_text, seen_cells
-from numpyro_score.losses.base import at_least_one
+from numpyro_score.energy import FLAT, AnyEnergy, Energies, Energy, RowWeight, SeenCells, rows_text, seen_cells
+from numpyro_score.losses.base import Loss, at_least_one, check_settings
+from numpyro_score.losses.default import DefaultLoss, loss_for
+from numpyro_score.losses.discrete import DiscreteFisher, PairLikelihood, PseudoLikelihood, RatioMatching
 from numpyro_score.losses.dsm import DSM
+from numpyro_score.losses.imputation import draw, moments, typical_rows
 from numpyro_score.losses.ism import ISM
+from numpyro_score.losses.mixed import Mixed
 from numpyro_score.losses.ssm import SSM
-from numpyro_score.losses.terms import require_flat
 from numpyro_score.placement import fetch
+from numpyro_score.programs import run_compiled
 
 __all__ = ["MissingCells"]
 
 _MOMENTS = "missing_cells_moments"
-_FREEDOM = 5  # degrees of freedom of the law that draws are from, whose tails are heavier than most densities'
 _LEVEL = 1e-3  # of a warning that cells are not missing at random, for all pairs of columns together
 _ENOUGH = 20  # cells on each side of a comparison
 _LOOKED_AT = 100_000  # rows
@@ -32,7 +34,7 @@ _LOOKED_AT = 100_000  # rows
 
 @dataclass(frozen=True)
 class MissingCells:
-    r"""Score matching of rows with missing cells, which are NaN, by the density of the cells that were seen.
+    r"""A loss of rows with missing cells, which are NaN, by the density of the cells that were seen.
 
     The cells o of a row that were seen have the density :math:`p(x_o) = \int p(x_o, x_m)\,dx_m`, whose score and
     second derivatives in :math:`x_o` need no normaliser either [Givens, Liu & Reeve 2025]:
@@ -40,27 +42,32 @@ class MissingCells:
     .. math:: \partial_j \log p(x_o) = E[\partial_j f \mid x_o], \quad
               \partial_j^2 \log p(x_o) = E[\partial_j^2 f + (\partial_j f)^2 \mid x_o] - E[\partial_j f \mid x_o]^2,
 
-    so that a loss of these sums over the cells that were seen. Expectations are over K draws of the missing cells,
-    from a Student law with the mean and covariance that they have given the others in a normal law of the data, with
-    weights :math:`e^f / q`. They are drawn anew at each evaluation. The value has a bias of order 1/K, none where the
-    density is a product over columns: in graphs of five columns and 500 rows, a fifth of the cells missing, estimates
-    with K = 8 are a fifteenth of their standard errors away from those with 32 (`python -m benchmarks.missing_cells`).
+    so that a loss of these sums over the cells that were seen; likewise the ratios that a discrete loss takes.
+    Expectations are over K draws of the missing cells, from a Student law with the mean and covariance that they have
+    given the others in a normal law of the data, with weights :math:`e^f / q`. They are drawn anew at each evaluation.
+    Cells with bounds, angles and integers are drawn on the line of their logarithms or logits, inside of their support.
+    The value has a bias of order 1/K, none where the density is a product over columns, and none of rows whose missing
+    cells are integers that together take at most K values, which are all taken. In graphs of five columns and 500 rows,
+    a fifth of the cells missing, estimates with K = 8 are a fifteenth of their standard errors away from those with 32
+    (`python -m benchmarks.missing_cells`).
 
     Cells must be missing completely at random, whatever their values and those of other cells. For score matching it
     is not enough that what is missing depends on cells that were seen alone. A row counts by its cells: NaN in all of
     them is refused, and so is infinity. A call costs K evaluations of the density for each row, also of whole rows.
 
     Args:
-        loss: `ISM()`, `SSM(...)` or `DSM(sigma)` with one number.
+        loss: `ISM()`, `SSM(...)` or `DSM(sigma)` with one number; for discrete data `PseudoLikelihood(...)`,
+            `PairLikelihood()`, `RatioMatching()` or `DiscreteFisher()`; `Mixed` of these. Default: as for rows that are
+            whole, of the first and the first two by the data.
         num_draws: K, an even number.
 
     Raises:
-        TypeError: for another loss.
+        TypeError: for another loss, and a boundary weight of whole rows.
         ValueError: for an odd number of draws.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
-        >>> from numpyro_score import ISM, MissingCells, ScoreMatching
+        >>> from numpyro_score import MissingCells, ScoreMatching
         >>> def model(x):
         ...     a = numpyro.param("a", 0.0)
         ...     with numpyro.plate("rows", len(x)):
@@ -68,26 +75,22 @@ class MissingCells:
         ...         numpyro.factor("energy", -jnp.sum(x**2, -1) + a * x[:, 0] * x[:, 1])
         >>> x = jax.random.normal(jax.random.key(0), (400, 2))
         >>> x = x.at[:100, 0].set(jnp.nan)
-        >>> fit = ScoreMatching(model, loss=MissingCells(ISM(), 8), num_steps=300).run(
+        >>> fit = ScoreMatching(model, loss=MissingCells(num_draws=8), num_steps=300).run(
         ...     jax.random.key(1), x, progress_bar=False
         ... )
         >>> abs(float(fit.estimates["a"])) < 3 * float(fit.stderr()["a"]) + 0.1
         True
     """
 
-    loss: Any = field(default_factory=ISM)
+    loss: Loss = DefaultLoss()  # noqa: RUF009
     num_draws: int = 32
 
     takes_missing: ClassVar[bool] = True
+    takes_discrete: ClassVar[bool] = True
+    allow_kinks: ClassVar[bool] = True  # the loss inside looks for them
 
     def __post_init__(self) -> None:
-        if not isinstance(self.loss, ISM | SSM) and not (
-            isinstance(self.loss, DSM) and not isinstance(self.loss.sigma, tuple)
-        ):
-            raise TypeError(
-                f"MissingCells takes ISM(), SSM() or DSM(sigma) with one number, got {self.loss!r}: other losses need "
-                "whole rows."
-            )
+        _require_known(self.loss)
         object.__setattr__(self, "num_draws", at_least_one("MissingCells", "num_draws", self.num_draws))
         if self.num_draws % 2:
             raise ValueError(f"MissingCells draws pairs, got num_draws = {self.num_draws}: give an even number.")
@@ -95,42 +98,37 @@ class MissingCells:
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
         draw_key, loss_key = jax.random.split(rng_key)
-        return self.loss(self._seen(energy, draw_key), loss_key)
+        return loss_for(self.loss, energy)(self._seen(energy, draw_key)[0], loss_key)
 
     @property
     def no_kinks(self) -> str:
         """Why the loss cannot have a jump of the score, if it cannot."""
-        return str(self.loss.no_kinks)
-
-    @property
-    def no_moving_kinks(self) -> str:
-        """Why it cannot have one that moves with the parameters, if it cannot."""
-        return str(self.loss.no_moving_kinks)
-
-    @property
-    def allow_kinks(self) -> bool:
-        """Whether not to look for them."""
-        return bool(self.loss.allow_kinks)
+        return str(self.loss.no_kinks)  # type: ignore[attr-defined]
 
     def prepare(self, energy: Energy) -> Energy:
         """With the moments of all rows, which chunks of them cannot know."""
-        return energy.with_params({_MOMENTS: _moments(energy.data)})
+        return energy.with_params({_MOMENTS: moments(energy)})
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """As many evaluations at once as the loss itself has."""
-        rows: int | None = getattr(self.loss, "rows_per_chunk", lambda _: None)(energy)
+        rows: int | None = getattr(loss_for(self.loss, energy), "rows_per_chunk", lambda _: None)(energy)
         return None if rows is None else max(rows // self.num_draws, 8)
 
     def filled(self, energy: AnyEnergy) -> Energy:
-        """The energy with the columns' means in the place of missing cells, at which a model can be looked at.
+        """The energy with typical cells of the columns in the place of missing ones, at which it can be looked at.
 
         Raises:
-            NotImplementedError, TypeError: for data that are no real numbers in one plate.
+            NotImplementedError, TypeError: for several plates, or a support that ties the numbers of a row.
             ValueError: for infinity, a row or a column without any cell.
         """
         if isinstance(energy, Energies):
             raise NotImplementedError("MissingCells takes data in one plate, and these are in several.")
-        require_flat(energy, "MissingCells", "fill the cells, or drop these rows")
+        for a in energy.arrays:
+            if a.support.kind not in (*FLAT, "box") and not a.support.is_discrete:
+                raise NotImplementedError(
+                    f"MissingCells takes numbers that vary each by itself, and those of site '{a.name}' are tied "
+                    f"together ({a.support.kind}): fill the cells, or drop these rows."
+                )
         if not energy.has_density:
             raise TypeError("MissingCells weighs draws by the density, and that of a score_factor is unknown.")
         x, weights = energy.data_and_weights()
@@ -145,10 +143,11 @@ class MissingCells:
                 f"Data {names} have no cell that was seen in {rows_text(empty)}: drop these rows or mask them with "
                 "handlers.mask."
             )
-        return energy.at(jnp.where(jnp.isnan(x), jnp.nanmean(x, axis=0), x))
+        return energy.at(run_compiled(typical_rows, energy))
 
     def check(self, energy: Energy) -> None:
-        """Raises as :meth:`filled`; warns if what is missing depends on the values of other cells."""
+        """Raises as :meth:`filled` and the loss; warns if what is missing depends on the values of other cells."""
+        check_settings(loss_for(self.loss, energy), self.filled(energy))
         x, weights = energy.data_and_weights()
         rows = np.flatnonzero(fetch(weights))[:_LOOKED_AT]
         if (pair := _most_dependent(fetch(x[rows]))) is not None:
@@ -161,18 +160,38 @@ class MissingCells:
             )
 
     def effective_draws(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
-        """How many equally weighted draws the weights of a row's draws are worth, (N,): K where nothing is missing.
+        """How many equally weighted draws the weights of a row's draws are worth, (N,): K where they are exact.
 
         Few of them make the loss noisy and biased: give more draws.
         """
-        return self._seen(self.prepare(energy), rng_key).effective_points()
+        seen, exact = self._seen(self.prepare(energy), rng_key)
+        return jnp.where(exact, self.num_draws, seen.effective_points())
 
-    def _seen(self, energy: Energy, rng_key: Array) -> SeenCells:
-        x = energy.data
-        missing = jnp.isnan(x)
-        mean, covariance = energy.params[_MOMENTS] if _MOMENTS in energy.params else _moments(x)
-        points, log_q = _draw(rng_key, x, mean, covariance, self.num_draws)
-        return seen_cells(energy.at(points[0]), missing, points, -log_q - math.log(self.num_draws))
+    def _seen(self, energy: Energy, rng_key: Array) -> tuple[SeenCells, Bool[Array, "n"]]:
+        known = energy.params[_MOMENTS] if _MOMENTS in energy.params else moments(energy)
+        points, log_weights, exact = draw(energy, rng_key, known, self.num_draws)
+        return seen_cells(energy.at(points[0]), jnp.isnan(energy.data), points, log_weights), exact
+
+
+def _require_known(loss: Any) -> None:
+    """Raises TypeError for a loss that MissingCells cannot take."""
+    if isinstance(loss, Mixed):
+        for piece in (loss.continuous, loss.discrete):
+            _require_known(piece)
+    elif isinstance(loss, ISM | SSM):
+        if isinstance(loss.boundary_weight, RowWeight):
+            raise TypeError(
+                "MissingCells knows no distances of cells that are missing, and a RowWeight sees those of whole rows: "
+                f"write {type(loss).__name__}(boundary_weight=...) with a function of one distance."
+            )
+    elif isinstance(loss, DSM):
+        if isinstance(loss.sigma, tuple):
+            raise TypeError(f"MissingCells takes DSM(sigma) with one number, got {loss!r}.")
+    elif not isinstance(loss, DefaultLoss | PseudoLikelihood | PairLikelihood | RatioMatching | DiscreteFisher):
+        raise TypeError(
+            "MissingCells takes ISM, SSM, DSM(sigma) with one number, PseudoLikelihood, PairLikelihood, RatioMatching, "
+            f"DiscreteFisher and Mixed of these, got {loss!r}: other losses need whole rows."
+        )
 
 
 @jax.jit
@@ -183,54 +202,6 @@ def _faults(
     used = weights != 0
     seen = ~jnp.isnan(x) & used[:, None]
     return used & jnp.isinf(x).any(axis=1), used & ~seen.any(axis=1), jnp.sum(seen, axis=0) < 2
-
-
-@jax.jit
-def _moments(x: Float[Array, "n d"]) -> tuple[Float[Array, "d"], Float[Array, "d d"]]:
-    """Mean and covariance of the cells that were seen, pair by pair, made positive definite; constant to a gradient."""
-    seen = ~jnp.isnan(x)
-    count = jnp.maximum(jnp.sum(seen, axis=0), 1)
-    mean = jnp.sum(jnp.where(seen, x, 0.0), axis=0) / count
-    away = jnp.where(seen, x - mean, 0.0)
-    scale = jnp.sqrt(jnp.sum(away**2, axis=0) / count)
-    scale = jnp.where(scale > 0, scale, 1.0)
-    z, pairs = away / scale, seen.astype(x.dtype)
-    # Pairs of their own rows each need not have correlations that go together.
-    values, axes = jnp.linalg.eigh(z.T @ z / jnp.maximum(pairs.T @ pairs, 1))
-    correlation = (axes * jnp.maximum(values, _LEAST)) @ axes.T
-    return jax.lax.stop_gradient((mean, correlation * scale * scale[:, None]))
-
-
-_LEAST = 0.02  # eigenvalue of the correlations: columns that are nearly the same are drawn wider than they are
-
-
-def _draw(
-    rng_key: Array, x: Float[Array, "n d"], mean: Float[Array, "d"], covariance: Float[Array, "d d"], k: int
-) -> tuple[Float[Array, "k n d"], Float[Array, "k n"]]:
-    """K rows with draws in the place of each row's NaN, in pairs about their centre, and their log density.
-
-    From Student's law about the conditional mean of a normal law; the density is up to a constant of the row.
-    """
-    missing = jnp.isnan(x)
-
-    def conditional(row: Array, m: Array) -> tuple[Array, Array]:
-        eye = jnp.eye(len(row), dtype=row.dtype)
-        of_seen = jnp.where(m[:, None] | m, eye, covariance)
-        across = jnp.where(m[:, None] & ~m, covariance, 0.0)
-        slopes = jax.scipy.linalg.solve(of_seen, across.T, assume_a="pos").T
-        centre = mean + slopes @ jnp.where(m, 0.0, row - mean)
-        spread = jnp.where(m[:, None] & m, covariance - slopes @ across.T, eye)
-        return jnp.where(m, centre, row), jnp.linalg.cholesky(spread)
-
-    centre, root = jax.vmap(conditional)(x, missing)
-    normal_key, scale_key = jax.random.split(rng_key)
-    z = jax.random.normal(normal_key, (k // 2, *x.shape), x.dtype)
-    scale = jnp.mean(jax.random.normal(scale_key, (k // 2, len(x), _FREEDOM), x.dtype) ** 2, axis=-1, keepdims=True)
-    z = jnp.where(missing, z / jnp.sqrt(scale), 0.0)
-    z = jnp.concatenate([z, -z])
-    points = centre + jnp.einsum("nij,knj->kni", root, z)
-    log_q = -0.5 * (_FREEDOM + missing.sum(axis=1)) * jnp.log1p(jnp.sum(z**2, axis=-1) / _FREEDOM)
-    return jax.lax.stop_gradient((points, log_q))
 
 
 def _most_dependent(x: np.ndarray) -> tuple[int, int, str] | None:
