@@ -1,5 +1,6 @@
 """Fits that are stopped at any moment go on to the same numbers."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -56,6 +57,16 @@ def saved(tmp_path_factory):
     """The same, with every save that is due at once, and its directory."""
     directory = tmp_path_factory.mktemp("run")
     return run(directory, checkpoint_every=1e-9), directory
+
+
+def test_saving_says_nothing(tmp_path, caplog):
+    """Orbax warns of each save in the format that leaves less in memory."""
+    logging.getLogger("absl").addHandler(caplog.handler)
+    try:
+        run(tmp_path / "run", checkpoint_every=1e-9)
+    finally:
+        logging.getLogger("absl").removeHandler(caplog.handler)
+    assert not [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_saving_changes_nothing(whole, saved):

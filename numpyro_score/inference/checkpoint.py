@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import logging
 import math
 import os
 import time
@@ -96,6 +97,7 @@ class Checkpoint:
         return cls(directory, every, made, like)
 
     def __enter__(self) -> Checkpoint:
+        logging.getLogger("absl").addFilter(_says_something)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -105,6 +107,7 @@ class Checkpoint:
                     self._manager.wait_until_finished()
                     self._manager.close()
         finally:
+            logging.getLogger("absl").removeFilter(_says_something)
             if self._lock is not None:
                 (self.directory / _LOCK).unlink(missing_ok=True)
                 self._lock.close()
@@ -268,6 +271,11 @@ def _orbax() -> Any:
         raise ImportError(
             "checkpoint needs Orbax, which is not installed: pip install 'numpyro-score[scale]'."
         ) from error
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """False of what Orbax warns of at each save: that there is nothing of its other format to merge."""
+    return "Skipping merge of OCDBT" not in str(record.msg)
 
 
 def _name(i: int) -> str:
