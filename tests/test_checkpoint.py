@@ -160,15 +160,29 @@ def test_damaged_saves(whole, saved, tmp_path):
     """The one before the last stands in for it; with none that can be read, nothing is made up."""
     directory = tmp_path / "copy"
     subprocess.run(["cp", "-r", saved[1], directory], check=True)
-    newest = max(directory.iterdir(), key=lambda p: int(p.name))
-    (newest / "settings" / "metadata").write_text('{"format":')
+    saves = sorted((p for p in directory.iterdir() if p.is_dir()), key=lambda p: int(p.name))
+    (saves[-1] / "settings" / "metadata").write_text('{"format":')
     with pytest.warns(UserWarning, match=f"The checkpoint of step 300 in {directory} cannot be read"):
         fit = run(directory)
     assert_identical((whole.state, whole.losses), (fit.state, fit.losses))
-    for step in directory.iterdir():
+    for step in [*saves[:-1], directory / "300"]:
         (step / "settings" / "metadata").write_text("")
     with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(OSError, match="None of the checkpoints"):
         run(directory)
+
+
+def test_values_are_appended(whole, saved, tmp_path):
+    """One file has those of all steps; what is missing there makes a save unreadable, and what is beyond is left."""
+    directory = tmp_path / "copy"
+    subprocess.run(["cp", "-r", saved[1], directory], check=True)
+    file = directory / "values.bin"
+    np.testing.assert_array_equal(np.fromfile(file, "<f4" if whole.losses.dtype == np.float32 else "<f8"), whole.losses)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="The checkpoint of step 300 .*values.bin holds 299 of 300 steps"):
+        fit = run(directory)
+    assert_identical((whole.state, whole.losses), (fit.state, fit.losses))
+    file.write_bytes(file.read_bytes() + b"cut short")
+    assert_identical(whole.losses, run(directory).losses)
 
 
 @pytest.mark.parametrize(

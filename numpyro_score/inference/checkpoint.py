@@ -20,7 +20,8 @@ import numpy as np
 
 from numpyro_score.inference.arguments import named_leaves, numbers_of, told
 from numpyro_score.inference.optim import first_step, sums
-from numpyro_score.inference.processes import by_first
+from numpyro_score.inference.processes import by_first, is_first
+from numpyro_score.inference.record import Record
 from numpyro_score.losses.base import positive
 from numpyro_score.printed import without_addresses
 
@@ -31,7 +32,8 @@ try:
 except ImportError:  # not on Windows, where two runs in one directory go unnoticed
     fcntl = None  # type: ignore[assignment]
 
-_FORMAT = 3
+_FORMAT = 4
+_VALUES = "values.bin"
 _LOCK = ".lock"
 _KEPT = 2  # saves on disk: should the last one be damaged, there is one before it
 _SHARE = 0.01  # of the time of a run, for saving
@@ -42,7 +44,8 @@ class Checkpoint:
     """A directory that holds the last states of a run.
 
     A save is complete or absent: Orbax writes it beside the others and renames it. The state is copied at once and
-    written while the steps go on.
+    written while the steps go on. The steps' values are in one file for all saves, which has those of a save's steps
+    before the save itself is begun.
 
     Args:
         directory: it is made if it does not exist.
@@ -61,6 +64,8 @@ class Checkpoint:
         positive("run", "checkpoint_every, seconds between two saves", every)
         self.directory, self.every = Path(directory).expanduser().absolute(), float(every)
         self.settings, self.like = settings, like
+        width = len(jax.tree.leaves(like))
+        self._record = Record(self.directory / _VALUES, width, np.dtype(jnp.result_type(float)))
         self.position: str | None = None  # among batches, of the save that was read
         self._manager: Any = None
         self._last = time.perf_counter()
@@ -133,8 +138,10 @@ class Checkpoint:
             options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
             # Plain Zarr arrays. Of Orbax's other format, and of JAX's arrays, each save leaves more in memory, as
             # TensorStore never frees what it says of itself as a dict.
-            handlers = {k: ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False) for k in ("state", "values")}
-            handlers["settings"] = ocp.JsonCheckpointHandler()
+            handlers = {
+                "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False),
+                "settings": ocp.JsonCheckpointHandler(),
+            }
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
             steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -182,18 +189,12 @@ class Checkpoint:
         saved = self._manager.restore(step, args=ocp.args.Composite(settings=ocp.args.JsonRestore())).settings
         self.position = saved.pop("position", None)
         self._check(saved)
-        leaves, structure = jax.tree.flatten(self.like)
-        targets = {
-            "state": _numbered(state),
-            "values": {_name(i): np.zeros(step, jnp.result_type(float)) for i in range(len(leaves))},
-        }
-        args = {
-            k: ocp.args.PyTreeRestore(v, ocp.checkpoint_utils.construct_restore_args(v)) for k, v in targets.items()
-        }
-        found = self._manager.restore(step, args=ocp.args.Composite(**args))
-        taken = jax.tree.unflatten(structure, [np.asarray(found["values"][name]) for name in targets["values"]])
+        target = _numbered(state)
+        args = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target))
+        found = self._manager.restore(step, args=ocp.args.Composite(state=args)).state
+        taken = jax.tree.unflatten(jax.tree.structure(self.like), list(self._record.read(step).T))
         old, treedef = jax.tree.flatten(state)
-        new = [_placed_as(v, found["state"][_name(i)]) for i, v in enumerate(old)]
+        new = [_placed_as(v, found[_name(i)]) for i, v in enumerate(old)]
         return jax.tree.unflatten(treedef, new), [taken]
 
     def _check(self, saved: dict[str, Any]) -> None:
@@ -221,26 +222,26 @@ class Checkpoint:
         return time.perf_counter() - self._last > max(self.every, self._cost / _SHARE)
 
     def save(self, step: int, state: Any, values: Any, position: str | None = None) -> None:
-        """Saves the state after `step` steps with the values of all of them, unless it is on disk already.
+        """Saves the state after `step` steps and the values of these, unless it is on disk already.
 
         Args:
             step: steps taken.
             state: after them.
-            values: of all of them.
+            values: of the steps since the last save, or since the one that the run began with.
             position: where the batches stand that they were taken on.
         """
         if step == self._saved:
             return
         begin, ocp = time.perf_counter(), _orbax()
         settings = self.settings if position is None else {**self.settings, "position": position}
-        leaves = {_name(i): np.asarray(v) for i, v in enumerate(jax.tree.leaves(values))}
         with self._explained("written"):
+            if is_first():
+                self._record.append(max(self._saved, 0), np.stack(jax.tree.leaves(values), axis=1))  # before the state
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     settings=ocp.args.JsonSave(settings),
                     state=ocp.args.PyTreeSave(_numbered(state)),
-                    values=ocp.args.PyTreeSave(leaves),
                 ),
                 force=True,
             )

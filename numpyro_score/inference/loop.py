@@ -135,7 +135,11 @@ def _run_steps(
     done: int,
     chunks: list[Any],
 ) -> tuple[Any, Any, bool]:
-    first_call, size, previous = True, 1, None
+    first_call, size, previous, saved = True, 1, None, (len(chunks), done)
+
+    def save_fresh(checkpoint: Checkpoint) -> None:
+        checkpoint.save(done, state, _joined(chunks[saved[0] :], done - saved[1]))
+
     try:
         with bar, interrupts() as interrupted:
             while done < num_steps:
@@ -168,17 +172,16 @@ def _run_steps(
                 if stop:
                     raise KeyboardInterrupt
                 if save and checkpoint is not None and done < num_steps:
-                    chunks = [_joined(chunks, done)]
-                    checkpoint.save(done, state, chunks[0])
+                    save_fresh(checkpoint)
+                    saved = len(chunks), done
     except KeyboardInterrupt:
         if not done:
             raise
         if is_first():
             warnings.warn(f"Interrupted after {done} of {num_steps} steps; this is the fit so far.", stacklevel=5)
-    values = _joined(chunks, done)
-    if checkpoint is not None:
-        checkpoint.save(done, state, values)
-    return state, values, done < num_steps
+    if checkpoint is not None and done > saved[1]:
+        save_fresh(checkpoint)
+    return state, _joined(chunks, done), done < num_steps
 
 
 def _joined(chunks: list[Any], n: int) -> Any:
