@@ -27,6 +27,7 @@ OUTPUT = Path(__file__).with_name("DEQUANTISED.md")
 SMALLEST = 0.1  # of the network's noise, in grey levels: its density is that of the data seen through so much
 COPIES = 16  # of each image with noise of its own, in the network's data
 SIZES = (10, 20, 40)
+CHECKED = 60  # images of which the flow is solved with the exact divergence, too
 
 
 def uniform(rng: np.random.Generator, images: np.ndarray, copies: int = 1) -> np.ndarray:
@@ -48,18 +49,22 @@ def bits(log_density: Any) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
 
 
-def of_split(split: int, num_steps: int, sizes: tuple[int, ...]) -> tuple[dict[str, tuple[float, float]], float]:
-    """The bits of all models, and the network's seconds of CPU."""
+def of_split(
+    split: int, num_steps: int, sizes: tuple[int, ...]
+) -> tuple[dict[str, tuple[float, float]], float, np.ndarray]:
+    """The bits of all models, the network's seconds of CPU, and what an exact flow gives less its bits, (CHECKED,)."""
     rng, keys = np.random.default_rng(split), jax.random.split(jax.random.key(split), 3)
     (train, _), (validation, _), (test, _) = DIGITS.load(split)
     mean, rows = train.mean(axis=0), uniform(rng, test)
     begin = time.process_time()
     found = network(keys[0], DIGITS.scaled(uniform(rng, train, COPIES), mean), num_steps)
     seconds = time.process_time() - begin
+    x = DIGITS.scaled(rows, mean)
     of_flow = flow_log_prob(
-        found, DIGITS.scaled(rows, mean), divergence="hutchinson", num_probes=8, rng_key=keys[1], solver="tsit5",
-        rtol=1e-3, atol=1e-3,
-    )  # fmt: skip
+        found, x, divergence="hutchinson", num_probes=8, rng_key=keys[1], solver="tsit5", rtol=1e-3, atol=1e-3
+    )
+    exact = flow_log_prob(found, x[:CHECKED], divergence="exact", solver="tsit5", rtol=1e-5, atol=1e-5)
+    off = np.asarray(of_flow.value[:CHECKED] - exact.value, float) / DIGITS.DIM / np.log(2)
     mixed = DIGITS.mixture(rng, train, validation, sizes)
     table = {
         "normal law": bits(GaussianMixture(1, reg_covar=0.1).fit(uniform(rng, train, 4)).score_samples(rows)),
@@ -69,7 +74,7 @@ def of_split(split: int, num_steps: int, sizes: tuple[int, ...]) -> tuple[dict[s
     if importlib.util.find_spec("flowjax"):
         log_prob = DIGITS.spline_flow(keys[2], rng, train, validation, seconds)
         table["spline flow of flowjax"] = bits(log_prob(rows))
-    return table, seconds
+    return table, seconds, off
 
 
 def main() -> None:
@@ -80,9 +85,10 @@ def main() -> None:
     options = parser.parse_args()
     begin, load = time.perf_counter(), machine.load()
     DIGITS.noisy = uniform  # type: ignore[attr-defined]  # what the example's mixture and flow are fitted to
-    tables, seconds = [], []
+    tables, seconds, off = [], [], []
     for split in range(options.splits):
-        table, took = of_split(split, options.steps, SIZES)
+        table, took, less = of_split(split, options.steps, SIZES)
+        off.append(less)
         tables.append(table)
         seconds.append(took)
         print(split, f"{took:.0f} s", table, flush=True)
@@ -101,7 +107,9 @@ def main() -> None:
         "|---|" + "---|" * options.splits,
         *(f"| {k} |" + "".join(f" {t[k][0]:.3f} ± {t[k][1]:.3f} |" for t in tables) for k in tables[0]),
         "",
-        f"The mixture less the network: {gap}.",
+        f"The mixture less the network: {gap}. With the exact divergence and tolerances of 1e-5, in place of 8 probes and "
+        f"1e-3, the first {CHECKED} images of a split have {np.mean(off):+.4f} bits, with a standard error of "
+        f"{np.std(off) / np.size(off) ** 0.5:.4f}.",
         "",
         machine.describe((*machine.PACKAGES, "flax", "scikit-learn")),
         f"- Load before the run: {load}",
