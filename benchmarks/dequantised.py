@@ -107,8 +107,8 @@ def main() -> None:
         "|---|" + "---|" * options.splits,
         *(f"| {k} |" + "".join(f" {t[k][0]:.3f} ± {t[k][1]:.3f} |" for t in tables) for k in tables[0]),
         "",
-        f"The mixture less the network: {gap}. With the exact divergence and tolerances of 1e-5, in place of 8 probes and "
-        f"1e-3, the first {CHECKED} images of a split have {np.mean(off):+.4f} bits, with a standard error of "
+        f"The mixture less the network: {gap}. By exact divergences and tolerances of 1e-5, in place of 8 probes and "
+        f"1e-3, the first {CHECKED} images of each split need {np.mean(off):+.4f} bits more, with a standard error of "
         f"{np.std(off) / np.size(off) ** 0.5:.4f}.",
         "",
         machine.describe((*machine.PACKAGES, "flax", "scikit-learn")),
