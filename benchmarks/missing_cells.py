@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ import scipy.stats
 from numpyro.distributions import constraints
 
 from benchmarks import machine
-from numpyro_score import ISM, MissingCells, SandwichError, ScoreMatching
+from numpyro_score import ISM, MissingCells, PseudoLikelihood, SandwichError, ScoreMatching
+from numpyro_score.losses import Loss
 
 OUTPUT = Path(__file__).with_name("MISSING_CELLS.md")
-FULL = 100
+FULL = 50
 DIM, ROWS, SHARE = 5, 500, 0.2
 Z = scipy.stats.norm.ppf(0.95)
 PAIRS = np.triu_indices(DIM, 1)
@@ -35,40 +37,65 @@ def truth() -> np.ndarray:
     return k
 
 
-def graph(x: Any, used: Any, tails: float = 0.0) -> None:
-    """A normal law, with tails x⁴ of a given weight in each column."""
+def graph(x: Any, used: Any, tails: float = 0.0, support: Any = constraints.real_vector) -> None:
+    """A normal law, with tails x⁴ of a given weight in each column, or a part of it; of spins a pairwise law."""
     d, o = numpyro.param("d", jnp.ones(DIM)), numpyro.param("o", jnp.zeros(len(PAIRS[0])))
     with numpyro.plate("rows", len(x)), numpyro.handlers.mask(mask=used):
-        x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (DIM,)), obs=x)
+        x = numpyro.sample("x", dist.ImproperUniform(support, (), (DIM,)), obs=x)
         pairs = x[:, PAIRS[0]] * x[:, PAIRS[1]]
         numpyro.factor("energy", -0.5 * x**2 @ d - pairs @ o - tails * jnp.sum(x**4, axis=-1))
 
 
-def normal_rows(rng: np.random.Generator) -> np.ndarray:
-    return rng.multivariate_normal(np.zeros(DIM), np.linalg.inv(truth()), ROWS)
+def normal_rows(rng: np.random.Generator, n: int = ROWS) -> np.ndarray:
+    return rng.multivariate_normal(np.zeros(DIM), np.linalg.inv(truth()), n)
 
 
 def rows_with_tails(rng: np.random.Generator) -> np.ndarray:
     """By rejection from the normal law."""
-    x = rng.multivariate_normal(np.zeros(DIM), np.linalg.inv(truth()), 40 * ROWS)
+    x = normal_rows(rng, 40 * ROWS)
     return x[rng.uniform(size=len(x)) < np.exp(-0.1 * np.sum(x**4, axis=1))][:ROWS]
 
 
-CASES = {
-    "normal graph": (graph, normal_rows),
-    "graph with quartic tails": (partial(graph, tails=0.1), rows_with_tails),
+def positive_rows(rng: np.random.Generator) -> np.ndarray:
+    """Likewise, where all numbers are positive: about one in a hundred."""
+    x = normal_rows(rng, 400 * ROWS)
+    return x[(x > 0).all(axis=1)][:ROWS]
+
+
+def spin_rows(rng: np.random.Generator) -> np.ndarray:
+    """By all states."""
+    states = np.array(list(itertools.product([0.0, 1.0], repeat=DIM)))
+    weight = np.exp(-0.5 * np.einsum("ni,ij,nj->n", states, truth(), states))
+    return states[rng.choice(len(states), ROWS, p=weight / weight.sum())]
+
+
+class Law(NamedTuple):
+    """What the data are of."""
+
+    model: Any
+    rows: Any
+    loss: Loss = ISM()
+
+
+LAWS = {
+    "normal graph": Law(graph, normal_rows),
+    "graph with quartic tails": Law(partial(graph, tails=0.1), rows_with_tails),
+    "normal graph, positive numbers": Law(
+        partial(graph, support=constraints.independent(constraints.positive, 1)), positive_rows
+    ),
+    "five spins": Law(partial(graph, support=constraints.boolean), spin_rows, PseudoLikelihood()),
 }
 MOST = 32
-ALL, WHOLE, SEEN = "all cells, ISM", "whole rows alone, ISM", "MissingCells(ISM(), {})"
-LOSSES = {ALL: ISM(), WHOLE: ISM(), **{SEEN.format(k): MissingCells(ISM(), k) for k in (8, MOST)}}
+ALL, WHOLE, SEEN = "all cells", "whole rows alone", "MissingCells, {} draws"
 
 
-def study(model: Any, data: Any, replications: int) -> dict[str, np.ndarray]:
+def study(law: Law, replications: int) -> dict[str, np.ndarray]:
     """Estimates and errors, (R, 2, P), by way of fitting."""
-    rng, found = np.random.default_rng(3), {k: [] for k in LOSSES}
-    fitters = {k: ScoreMatching(model, loss=loss, num_steps=300) for k, loss in LOSSES.items()}
+    losses = {ALL: law.loss, WHOLE: law.loss, **{SEEN.format(k): MissingCells(law.loss, k) for k in (8, MOST)}}
+    rng, found = np.random.default_rng(3), {k: [] for k in losses}
+    fitters = {k: ScoreMatching(law.model, loss=loss, num_steps=300) for k, loss in losses.items()}
     for _ in range(replications):
-        x = data(rng)
+        x = law.rows(rng)
         missing = rng.uniform(size=x.shape) < SHARE
         missing[missing.all(axis=1), 0] = False
         holes, everywhere = np.where(missing, np.nan, x), np.full(ROWS, True)
@@ -130,9 +157,9 @@ def main() -> None:
 
     warnings.filterwarnings("ignore", message="The loss was still falling")
     begin, results = time.perf_counter(), {}
-    for law, (model, data) in CASES.items():
-        print(law, file=sys.stderr, flush=True)
-        results[law] = study(model, data, options.replications)
+    for name, law in LAWS.items():
+        print(name, file=sys.stderr, flush=True)
+        results[name] = study(law, options.replications)
     text = render(results, options.replications, time.perf_counter() - begin)
     print(text)
     if output := options.output or (OUTPUT if options.replications == FULL else None):
