@@ -57,8 +57,8 @@ class MissingCells:
 
     Args:
         loss: `ISM()`, `SSM(...)` or `DSM(sigma)` with one number; for discrete data `PseudoLikelihood(...)`,
-            `PairLikelihood()`, `RatioMatching()` or `DiscreteFisher()`; `Mixed` of these. Default: as for rows that are
-            whole, of the first and the first two by the data.
+            `PairLikelihood()`, `RatioMatching()` or `DiscreteFisher()`; `Mixed` of these. Default: what a fit of whole
+            rows takes, by the data.
         num_draws: K, an even number.
 
     Raises:
