@@ -278,6 +278,29 @@ def test_zeros_and_bounds_of_each_row() -> None:
     np.testing.assert_allclose(fit.estimates["a"], exact, rtol=2e-3)
 
 
+def test_rows_that_do_not_count_and_cells_that_are_wrong() -> None:
+    """What masked rows hold is not looked at; a wrong cell is the only one that is told of."""
+
+    def masked(x: Any, used: Any) -> None:
+        with numpyro.plate("rows", len(x)), numpyro.handlers.mask(mask=used):
+            x = site("x", constraints.boolean, x)
+            numpyro.factor("energy", x @ numpyro.param("b", jnp.zeros(4)))
+
+    x, used = spin_rows(100, 0.25), np.arange(100) < 90
+    loss, params = MissingCells(num_draws=8), {"b": jnp.asarray(FIELDS)}
+    expected = np.asarray(row_losses(loss, Energy(masked, params, x, used), KEY)[0])
+    for other in (0.5, np.inf, -9999.0):
+        odd = np.where(used[:, None], x, other).astype(np.float32)
+        energy = Energy(masked, params, odd, used)
+        np.testing.assert_array_equal(typical_rows(energy)[:90], typical_rows(Energy(masked, params, x, used))[:90])
+        np.testing.assert_allclose(row_losses(loss, energy, KEY)[0], expected, rtol=1e-5)
+        assert (loss.effective_draws(energy, KEY)[90:] == 8).all()
+    ScoreMatching(masked, loss=loss, num_steps=1).run(KEY, odd, used, progress_bar=False)
+    x[np.flatnonzero(~np.isnan(x[:, 0]))[3], 0] = 0.5
+    with pytest.raises(ValueError, match=r"outside of the support of the site in row \d+ \(1 of 100\)"):
+        ScoreMatching(masked, loss=loss, num_steps=1).run(KEY, x, np.full(100, True), progress_bar=False)
+
+
 def shares(x: Any) -> None:
     with numpyro.plate("rows", len(x)):
         x = site("x", flat_simplex, x)
@@ -289,6 +312,7 @@ def run(model: Any, x: Any, loss: Any) -> None:
 
 
 REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "class": (lambda: MissingCells(PseudoLikelihood), TypeError, "such as ISM(), got PseudoLikelihood: write"),
     "ISM of spins": (
         lambda: run(spins, spin_rows(50), MissingCells(ISM())),
         TypeError,

@@ -82,8 +82,9 @@ def _not_whole(name: str, kind: str, constraint: constraints.Constraint, value: 
         if set(np.unique(value)) <= {-1.0, 1.0}:
             return f"these are spins: write (1 + {name}) / 2, and 2 * x - 1 in the model"
         return (
-            f"values from {value.min():.4g} to {value.max():.4g} are not 0 and 1: write e.g. {name} > 0, or give the "
-            "site the support constraints.integer_interval(low, high)"
+            f"values from {value.min():.4g} to {value.max():.4g} are not 0 and 1: write e.g. {name} > 0 if none stands "
+            "for what is missing, which is NaN for MissingCells(), or give the site the support "
+            "constraints.integer_interval(low, high)"
         )
     lower, upper = (np.asarray(getattr(base_constraint(constraint), b, i), np.float64) for b, i in _ENDS)
     return (

@@ -51,8 +51,7 @@ def moments(energy: Energy) -> Moments:
 
     They are constants to a gradient.
     """
-    x = energy.data
-    return _moments(_to_line(_as_reals(energy, x), *_bounds(energy)))
+    return _moments(_to_line(_as_reals(energy, _counted(energy)), *_bounds(energy)))
 
 
 def draw(energy: Energy, rng_key: Array, known: Moments, num_draws: int) -> Draws:
@@ -77,11 +76,22 @@ def draw(energy: Energy, rng_key: Array, known: Moments, num_draws: int) -> Draw
 
 
 def typical_rows(energy: Energy) -> Float[Array, "n d"]:
-    """The data with the cell of the column nearest to its mean in the place of missing ones, (N, D)."""
-    x = energy.data
-    away = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x - jnp.nanmean(x, axis=0)))
+    """The data with the cell of the column nearest to its mean in the place of missing ones, (N, D).
+
+    Of rows of some weight, and of cells inside of their support.
+    """
+    x, (low, high) = _counted(energy), _bounds(energy)
+    inside = (x >= low) & (x <= high) & (~_is_integer(energy) | (x == jnp.round(x)))
+    away = jnp.where(inside, jnp.abs(x - jnp.nanmean(x, axis=0)), jnp.inf)
     typical = jnp.take_along_axis(x, jnp.argmin(away, axis=0)[None], axis=0)
+    x = energy.data
     return jnp.where(jnp.isnan(x), jnp.clip(typical, *energy.bounds(len(x))), x)
+
+
+def _counted(energy: Energy) -> Float[Array, "n d"]:
+    """The data, NaN in rows of weight zero."""
+    x, weights = energy.data_and_weights()
+    return jnp.where(weights[:, None] != 0, x, jnp.nan)
 
 
 def _is_integer(energy: Energy) -> Bool[np.ndarray, "d"]:

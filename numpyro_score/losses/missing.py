@@ -93,7 +93,9 @@ class MissingCells:
         _require_known(self.loss)
         object.__setattr__(self, "num_draws", at_least_one("MissingCells", "num_draws", self.num_draws))
         if self.num_draws % 2:
-            raise ValueError(f"MissingCells draws pairs, got num_draws = {self.num_draws}: give an even number.")
+            raise ValueError(
+                f"MissingCells draws pairs, got num_draws = {self.num_draws}: give an even number, 2 or more."
+            )
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
@@ -164,8 +166,9 @@ class MissingCells:
 
         Few of them make the loss noisy and biased: give more draws.
         """
+        energy, weights = energy.usable()
         seen, exact = self._seen(self.prepare(energy), rng_key)
-        return jnp.where(exact, self.num_draws, seen.effective_points())
+        return jnp.where(exact | (weights == 0), self.num_draws, seen.effective_points())
 
     def _seen(self, energy: Energy, rng_key: Array) -> tuple[SeenCells, Bool[Array, "n"]]:
         known = energy.params[_MOMENTS] if _MOMENTS in energy.params else moments(energy)
@@ -175,6 +178,11 @@ class MissingCells:
 
 def _require_known(loss: Any) -> None:
     """Raises TypeError for a loss that MissingCells cannot take."""
+    if loss is None or isinstance(loss, type):
+        raise TypeError(
+            f"MissingCells needs a loss such as ISM(), got {getattr(loss, '__name__', loss)}: write MissingCells(ISM()) "
+            "or, for what a fit of whole rows takes, MissingCells()."
+        )
     if isinstance(loss, Mixed):
         for piece in (loss.continuous, loss.discrete):
             _require_known(piece)
