@@ -180,8 +180,8 @@ def _require_known(loss: Any) -> None:
     """Raises TypeError for a loss that MissingCells cannot take."""
     if loss is None or isinstance(loss, type):
         raise TypeError(
-            f"MissingCells needs a loss such as ISM(), got {getattr(loss, '__name__', loss)}: write MissingCells(ISM()) "
-            "or, for what a fit of whole rows takes, MissingCells()."
+            f"MissingCells needs a loss such as ISM(), got {getattr(loss, '__name__', loss)}: write ISM(), "
+            "or MissingCells() for that of whole rows."
         )
     if isinstance(loss, Mixed):
         for piece in (loss.continuous, loss.discrete):
