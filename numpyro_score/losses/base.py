@@ -174,7 +174,8 @@ def check_settings(loss: Loss, energy: AnyEnergy) -> None:
     if not getattr(loss, "takes_discrete", False):
         energy.require_continuous(type(loss).__name__)
     getattr(loss, "check", lambda _: None)(energy)
-    refuse_kinks(loss, filled(loss, energy))
+    if not getattr(loss, "allow_kinks", False):
+        refuse_kinks(loss, filled(loss, energy))
 
 
 def filled(loss: Loss, energy: AnyEnergy) -> Any:
