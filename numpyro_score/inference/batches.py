@@ -265,7 +265,6 @@ class _Loop:
         self.losses: list[float] = []
         self.seen: dict[int, float] = {}  # losses of the rows held out, by the steps taken
         self._pending: deque[tuple[int, Any, Any, Batch]] = deque()  # steps whose losses were not looked at
-        self._kept = 0  # steps whose losses are on disk
         self._before: Any = None  # the state before the last step whose loss was
 
     def run(self, reader: Prefetched, checkpoint: Checkpoint | None, bar: Any) -> np.ndarray:
@@ -279,7 +278,6 @@ class _Loop:
                     self.seen = {i + 1: float(v) for _, seen in values for i, v in enumerate(seen) if not np.isnan(v)}
                     values = [losses for losses, _ in values]
                 self.losses = [float(v) for chunk in values for v in chunk]
-                self._kept = done
                 bar.update(done)
             reader.start(self.at.done, position)
             error = None
@@ -297,7 +295,7 @@ class _Loop:
                 reader.stop()
             self._look(0)
             if checkpoint is not None and self.at.done:
-                checkpoint.save(self.at.done, self.at.state, self._fresh(), self.at.batch.position)
+                checkpoint.save(self.at.done, self.at.state, self._fresh(checkpoint.saved), self.at.batch.position)
             if error is not None:
                 raise error
         return self._values()
@@ -334,8 +332,7 @@ class _Loop:
                 raise KeyboardInterrupt
             if save and checkpoint is not None:
                 self._look(0)
-                checkpoint.save(self.at.done, self.at.state, self._fresh(), batch.position)
-                self._kept = self.at.done
+                checkpoint.save(self.at.done, self.at.state, self._fresh(checkpoint.saved), batch.position)
             shown, begin = self.at.done, time.perf_counter()
         return None
 
@@ -356,12 +353,12 @@ class _Loop:
         at = self.seen if self.at.done in self.seen else {**self.seen, self.at.done: self.held_out.look(self.at.state)}
         return np.array(list(at.items()), jnp.result_type(float))
 
-    def _fresh(self) -> Any:
-        """What is kept of each step since the last save; no loss of rows held out is NaN."""
-        losses = np.array(self.losses[self._kept : self.at.done], jnp.result_type(float))
+    def _fresh(self, since: int) -> Any:
+        """What is kept of each step since the last save, after `since` steps; no loss of rows held out is NaN."""
+        losses = np.array(self.losses[since : self.at.done], jnp.result_type(float))
         if self.held_out is None:
             return losses
-        return losses, np.array([self.seen.get(i + 1, np.nan) for i in range(self._kept, self.at.done)])
+        return losses, np.array([self.seen.get(i + 1, np.nan) for i in range(since, self.at.done)])
 
     def _values(self) -> np.ndarray:
         return np.array(self.losses[: self.at.done], jnp.result_type(float))

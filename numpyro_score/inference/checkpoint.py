@@ -70,7 +70,7 @@ class Checkpoint:
         self._manager: Any = None
         self._last = time.perf_counter()
         self._cost = 0.0  # seconds that a save stopped the run for
-        self._saved = -1
+        self.saved = 0  # steps whose state and values are on disk
         self._lock: Any = None
 
     @classmethod
@@ -160,7 +160,7 @@ class Checkpoint:
             else:
                 for later in (s for s in steps if s > step):  # which would stand in the way of their successors
                     self._manager.delete(later)
-                self._saved = step
+                self.saved = step
                 return step, *found
         if steps:
             raise OSError(
@@ -230,13 +230,13 @@ class Checkpoint:
             values: of the steps since the last save, or since the one that the run began with.
             position: where the batches stand that they were taken on.
         """
-        if step == self._saved:
+        if step == self.saved:
             return
         begin, ocp = time.perf_counter(), _orbax()
         settings = self.settings if position is None else {**self.settings, "position": position}
         with self._explained("written"):
             if is_first():
-                self._record.append(max(self._saved, 0), np.stack(jax.tree.leaves(values), axis=1))  # before the state
+                self._record.append(self.saved, np.stack(jax.tree.leaves(values), axis=1))  # before the state
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -245,7 +245,7 @@ class Checkpoint:
                 ),
                 force=True,
             )
-        self._saved = step
+        self.saved = step
         self._last = time.perf_counter()
         self._cost = self._last - begin
 

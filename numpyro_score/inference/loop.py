@@ -135,10 +135,10 @@ def _run_steps(
     done: int,
     chunks: list[Any],
 ) -> tuple[Any, Any, bool]:
-    first_call, size, previous, saved = True, 1, None, (len(chunks), done)
+    first_call, size, previous, on_disk = True, 1, None, len(chunks)
 
     def save_fresh(checkpoint: Checkpoint) -> None:
-        checkpoint.save(done, state, _joined(chunks[saved[0] :], done - saved[1]))
+        checkpoint.save(done, state, _joined(chunks[on_disk:], done - checkpoint.saved))
 
     try:
         with bar, interrupts() as interrupted:
@@ -173,13 +173,13 @@ def _run_steps(
                     raise KeyboardInterrupt
                 if save and checkpoint is not None and done < num_steps:
                     save_fresh(checkpoint)
-                    saved = len(chunks), done
+                    on_disk = len(chunks)
     except KeyboardInterrupt:
         if not done:
             raise
         if is_first():
             warnings.warn(f"Interrupted after {done} of {num_steps} steps; this is the fit so far.", stacklevel=5)
-    if checkpoint is not None and done > saved[1]:
+    if checkpoint is not None and done > checkpoint.saved:
         save_fresh(checkpoint)
     return state, _joined(chunks, done), done < num_steps
 
