@@ -82,6 +82,39 @@ def test_end_law_is_that_of_noised_data(x64):
     np.testing.assert_allclose(law.score(u, 2.0), score)
     draws = law.sample(jax.random.key(0), 100_000, 2.0)
     np.testing.assert_allclose(np.cov(draws.T), covariance, atol=0.15)
+    alone = end_law(x[:1], weights[:1], jnp.float64)
+    np.testing.assert_allclose(alone.score(u, 2.0), (x[0] - u) / 4)
+
+
+def test_end_law_of_many_coordinates():
+    """Beyond 1,024 it knows the directions of much variance, and those of white noise for no more than they are."""
+    rng = np.random.default_rng(0)
+    n, dim = 600, 1100
+    directions = np.linalg.qr(rng.normal(size=(dim, 2)))[0]
+    x = 3.0 + rng.normal(size=(n, dim)) + (rng.normal(size=(n, 2)) * [30.0, 10.0]) @ directions.T
+    law = end_law(x, np.ones(n))
+    np.testing.assert_allclose(law.mean, x.mean(axis=0), rtol=1e-5)
+    largest = np.argsort(law.variances)[-2:]
+    np.testing.assert_allclose(law.variances[largest], [101.0, 901.0], rtol=0.3)  # four standard errors
+    np.testing.assert_allclose(np.abs(law.axes[:, largest].T @ directions), [[0, 1], [1, 0]], atol=0.15)
+    others = np.delete(law.variances, largest)
+    assert others.mean() == pytest.approx(1.0, abs=0.06)  # in the rows they were sought in, they have more than 4
+    assert law.rest == pytest.approx(1.0, abs=0.01)
+    assert law.per_coordinate == pytest.approx(1.0 + 1000 / dim, rel=0.2)
+
+    axes = np.asarray(law.axes, np.float64)
+    covariance = axes @ np.diag(law.variances) @ axes.T + float(law.rest) * (np.eye(dim) - axes @ axes.T)
+    noised = covariance + 4 * np.eye(dim)
+    u = rng.normal(size=(3, dim)) * 5
+    away = u - np.asarray(law.mean)
+    inverse = np.linalg.inv(noised)
+    expected = -0.5 * (np.einsum("ni,ij,nj->n", away, inverse, away) + np.linalg.slogdet(2 * np.pi * noised)[1])
+    np.testing.assert_allclose(law.log_prob(u, 2.0), expected, rtol=1e-4)
+    np.testing.assert_allclose(law.score(u, 2.0), -away @ inverse, atol=1e-4)
+    draws = np.asarray(law.sample(jax.random.key(0), 4000, 2.0)) - np.asarray(law.mean)
+    np.testing.assert_allclose(np.cov((draws @ directions).T), directions.T @ noised @ directions, rtol=0.1, atol=20)
+    assert np.mean(draws**2) == pytest.approx(np.trace(noised) / dim, rel=0.02)
+    np.testing.assert_allclose(law.from_code(law.code(u, 2.0), 2.0), u, atol=1e-3)
 
 
 @pytest.mark.parametrize("sde", [LinearSDE(jnp.ones_like, jnp.sqrt, 1e4), EDM(1e5), VP()], ids=["root", "EDM", "VP"])

@@ -127,7 +127,7 @@ def bits_by_noise(
         )
     step = np.log(high / low) / (num_levels - 1)
     integral = scipy.integrate.cumulative_simpson(errors[::-1], dx=step, axis=0, initial=0)[::-1]
-    bits = (integral + _at_the_end(field.end, np.asarray(rows, float), high)) / np.log(2)
+    bits = (integral + _at_the_end(field.end, rows, high)) / np.log(2)
     spread = np.sqrt(len(rows))
     return NoiseBits(rho, errors.mean(1), errors.std(1, ddof=1) / spread, bits.mean(1), bits.std(1, ddof=1) / spread)
 
@@ -144,8 +144,8 @@ def _errors(field: Field, rows: Float[Array, "n d"], rho: Float[Array, "l"], key
     return jax.lax.map(at, (rho, keys))
 
 
-def _at_the_end(end: NoisyNormal, rows: Float[np.ndarray, "n d"], rho: float) -> Float[np.ndarray, "n"]:
+def _at_the_end(end: NoisyNormal, rows: Float[Array, "n d"], rho: float) -> Float[np.ndarray, "n"]:
     """Nats a number of the noisy rows under the end's normal law, less those of the noise alone, in its mean."""
-    spread = np.asarray(end.variances, float) + rho**2
-    away = (rows - np.asarray(end.mean, float)) @ np.asarray(end.axes, float)
-    return 0.5 * np.mean((away**2 + rho**2) / spread + np.log(spread / rho**2) - 1, axis=-1)
+    noise, spread = end.counts * rho**2, np.asarray(end.spread(rho), float)
+    nats = (np.asarray(end.squares(rows), float) + noise) / spread + end.counts * (np.log(spread / rho**2) - 1)
+    return 0.5 * nats.sum(axis=-1) / rows.shape[1]

@@ -209,22 +209,17 @@ def _decode(owner: str, settings: Settings, flow: Flow, z: Float[Array, "n d"]) 
     return values
 
 
-def _units(settings: Settings, flow: Flow) -> Float[Array, "d"]:
-    """The standard deviations of the law at the end along its axes."""
-    return jnp.sqrt(flow.end.variances + noise_at(settings.sde, flow.final_time) ** 2)
-
-
 @partial(jax.jit, static_argnums=0)
 def _encoded(settings: Settings, flow: Flow, x: Float[Array, "n d"]) -> tuple[Float[Array, "n d"], Bool[Array, "n"]]:
     u, _, _, arrived = solve(settings, flow, x, density=False)
-    z = ((u - flow.end.mean) @ flow.end.axes) / _units(settings, flow)
+    z = flow.end.code(u, noise_at(settings.sde, flow.final_time))
     return jnp.where(arrived[:, None], z, jnp.nan), arrived
 
 
 @partial(jax.jit, static_argnums=0)
 def decoded(settings: Settings, flow: Flow, z: Float[Array, "n d"]) -> tuple[Any, Bool[Array, "n"]]:
     """Data from codes, and which of them arrived; NaN for others."""
-    u = flow.end.mean + (_units(settings, flow) * z) @ flow.end.axes.T
+    u = flow.end.from_code(z, noise_at(settings.sde, flow.final_time))
     x, _, _, arrived = solve(settings, flow, u, backwards=True, density=False)
     x = jnp.where(arrived[:, None], x, jnp.nan)
     return jax.vmap(partial(as_data, flow.model.energy))(x), arrived

@@ -88,7 +88,7 @@ def prepared(
         with jax.ensure_compile_time_eval():
             rows, weights = data_rows(energy)
             end = end_law(rows, weights, dtype)
-            scale = float(jnp.sqrt(end.variances[-1]))
+            scale = float(jnp.sqrt(end.largest))
         if atol >= (spread := float(np.hypot(scale, low))):
             raise ValueError(
                 f"{owner} needs an atol below the spread of the data with the least noise, {spread:.3g}, got {atol}: "
@@ -190,7 +190,7 @@ def solve(
     u, integral, num_steps, arrived = jax.vmap(one)(x, probes)
     # In x, not in u: nothing large arises that would have to cancel.
     alpha, sigma = (jnp.asarray(v) for v in (sde.alpha(flow.final_time), sde.sigma(flow.final_time)))
-    law = NoisyNormal(alpha * flow.end.mean, flow.end.axes, alpha**2 * flow.end.variances)
+    law = flow.end.times(alpha)
     at_end = law.log_prob(alpha * (x if backwards else u), sigma) + x.shape[1] * jnp.log(sde.alpha(flow.start_time))
     value = at_end[:, None] + (-integral if backwards else integral)
     return u, value, num_steps, arrived & ~jnp.isnan(value).any(-1)

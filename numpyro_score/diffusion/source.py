@@ -117,18 +117,18 @@ def noise_range_of(source: Source) -> tuple[float, float] | None:
 
 
 def data_rows(energy: Energy) -> tuple[np.ndarray, np.ndarray]:
-    """The data (N, D) and their weights (N,) in double precision, without rows that do not count.
+    """The data (N, D) and their weights (N,), without rows that do not count.
 
     Raises ValueError if none counts, or one is not finite, naming site and rows.
     """
-    x, weights = (np.asarray(v, np.float64) for v in jax.device_get(jax.jit(Energy.data_and_weights)(energy)))
+    x, weights = (np.asarray(v) for v in jax.device_get(jax.jit(Energy.data_and_weights)(energy)))
     used = weights > 0
     names, why = ", ".join(repr(a.name) for a in energy.arrays), "whose mean and covariance say where noise begins"
     if not used.any():
         raise ValueError(f"All {plural(len(x), 'row')} of {names} have weight zero: bind the energy to data, {why}.")
     if bad := rows_text(used & ~np.isfinite(x).all(-1)):
         raise ValueError(f"Data {names} have NaN or infinity in {bad}: bind the energy to finite data, {why}.")
-    return x[used], weights[used]
+    return (x, weights) if used.all() else (x[used], weights[used])
 
 
 def as_data(energy: Energy, row: Float[Array, "d"]) -> Any:

@@ -49,7 +49,7 @@ class LinearPlan(NamedTuple):
     rho: Any  # (S,)
     a: Any  # (S,)
     b: Any  # (S, K)
-    c: Any  # (S,); or (S, D) along the axes of the end law; None without noise
+    c: Any  # (S,); or (S, M), one for each variance of the end law; None without noise
 
 
 def linear_step(field: Field, plan: LinearPlan, u: Rows, past: Past, rng_key: Array) -> tuple[Rows, Past]:
@@ -57,8 +57,8 @@ def linear_step(field: Field, plan: LinearPlan, u: Rows, past: Past, rng_key: Ar
     past = jnp.concatenate([field.denoised(u, plan.rho)[None], past])
     new = plan.a * u + jnp.sum(plan.b[:, None, None] * past, axis=0)
     if plan.c is not None:
-        noise = plan.c * random.normal(rng_key, u.shape, u.dtype)
-        new += noise if jnp.ndim(plan.c) == 0 else field.end.turned(noise)
+        noise = random.normal(rng_key, u.shape, u.dtype)
+        new += plan.c * noise if jnp.ndim(plan.c) == 0 else field.end.scaled(plan.c, noise)
     return new, past[:-1]
 
 
@@ -170,7 +170,7 @@ def ddpm_covariance(levels: Levels, end: NoisyNormal) -> LinearPlan:
     [The optimal covariance of Bao et al. 2022, in place of the one estimated from the score.]
     """
     rho, keep = levels.rho[:-1, None], (levels.rho[1:] ** 2 / levels.rho[:-1] ** 2)[:, None]
-    variances = np.asarray(end.variances, np.float64)
+    variances = np.asarray(end.spread(0.0), np.float64)
     given = variances * rho**2 / (variances + rho**2)
     c = np.sqrt(levels.rho[1:, None] ** 2 * (1 - keep) + (1 - keep) ** 2 * given)
     return _plan(levels, keep[:, 0], [1 - keep[:, 0]], c)

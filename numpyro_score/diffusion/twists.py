@@ -67,7 +67,7 @@ def believe(
         value, *told = jax.vmap(partial(laplace_update, likelihood))(mean, root)
         return Belief(value, mean, _squared(root), *told)
     if twist == "isotropic":
-        v = jnp.mean(field.end.variances) + least**2
+        v = field.end.per_coordinate + least**2
         variance = tau * v / (tau + v)
     else:
         variance = jnp.zeros((), u.dtype)
