@@ -1,6 +1,7 @@
 """Measures what draws by diffusion cost and how close they come: `python -m benchmarks.diffusion`. Writes DIFFUSION.md.
 
-First every method on a mixture whose noisy score is known, by calls of the model. Then the package's sampler beside the
+First every method on a mixture whose noisy score is known, by calls of the model, and where the deterministic ones end
+on many mixtures. Then the package's sampler beside the
 same method written by hand as a `lax.scan` over a network, for a network that is an energy and one that is a score,
 each once in every round. Times are of compiled calls.
 """
@@ -44,11 +45,18 @@ DETERMINISTIC = ("ddim", "probability_flow", "dpm++2m", "exp_ab3", "edm_heun")
 
 
 def mixture(x: Array, sigma: Any = 1.0) -> None:
+    centers, spreads, shares = (numpyro.param(name) for name in ("centers", "spreads", "shares"))
     with numpyro.plate("rows", len(x)):
         x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (2,)), obs=x)
-        variance = SPREADS**2 + jnp.asarray(sigma)[..., None] ** 2
-        squared = jnp.sum((x[:, None] - CENTERS) ** 2, axis=-1)
-        numpyro.factor("energy", logsumexp(jnp.log(SHARES) - squared / (2 * variance) - jnp.log(variance), axis=-1))
+        variance = spreads**2 + jnp.asarray(sigma)[..., None] ** 2
+        squared = jnp.sum((x[:, None] - centers) ** 2, axis=-1)
+        numpyro.factor("energy", logsumexp(jnp.log(shares) - squared / (2 * variance) - jnp.log(variance), axis=-1))
+
+
+def energy_of(centers: np.ndarray, spreads: np.ndarray, shares: np.ndarray, x: np.ndarray) -> Energy:
+    laws = {"centers": centers, "spreads": spreads, "shares": shares}
+    dtype = jnp.result_type(float)
+    return Energy(mixture, {k: jnp.asarray(v, dtype) for k, v in laws.items()}, jnp.asarray(x, dtype))
 
 
 def exact(n: int, seed: int) -> np.ndarray:
@@ -64,7 +72,7 @@ def sliced_w2(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def closeness(n: int, calls: tuple[int, ...], repeats: int) -> list[str]:
-    source = Energy(mixture, {}, jnp.asarray(exact(20_000, 0)))
+    source = energy_of(CENTERS, SPREADS, SHARES, exact(20_000, 0))
 
     def draws(method: Any, num_steps: int, key: int) -> np.ndarray:
         found = diffuse(source, key, n, method=method, num_steps=num_steps, noise_range=ENDS)
@@ -85,6 +93,35 @@ def closeness(n: int, calls: tuple[int, ...], repeats: int) -> list[str]:
             ends = f"{np.median(away):.1e}, {np.sqrt(np.mean(away**2)):.1e}" if name in DETERMINISTIC else ""
             lines.append(f"| {name} | {num_steps * used.calls} | {distance:.3f} | {ends} |")
     return lines
+
+
+def drawn_mixture(seed: int) -> Energy:
+    """Four normal laws in the plane, overlapping as a rule."""
+    rng = np.random.default_rng(seed)
+    centers, spreads = 1.5 * rng.normal(size=(4, 2)), rng.uniform(0.2, 0.8, size=4)
+    shares = rng.dirichlet(3 * np.ones(4))
+    which = rng.choice(4, 4000, p=shares)
+    return energy_of(centers, spreads, shares, centers[which] + spreads[which, None] * rng.normal(size=(4000, 2)))
+
+
+def ends(n: int, num_mixtures: int, calls: tuple[int, ...]) -> list[str]:
+    """How far draws are from the ends of the converged flow, by method, grid and calls."""
+    cases = [(m, g, c) for m in DETERMINISTIC for g in ("karras", "log_snr") for c in calls]
+    away: dict[Any, list[float]] = {case: [] for case in cases}
+    for seed in range(num_mixtures):
+        source = drawn_mixture(seed)
+
+        def draws(method: str, grid: str, total: int, source: Energy = source, seed: int = seed) -> np.ndarray:
+            options = dict(method=method, grid=grid, num_steps=total // METHODS[method].calls, noise_range=ENDS)
+            return np.asarray(diffuse(source, seed, n, **options).draws)
+
+        converged = draws("exp_ab3", "log_snr", 1000)
+        for case in cases:
+            away[case].append(np.sqrt(np.mean(np.sum((draws(*case) - converged) ** 2, axis=-1))))
+    return [
+        f"| {method} | {grid} | {total} | " + " | ".join(f"{q:.1e}" for q in np.quantile(found, [0.5, 0.9, 1.0])) + " |"
+        for (method, grid, total), found in away.items()
+    ]
 
 
 # -- cost ---------------------------------------------------------------------------------------
@@ -203,7 +240,7 @@ def compiled_sampler(source: Energy, u: Array, noise: np.ndarray, name: str = "d
     return jax.jit(advance, static_argnums=0).lower(method.step, *arguments).compile(), arguments
 
 
-def render(lines: list[str], contests: list[Contest], options: argparse.Namespace, load: str) -> str:
+def render(lines: list[str], where: list[str], contests: list[Contest], options: argparse.Namespace, load: str) -> str:
     rows = []
     for c in contests:
         low, middle, high = np.quantile(c.program / c.hand, [0.25, 0.5, 0.75])
@@ -223,6 +260,12 @@ def render(lines: list[str], contests: list[Contest], options: argparse.Namespac
         "begin between two modes and end in the other carry the latter. Langevin dynamics takes one step a level below "
         "32 calls, and else five.", "",
         "| method | calls | sliced W2 | from the flow's end: median, rms |", "|---|---|---|---|", *lines, "",
+        "## Where they end", "",
+        f"{options.draws:,} draws of each of {options.mixtures} mixtures of four normal laws in the plane, themselves "
+        "drawn, and the root mean square of how far the draws are from the ends of the converged flow, those included "
+        "that end in another mode: the median over the mixtures, the ninth decile and the largest. float64, noise as "
+        "above.", "",
+        "| method | grid | calls | median | 90% | largest |", "|---|---|---|---|---|---|", *where, "",
         "## Cost", "",
         f"DPM-Solver++(2M), {options.chains:,} chains of {options.steps} steps, a network of {HIDDEN} layers of "
         f"{WIDTH}: the package's compiled sampler over the same method written by hand as a scan. FLOPs as XLA counts "
@@ -240,6 +283,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=4000)
     parser.add_argument("--calls", type=int, nargs="+", default=[8, 16, 32, 64, 128])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--mixtures", type=int, default=32)
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 16, 64])
     parser.add_argument("--chains", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=32)
@@ -252,7 +296,10 @@ def main() -> None:
         for dim in options.dims
         for kind in ("energy", "score")
     ]
-    text = render(closeness(options.draws, tuple(options.calls), options.repeats), contests, options, load)
+    found = closeness(options.draws, tuple(options.calls), options.repeats)
+    with jax.enable_x64(True):
+        where = ends(options.draws, options.mixtures, (10, 16, 32))
+    text = render(found, where, contests, options, load)
     print(text)
     options.output.write_text(text)
 

@@ -62,6 +62,30 @@ def mixture_rows(n, seed=0):
     return CENTERS[which] + SPREADS[which, None] * rng.normal(size=(n, 2))
 
 
+def any_mixture(x, sigma=1.0):
+    """A mixture of normal laws with noise, whose centers, spreads and shares are parameters."""
+    centers, spreads, shares = (numpyro.param(name) for name in ("centers", "spreads", "shares"))
+    with numpyro.plate("rows", len(x)):
+        x = numpyro.sample("x", improper(2), obs=x)
+        variance = spreads**2 + jnp.asarray(sigma)[..., None] ** 2
+        squared = jnp.sum((x[:, None] - centers) ** 2, axis=-1)
+        numpyro.factor("energy", logsumexp(jnp.log(shares) - squared / (2 * variance) - jnp.log(variance), axis=-1))
+
+
+def drawn_mixture(seed):
+    """A mixture of four in the plane, drawn itself: overlapping as a rule, well apart at times."""
+    rng = np.random.default_rng(seed)
+    laws = {
+        "centers": 1.5 * rng.normal(size=(4, 2)),
+        "spreads": rng.uniform(0.2, 0.8, size=4),
+        "shares": rng.dirichlet(3 * np.ones(4)),
+    }
+    which = rng.choice(4, 4000, p=laws["shares"])
+    x = laws["centers"][which] + laws["spreads"][which, None] * rng.normal(size=(4000, 2))
+    dtype = jnp.result_type(float)
+    return Energy(any_mixture, {k: jnp.asarray(v, dtype) for k, v in laws.items()}, jnp.asarray(x, dtype))
+
+
 def energy(model, x=ROWS):
     return Energy(model, {}, jnp.asarray(x, jnp.result_type(float)))
 
@@ -76,7 +100,7 @@ class OneNormal(NamedTuple):
 
 
 def one_normal(variance):
-    return Field(OneNormal(variance), NoisyNormal(jnp.zeros(1), jnp.eye(1), jnp.array([variance])))
+    return Field(OneNormal(variance), NoisyNormal(jnp.zeros(1), jnp.eye(1), jnp.array([variance]), jnp.zeros(())))
 
 
 def predicted_variance(method, levels, variance, monkeypatch):

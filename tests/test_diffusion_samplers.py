@@ -8,6 +8,7 @@ from diffusions import (
     AXES,
     MEAN,
     VARIANCES,
+    drawn_mixture,
     energy,
     mixture,
     mixture_rows,
@@ -106,24 +107,23 @@ def test_corrected_chains_do_not_see_each_other():
 
 @pytest.mark.slow
 def test_ends_of_the_flow_at_32_calls(x64, optimised):
-    """Against the converged flow of a mixture; a few rows that begin between two modes may end in the other."""
-    source = energy(mixture, mixture_rows(4000))
+    """Against the converged flow of eight mixtures, over all rows, those included that end in another mode."""
+    bars = {"dpm++2m": 2e-2, "exp_ab3": 1e-2, "edm_heun": 6e-2, "ddim": 0.2}
+    away = {method: [] for method in bars}
+    for i in range(8):
+        source = drawn_mixture(i)
 
-    def ends(method, num_steps, grid="karras"):
-        found = diffuse(source, 3, 1000, method=method, num_steps=num_steps, grid=grid, noise_range=(0.01, 40.0))
-        return np.asarray(found.draws)
+        def ends(method, num_steps, grid="karras", source=source, key=i):
+            found = diffuse(source, key, 1000, method=method, num_steps=num_steps, grid=grid, noise_range=(0.01, 40.0))
+            return np.asarray(found.draws)
 
-    converged = ends("exp_ab3", 400, "log_snr")
-    for method, num_steps, bar in [
-        ("dpm++2m", 32, 2e-2),
-        ("exp_ab3", 32, 1.2e-2),
-        ("edm_heun", 16, 6e-2),
-        ("ddim", 32, 0.2),
-    ]:
-        away = np.linalg.norm(ends(method, num_steps) - converged, axis=-1)
-        same = away < 0.7  # less than half of the way between two modes
-        assert same.mean() > 0.99
-        assert np.sqrt(np.mean(away[same] ** 2)) < bar, method
+        converged = ends("exp_ab3", 400, "log_snr")
+        for method in bars:
+            found = ends(method, 16 if method == "edm_heun" else 32)
+            away[method].append(np.sqrt(np.mean(np.sum((found - converged) ** 2, axis=-1))))
+    for method, bar in bars.items():
+        assert np.median(away[method]) < bar, (method, away[method])
+    assert max(away["exp_ab3"]) < 2e-2, away["exp_ab3"]
 
 
 def test_draws_of_a_mixture_at_32_calls(optimised):

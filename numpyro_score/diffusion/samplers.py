@@ -50,7 +50,7 @@ def diffuse(
     num_samples: int,
     *,
     sde: SDE | None = None,
-    method: str | Method = "dpm++2m",
+    method: str | Method = "exp_ab3",
     num_steps: int | None = None,
     grid: Any = "karras",
     noise_range: tuple[float, float] | None = None,
@@ -68,7 +68,7 @@ def diffuse(
     The diffusion is chosen here and not in the fit: in u = x/α and ρ = σ/α every linear SDE asks the model for the
     same scores, see :class:`~numpyro_score.SDE`. What it changes is where the steps of some methods are:
 
-    - deterministic: "ddim", "dpm++2m" (two values of the score, the default), "exp_ab3" (three), "edm_heun" (two calls
+    - deterministic: "ddim", "dpm++2m" (two values of the score), "exp_ab3" (three, the default), "edm_heun" (two calls
       a step) and "probability_flow" (Euler's steps in t);
     - with noise: "euler_maruyama", "reverse_diffusion", "ddpm", "ddpm_covariance" (exact for normal data),
       "sde_dpm++2m", "edm_churn";
@@ -165,7 +165,7 @@ def _denoised(field: Field, u: Float[Array, "n d"], rho: Float[Array, ""]) -> Fl
 
 def warn_of_structure(owner: str, field: Field, largest: float, what: str, *, stacklevel: int) -> None:
     """Warns if the data with the largest noise may not be normal yet, where `what` takes them to be."""
-    scale = float(jnp.sqrt(field.end.variances[-1]))
+    scale = float(jnp.sqrt(field.end.largest))
     if largest < 2 * scale:
         warnings.warn(
             f"The largest noise level of {owner}, {largest:.3g}, is less than twice the data's standard deviation of "
