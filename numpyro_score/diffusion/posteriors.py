@@ -99,7 +99,8 @@ def posterior(
         *args: further arguments of the observation model, such as y. Numbers of Python are passed as arrays, so that
             others need no new program, unless the model needs them as such, e.g. as a size or in `if`.
         method: "tds", "smc" or "guided".
-        num_particles: N, of each run.
+        num_particles: N, of each run. Each holds a few matrices of D × D numbers: rows may have some hundred numbers,
+            and not the thousands of an image of 64 × 64.
         num_runs: R, independent runs, which share nothing but the target.
         num_steps: as in :func:`~numpyro_score.diffuse`.
         twist: "moments", "isotropic" or "plain"; "moments" takes D products with the score's derivative a step, and
