@@ -71,14 +71,17 @@ def has_constant_curvature(f: Callable[[Array], Array], x: Any, columns: np.ndar
     As :func:`is_quadratic`, but f itself must not contain steps either.
     """
 
+    def slope(x: Array) -> Array:
+        return jax.grad(lambda x: f(x).sum())(x)[:, columns]
+
     def product(x: Array, v: Array) -> Array:
         direction = jnp.zeros(x.shape, x.dtype).at[:, columns].set(v)
-        return jax.jvp(jax.grad(lambda x: f(x).sum()), (x,), (direction,))[1][:, columns]
+        return jax.jvp(slope, (x,), (direction,))[1]
 
-    if _STEP in _marks(jax.make_jaxpr(f)(x).jaxpr, [_SMOOTH]):
-        return False
     v = jax.ShapeDtypeStruct((x.shape[0], len(columns)), x.dtype)
     try:
+        if any(_STEP in _marks(jax.make_jaxpr(g)(x).jaxpr, [_SMOOTH]) for g in (f, slope)):
+            return False
         jaxpr = jax.make_jaxpr(product)(x, v).jaxpr
     except (ValueError, NotImplementedError):  # as in is_quadratic
         return False
