@@ -8,7 +8,12 @@ from numpyro_score.energy.accuracy import quadrature_error
 from numpyro_score.energy.arguments import join_arrays, split_arrays, takes_keyword, with_outside
 from numpyro_score.energy.base import AnyArray, layouts_kept
 from numpyro_score.energy.binding import refuse_other_axes, rows_given
-from numpyro_score.energy.boundary import weight_at_boundary
+from numpyro_score.energy.boundary import (
+    distances_to_boundary,
+    order_of_weight,
+    slopes_of_domains,
+    weight_at_boundary,
+)
 from numpyro_score.energy.check import evaluate_for_check
 from numpyro_score.energy.dependence import (
     coarsest_rounding,
@@ -30,9 +35,11 @@ from numpyro_score.energy.several import AnyEnergy, Energies, bind, one_plate
 from numpyro_score.energy.supports import (
     FLAT,
     SIMPLICES,
+    BoundaryWeight,
     RowWeight,
     base_constraint,
     base_law,
+    capped_distance,
     distances,
     innermost,
     limits,
@@ -59,6 +66,7 @@ __all__ = [
     "SIMPLICES",
     "AnyArray",
     "AnyEnergy",
+    "BoundaryWeight",
     "Domain",
     "Energies",
     "Energy",
@@ -75,11 +83,13 @@ __all__ = [
     "base_law",
     "bind",
     "by_device",
+    "capped_distance",
     "check_rows",
     "coarsest_rounding",
     "curl",
     "depends_on_inputs",
     "distances",
+    "distances_to_boundary",
     "evaluate_for_check",
     "evaluations",
     "find_kink",
@@ -96,6 +106,7 @@ __all__ = [
     "num_values",
     "numbered",
     "one_plate",
+    "order_of_weight",
     "part",
     "plural",
     "polygon",
@@ -111,6 +122,7 @@ __all__ = [
     "rows_text",
     "score_factor",
     "seen_cells",
+    "slopes_of_domains",
     "split_arrays",
     "sum_by_device",
     "takes_keyword",

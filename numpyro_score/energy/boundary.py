@@ -1,4 +1,4 @@
-"""Whether a weight of whole points vanishes at the boundary: its values at points of the data that are moved there."""
+"""The data beside their boundary: how far they are, and what a weight is when they are moved there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from jaxtyping import Array, Float
 from numpyro.distributions import constraints
 
 from numpyro_score.energy.domains import domain_of
-from numpyro_score.energy.supports import SIMPLICES, Block, RowWeight, base_constraint, row_weight
+from numpyro_score.energy.supports import (
+    SIMPLICES,
+    Block,
+    BoundaryWeight,
+    RowWeight,
+    base_constraint,
+    row_weight,
+)
 
-__all__ = ["weight_at_boundary"]
+__all__ = ["distances_to_boundary", "order_of_weight", "slopes_of_domains", "weight_at_boundary"]
 
 _MOST = 64  # columns of a box, or shares, or parts of a boundary that are looked at
 _STEPS = 20  # of Newton's method towards a part of a boundary
@@ -86,3 +93,53 @@ def _of_domain(x: Array, distances: Callable[[Array], Array], weight: RowWeight)
         return jnp.where(there, row_weight(weight, jnp.maximum(at, 0.0), z), 0.0)
 
     return jnp.max(jax.vmap(moved)(jnp.arange(here.shape[1])[:_MOST])), jnp.mean(row_weight(weight, here, x))
+
+
+def distances_to_boundary(
+    blocks: Sequence[Block],
+    supports: Sequence[constraints.Constraint],
+    x: Float[Array, "n d"],
+    lower: Float[Array, "n d"],
+    upper: Float[Array, "n d"],
+) -> Float[Array, "n k"]:
+    """Of bounded numbers to their nearest bound, the shares of a flat simplex, and the distances to parts of a domain.
+
+    Spheres have no boundary, and on a simplex with x = z² densities have no pole that the weight is too large for.
+    """
+    found = [jnp.zeros((len(x), 0))]
+    for block, support in zip(blocks, supports, strict=True):
+        y, low, high = (v[:, block.start : block.stop] for v in (x, lower, upper))
+        if block.kind == "box":
+            found.append(jnp.minimum(y - low, high - y))
+        elif block.kind == "flat simplex":
+            found.append(y)
+        elif (domain := domain_of(base_constraint(support))) is not None:
+            found.append(domain.distances(y.reshape(len(x), -1, block.size)).reshape(len(x), -1))
+    return jnp.concatenate(found, axis=1)
+
+
+def order_of_weight(weight: BoundaryWeight, distances: Float[Array, "k"], x: Float[Array, "d"]) -> Float[Array, "k"]:
+    """The power as which the weight of a point falls with each of its distances, where that is small beside any cap."""
+
+    def ratio(k: Array) -> Array:
+        near = [jnp.where(jnp.arange(len(distances)) == k, small * distances, distances) for small in (1e-6, 1e-9)]
+        if isinstance(weight, RowWeight):
+            pair = [weight.h(d[None], x[None])[0] for d in near]
+        else:
+            pair = [weight(d[k]) for d in near]
+        return pair[0] / pair[1]
+
+    return jnp.log(jax.vmap(ratio)(jnp.arange(len(distances)))) / jnp.log(1e3)
+
+
+def slopes_of_domains(
+    sites: Sequence[tuple[str, Block, constraints.Constraint]], x: Float[Array, "n d"]
+) -> dict[str, Float[Array, "k"]]:
+    """The largest slope at rows of each function of the domains of sites, by the site's name."""
+    found = {}
+    for name, block, support in sites:
+        if (domain := domain_of(base_constraint(support))) is not None:
+            y = x[:, block.start : block.stop].reshape(-1, block.size)
+            slope = jax.vmap(jax.jacrev(domain.distances))(y)
+            found[name] = jnp.abs(slope).max(axis=(0, 2))
+    return found

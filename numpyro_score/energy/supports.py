@@ -55,7 +55,7 @@ class RowWeight(NamedTuple):
     h: Callable[[Array, Array], Array]
 
 
-Weight = Callable[[Array], Array] | RowWeight
+BoundaryWeight = Callable[[Array], Array] | RowWeight
 
 DISCRETE = ("binary", "levels", "counts")
 """The kinds of discrete support: 0 and 1, the integers of an interval, and all integers from a least one on."""
@@ -211,7 +211,7 @@ def make_frame(
     x: Array,
     lower: Array,
     upper: Array,
-    weight: Weight | None,
+    weight: BoundaryWeight | None,
 ) -> Frame:
     """The frame at rows x (N, D) of blocks with supports, and bounds that broadcast to the rows."""
     weight = capped_distance if weight is None else weight
@@ -229,7 +229,7 @@ def make_frame(
 
 
 def _block_frame(
-    block: Block, support: constraints.Constraint, x: Array, lower: Array, upper: Array, weight: Weight
+    block: Block, support: constraints.Constraint, x: Array, lower: Array, upper: Array, weight: BoundaryWeight
 ) -> tuple[Callable[[Array], Array], Array]:
     if block.kind == "box":
         if not isinstance(weight, RowWeight):
@@ -263,7 +263,7 @@ def _region(
     x: Array,
     size: int,
     distances: Callable[[Array], Array],
-    weight: Weight,
+    weight: BoundaryWeight,
     project: Callable[[Array], Array] = lambda v: v,
     scale: float = 1.0,
 ) -> tuple[Callable[[Array], Array], Array]:
@@ -300,7 +300,7 @@ def _value_and_slope(h: Callable[[Array], Array], z: Array) -> tuple[Array, Arra
     return value, pull(jnp.ones_like(value))[0]
 
 
-def _sphere(x: Array, size: int, weight: Weight | None) -> tuple[Callable[[Array], Array], Array]:
+def _sphere(x: Array, size: int, weight: BoundaryWeight | None) -> tuple[Callable[[Array], Array], Array]:
     z = x.reshape(-1, x.shape[-1] // size, size)
 
     def project(v: Array) -> Array:

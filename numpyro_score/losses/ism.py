@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 
 from numpyro_score.energy import Energy, RowWeight
 from numpyro_score.losses.base import true_or_false
+from numpyro_score.losses.boundaries import check_boundary, check_boundary_weight
 from numpyro_score.losses.chunks import narrowness, rows_at_once
-from numpyro_score.losses.terms import check_boundary_weight, check_row_weight, exact_terms, sliced_terms
+from numpyro_score.losses.terms import exact_terms, sliced_terms
 
 __all__ = ["ISM"]
 
@@ -36,12 +37,17 @@ class ISM:
 
     Args:
         boundary_weight: h, an increasing function of the distance to the boundary, zero at zero and with a finite
-            limit. Default: the distance, at most 1. The estimates are consistent for any such h; their variance
-            depends on it, and with data far from unit scale on the cap.
+            limit. Default: the distance, at most 1. The estimates are consistent for any such h where the density is
+            finite at the boundary; one with a pole there, as a gamma law of shape below 1, needs an h that falls
+            faster, such as the squared distance. Their variance depends on h, and with data far from unit scale on the
+            cap.
         allow_kinks: do not look for jumps of the score among the data, which make the loss wrong.
 
     Raises:
         ValueError, TypeError: for a boundary_weight that does not vanish at zero, or is no function of JAX arrays.
+
+    Warns:
+        UserWarning: at the start of a fit, if the density of the data plainly grows towards the boundary without end.
     """
 
     boundary_weight: Callable[[Array], Array] | RowWeight | None = None
@@ -65,8 +71,8 @@ class ISM:
         return 0.5 * score**2 + second.T
 
     def check(self, energy: Energy) -> None:
-        """Raises ValueError for a `RowWeight` that does not vanish at the boundary."""
-        check_row_weight("ISM", energy, self.boundary_weight)
+        """Looks at the boundary: see :func:`~numpyro_score.losses.boundaries.check_boundary`."""
+        check_boundary("ISM", energy, self.boundary_weight)
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """Rows whose Jacobians, D numbers for every intermediate, still fit the cache, or bound the memory."""

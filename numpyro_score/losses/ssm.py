@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 from numpyro_score import random
 from numpyro_score.energy import Energy, RowWeight
 from numpyro_score.losses.base import set_counts, true_or_false
+from numpyro_score.losses.boundaries import check_boundary, check_boundary_weight
 from numpyro_score.losses.chunks import rows_at_once, rows_in_cache
-from numpyro_score.losses.terms import check_boundary_weight, check_row_weight, sliced_terms
+from numpyro_score.losses.terms import sliced_terms
 from numpyro_score.operators import score_and_directional
 
 __all__ = ["SSM"]
@@ -76,8 +77,8 @@ class SSM:
         return 0.5 * score**2 + jnp.mean(v * curvature, axis=0)
 
     def check(self, energy: Energy) -> None:
-        """Raises ValueError for a `RowWeight` that does not vanish at the boundary."""
-        check_row_weight("SSM", energy, self.boundary_weight)
+        """Looks at the boundary: see :func:`~numpyro_score.losses.boundaries.check_boundary`."""
+        check_boundary("SSM", energy, self.boundary_weight)
 
     def rows_per_chunk(self, energy: Energy) -> int | None:
         """What fits the cache, where the variance-reduced form gains nothing by chunks, or bounds the memory."""
