@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
 from numpyro_score import DSM, ISM, SandwichError, ScoreMatching, ScoreMatchingResult, dependent_rows, load, windham
-from numpyro_score.uncertainty import MAX_PARAMETERS, jackknife
+from numpyro_score.uncertainty import MAX_PARAMETERS, Dependence, jackknife, spread_root
 
 FLAT = dist.ImproperUniform(constraints.real, (), ())
 GROUPS, EACH = 40, 5
@@ -97,11 +98,11 @@ def test_groups_are_those_of_least_squares(labels: Any) -> None:
 
 
 def test_intervals_of_groups_are_of_the_t_law() -> None:
-    """Of one degree of freedom less than there are groups; of lags, and of rows of their own, normal."""
+    """Of one degree of freedom less than there are groups, of windows by their number; of rows of their own normal."""
     groups = np.repeat(np.arange(GROUPS), EACH)
     for fit, t in (
         (dependent_rows(fitted(), groups=groups), scipy.stats.t.ppf(0.95, GROUPS - 1)),
-        (dependent_rows(fitted(), lags=4), scipy.stats.norm.ppf(0.95)),
+        (dependent_rows(fitted(), lags=4), scipy.stats.t.ppf(0.95, 3 * N * 5 / (2 * 25 + 1))),
         (fitted(), scipy.stats.norm.ppf(0.95)),
     ):
         table, errors = fit.summary(level=0.9), fit.stderr()
@@ -157,12 +158,17 @@ def test_a_parameter_of_one_group_is_told() -> None:
     np.testing.assert_allclose(clustered.stderr()["a"], np.sqrt((len(groups) - 1) * groups.var()), rtol=0.03)
 
 
+def share_of_mean(lags: int) -> float:
+    """Of the spread of N rows, by Bartlett's weights of all pairs of them."""
+    return sum((1 - abs(k) / (lags + 1)) * (N - abs(k)) for k in range(-lags, lags + 1)) / N**2
+
+
 @pytest.mark.parametrize("lags", [1, 4])
 def test_lags_are_those_of_least_squares(lags: int) -> None:
-    """Newey and West's of statsmodels, times N/(N − 1)."""
+    """Newey and West's of statsmodels, without the share that the mean of the rows takes away."""
     errors = dependent_rows(fitted(), lags=lags).stderr()
     expected = least_squares(cov_type="HAC", cov_kwds={"maxlags": lags, "use_correction": False})
-    np.testing.assert_allclose([errors["a"], errors["b"]], expected * (N / (N - 1)) ** 0.5, rtol=2e-4)
+    np.testing.assert_allclose([errors["a"], errors["b"]], expected / (1 - share_of_mean(lags)) ** 0.5, rtol=2e-4)
 
 
 def test_lags_in_a_field_are_products() -> None:
@@ -171,14 +177,15 @@ def test_lags_in_a_field_are_products() -> None:
     x = np.asarray(fit.args[0], np.float64)
     centred = x - x.mean()
     rows, columns = x.shape
-    total = 0.0
+    total = share = 0.0
     for i in range(-2, 3):
         for j in range(-4, 5):
             weight = (1 - abs(i) / 3) * (1 - abs(j) / 5)
             there = centred[max(i, 0) : rows + min(i, 0), max(j, 0) : columns + min(j, 0)]
             here = centred[max(-i, 0) : rows + min(-i, 0), max(-j, 0) : columns + min(-j, 0)]
             total += weight * np.sum(here * there)
-    expected = (total * x.size / (x.size - 1)) ** 0.5 / x.size
+            share += weight * here.size / x.size**2
+    expected = (total / (1 - share)) ** 0.5 / x.size
     with pytest.warns(UserWarning, match="windows that fit 16 times into the rows"):
         error = dependent_rows(fit, lags={"row": 2, "column": 4}).stderr()["mu"]
     np.testing.assert_allclose(error, expected, rtol=1e-4)
@@ -311,7 +318,7 @@ def test_a_series_of_one_point(model: Any) -> None:
         (1 - abs(k) / 4) * g[max(k, 0) : N + min(k, 0)].T @ g[max(-k, 0) : N + min(-k, 0)] for k in range(-3, 4)
     )
     inverse = np.linalg.inv(np.array(hessian) / 4e-8)
-    expected = np.sqrt(np.diag(inverse @ spread @ inverse) * N / (N - 1))
+    expected = np.sqrt(np.diag(inverse @ spread @ inverse) / (1 - share_of_mean(3)))
     errors = dependent_rows(fit, lags=3).stderr()
     np.testing.assert_allclose([errors["a"], errors["tau"]], expected, rtol=2e-3)
 
@@ -406,3 +413,22 @@ def test_groups_among_thousands_of_parameters() -> None:
     error = dependent_rows(fit, groups=LABELS).stderr(of=lambda estimates: estimates["mu"][0])
     sums = np.bincount(LABELS, x[:, 0].astype(np.float64) - x[:, 0].mean(dtype=np.float64))
     np.testing.assert_allclose(error, (np.sum(sums**2) * GROUPS / (GROUPS - 1)) ** 0.5 / N, rtol=1e-4)
+
+
+def test_intervals_cover_in_a_field() -> None:
+    """Of 90%, where cells depend on their neighbours alone: lags several times as far are needed, and do."""
+    rng = np.random.default_rng(0)
+    used = np.ones(900, bool)
+    covered = {1: 0, 6: 0}
+    for _ in range(600):
+        noise = rng.normal(size=(31, 31))
+        x = (noise[1:, 1:] + noise[1:, :-1] + noise[:-1, 1:] + noise[:-1, :-1]) / 2
+        gradients = (x - x.mean()).reshape(-1, 1)
+        for lags in covered:
+            windows = Dependence.of_windows((30, 30), {0: lags + 1, 1: lags + 1}, ["row", "column"])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The errors are from the spread over windows")
+                error = abs(spread_root(gradients, used, windows)[0, 0]) / 900
+            covered[lags] += abs(x.mean()) < scipy.stats.t.ppf(0.95, windows.degrees(used)) * error
+    assert 0.84 < covered[6] / 600 < 0.92
+    assert covered[1] / 600 < 0.83

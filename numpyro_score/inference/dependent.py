@@ -38,15 +38,18 @@ def dependent_rows(
               \quad\text{or}\quad S = \sum_{l=-L}^{L} \Bigl(1 - \frac{|l|}{L+1}\Bigr) \sum_t g_t g_{t+l}^\top:
 
     of groups c that are independent of each other, such as the visits of a patient [Liang & Zeger 1986], or of a series
-    whose rows are nearly independent more than L rows apart [Newey & West 1987]; in a field the product of such weights
-    along several axes [Conley 1999]. Both need many groups, or rows of many times L. Where the model is right and
+    [Newey & West 1987]; in a field the product of such weights along several axes [Conley 1999]. Both need many groups,
+    or rows of many times L. As rows l apart count by the weight 1 − l/(L + 1) only, L must be several times as large as
+    the distance at which rows still depend on each other, or errors are too small: where that is one row, and its
+    correlation ½ on either side, they are 0.87 of the right ones with L = 1 and 0.96 with L = 6; in a field the square
+    of that. Where the model is right and
     every row is given its past, as in `model(x, past)`, gradients are uncorrelated, and the ordinary errors are right.
 
     A fit follows its groups, and where they are few that S is too small. Up to 32 parameters and 1,000 groups the
     errors of groups are those of a jackknife: the spread of the G estimates without one group each, times (G − 1)/G.
     They are found from the group's gradient and Hessian, exactly where the objective is quadratic in the constrained
     values [Bell & McCaffrey 2002]; `stderr(of=...)` is their delta method. Intervals of `summary` are those of the t
-    law of G − 1 degrees of freedom [Cameron & Miller 2015].
+    law of G − 1 degrees of freedom [Cameron & Miller 2015], with lags of 3 N W / (2 W² + 1) for N rows and W = L + 1.
 
     What is computed from the sandwich follows: `stderr`, `covariance`, `summary`, `sample_posterior`, `to_arviz`,
     `calibrated_learning_rate`, `adjust_draws`. :meth:`influence` stays that of each row.
@@ -59,9 +62,9 @@ def dependent_rows(
             one point of real numbers by ISM or variance-reduced SSM.
         groups: the name of a plate of rows, one of several within each other; or a label for each row, (N,), of any
             kind, such as a column of a table.
-        lags: L, how many rows apart rows depend on each other, where they are in order; "auto" chooses it from the
-            gradients [Andrews 1991]. With rows in several plates {plate: L}: rows that differ in the index of
-            a plate that is not named are independent.
+        lags: L, several times the number of rows over which they depend on each other, where they are in order; "auto"
+            chooses it from the gradients [Andrews 1991]. With rows in several plates {plate: L}: rows that differ in
+            the index of a plate that is not named are independent.
 
     Returns:
         A fit.

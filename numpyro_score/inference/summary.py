@@ -288,7 +288,7 @@ def _intervals(
 ) -> dict[str, tuple[Any, Any]]:
     """Equal-tailed intervals: normal in unconstrained space where each number has one coordinate of its own there.
 
-    With G groups, by the t law of G − 1 degrees of freedom [Cameron & Miller 2015].
+    Of rows that depend on each other by the t law, with G groups of G − 1 degrees of freedom [Cameron & Miller 2015].
     """
     quantile = float(scipy.stats.t.ppf(probability, fit.curvature.degrees))
     c = fit.coordinates

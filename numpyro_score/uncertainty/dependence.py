@@ -88,9 +88,25 @@ class Dependence:
         return cls(scipy.sparse.csr_array(parts, shape=entry["shape"]), **{k: entry[k] for k in _SAID})
 
     def pieces(self, rows: Float[np.ndarray, "n k"], used: np.ndarray) -> Float[np.ndarray, "m k"]:
-        """What the spread is the sum of squares of, from rows of mean zero, which are zero where they are not used."""
-        count = self.count(used) if self.by_groups else int(used.sum())
-        return (self.sums @ rows) * (count / (count - 1)) ** 0.5
+        """What the spread is the sum of squares of, from rows of mean zero, which are zero where they are not used.
+
+        To take the mean away takes the spread of that from the sum: of G groups a share of 1/G, of windows of W of N
+        rows W/N, less what of them is over an end.
+        """
+        n = int(used.sum())
+        share = 1 / self.count(used) if self.by_groups else np.sum((self.sums @ used.astype(float)) ** 2) / n**2
+        return (self.sums @ rows) / (1 - share) ** 0.5
+
+    def degrees(self, used: np.ndarray) -> float:
+        """Of freedom of the spread, for the t law of intervals: G − 1 for G groups.
+
+        Of windows of W of N rows N/Σ_l (1 − |l|/W)² = 3NW/(2W² + 1), twice the squared mean of the spread over its
+        variance; along several axes it is more.
+        """
+        if self.by_groups:
+            return float(self.count(used) - 1)
+        window = self._rows_of_a_window()
+        return float(3 * used.sum() * window / (2 * window**2 + 1))
 
     def count(self, used: np.ndarray) -> int:
         """How many groups have a row that is used."""

@@ -75,7 +75,7 @@ class Curvature:
     effects: tuple[str, ...]  # the names of these terms
     distance: np.ndarray  # (P,), of the minimum from the estimates, in standard errors; see distance_to_minimum
     at_an_end: np.ndarray  # (P,), which coordinates are at the end of their constraint, and as if they were known
-    degrees: float = np.inf  # of freedom of the t law of intervals: one less than the groups that S is the spread over
+    degrees: float = np.inf  # of freedom of the t law of intervals: see `Dependence`
 
     @cached_property
     def covariance(self) -> np.ndarray:
@@ -171,7 +171,7 @@ def curvature(objective: Objective, dependence: Dependence | None = None) -> Cur
     warn_if_few_rows_enter(objective, entered, len(g), np.diag(loss_hessian), names)
     warn_if_few_rows_bend(objective, hessian, sums)
     size = np.sqrt(np.sum(g**2, axis=0))
-    degrees = float(dependence.count(used) - 1) if dependence is not None and dependence.by_groups else np.inf
+    degrees = np.inf if dependence is None else dependence.degrees(used)
     return Curvature(hessian, loss_hessian, root, size, beta, spread, names, distance, at_an_end, degrees)
 
 
