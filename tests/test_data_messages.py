@@ -232,3 +232,15 @@ def test_data_in_different_plates(names):
     match = rf"different plates .*'ex' in '{first}'.*'ey' in '{second}'.*generalized_bayes fit all of them"
     with pytest.raises(ValueError, match=match):
         Energy(model, {}, X)
+
+
+def test_a_covariate_that_is_missing_is_named():
+    def model(x, z):
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+            numpyro.factor("energy", z["age"] * x - x**2)
+
+    age = np.ones(5)
+    age[3] = np.nan
+    with pytest.raises(ValueError, match=r"Argument 'z' of the model has NaN in row 3 \(1 of 5\), and the log density"):
+        Energy(model, {}, np.arange(5.0), {"age": age}).check()

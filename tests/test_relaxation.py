@@ -8,7 +8,16 @@ import pytest
 from discretes import discrete
 from numpyro.distributions import constraints
 
-from numpyro_score import DiscreteFisher, Energy, PairLikelihood, PseudoLikelihood, RatioMatching
+from numpyro_score import (
+    ISM,
+    DiscreteFisher,
+    Energy,
+    Mixed,
+    PairLikelihood,
+    PseudoLikelihood,
+    RatioMatching,
+    hyvarinen_score,
+)
 
 WEIGHTS = np.array([[0.5, -1.0, 0.3], [1.2, 0.4, -0.7], [-0.6, 0.8, 0.9]], np.float32)
 CORNERS = {
@@ -76,3 +85,12 @@ def test_ratio_matching_of_a_network():
     np.testing.assert_allclose(
         RatioMatching()(Energy(model, {}, jnp.asarray(x, float)), jax.random.key(0)), expected, rtol=1e-5
     )
+
+
+def test_what_needs_derivatives_is_named():
+    """And losses in the wrong order."""
+    with pytest.raises(TypeError, match=r"The Hyvärinen score needs derivatives .* compare"):
+        hyvarinen_score(energy_of(QUADRATIC["linear"], jnp.ones((4, 3), int)))
+    for losses in ((PseudoLikelihood(), ISM()), (ISM(), ISM()), (PseudoLikelihood(), PseudoLikelihood())):
+        with pytest.raises(TypeError, match=r"as its (continuous|discrete) loss: write Mixed\(continuous, discrete\)"):
+            Mixed(*losses)

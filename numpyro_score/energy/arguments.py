@@ -115,6 +115,14 @@ def is_given(model: Callable[..., Any], static: Static, name: str) -> bool | Non
     return name in signature.bind_partial(*args, **kwargs).arguments
 
 
+def array_arguments(model: Callable[..., Any], arrays: list[Any], static: Static) -> list[tuple[str, Any]]:
+    """The arrays among the model's arguments, each with the name of the argument that it is of."""
+    args, kwargs = join_arrays(arrays, static)
+    signature = inspect.signature(_innermost(model))
+    given = signature.bind_partial(*args, **kwargs).arguments
+    return [(name, v) for name, value in given.items() for v in jax.tree.leaves(value) if hasattr(v, "dtype")]
+
+
 def takes_keyword(model: Callable[..., Any], name: str) -> bool:
     """Whether `model` can be called with the keyword `name`; handlers around it are looked through."""
     parameters = inspect.signature(_innermost(model)).parameters

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 from numpyro.distributions import constraints
 
+from numpyro_score.energy.arguments import array_arguments
 from numpyro_score.energy.bound import BoundModel
 from numpyro_score.energy.devices import by_device
 from numpyro_score.energy.layout import DataArray, Layout, row_weights
@@ -108,7 +109,8 @@ def _refuse(energy: BoundModel, what: int, name: str, bad: Any, names: str) -> N
         where = f" of {'column' if len(columns) == 1 else 'columns'} {', '.join(columns)}" if columns else ""
         raise ValueError(
             f"Data {names} have NaN or infinity in {rows_text(bad)}{where}: correct them or, if values are missing at "
-            "random, drop these rows, mask them with handlers.mask, or fit what was seen by MissingCells()."
+            "random, drop these rows, mask them with handlers.mask, or fit what was seen by MissingCells(); "
+            "comparisons need whole rows."
         )
     _refuse_failing(energy, bad, names)
 
@@ -129,6 +131,15 @@ def _refuse_failing(energy: BoundModel, failing: Any, names: str) -> NoReturn:
             _, support, values = _seen(energy, a.name)
             touch = failing & on_boundary(a.support.kind, support, values)
             if fetch(touch.any()):
+                if a.support.kind == "simplex":
+                    raise ValueError(
+                        f"The {what} is not finite in {rows_text(touch)} of data '{a.name}', with a share of zero, as "
+                        "on the simplex it is that of the square roots of shares: observe under flat_simplex if the "
+                        "density itself is finite there; mask these rows with handlers.mask if the exponents of shares "
+                        "are given, for then the objective has no parameters there; put half of the smallest step that "
+                        "is measured in their place if these are small values rounded, and divide the rows by their "
+                        "sums; if zeros occur with a probability of their own, model these rows apart."
+                    )
                 shares = a.support.kind != "box"
                 where = "with a share of zero" if shares else "on the boundary of its support"
                 raise ValueError(
@@ -137,6 +148,14 @@ def _refuse_failing(energy: BoundModel, failing: Any, names: str) -> NoReturn:
                     + (" and divide the rows by their sums" if shares else "")
                     + "; if they occur with a probability of their own, model these rows apart."
                 )
+    for name, value in array_arguments(energy.model, energy._arrays, energy._static):
+        if jnp.issubdtype(value.dtype, jnp.floating) and fetch(jnp.isnan(value).any()):
+            by_row = value.ndim > 0 and len(value) == energy.num_rows
+            where = f" in {rows_text(jnp.isnan(value).reshape(len(value), -1).any(1))}" if by_row else ""
+            raise ValueError(
+                f"Argument '{name}' of the model has NaN{where}, and the {what} of {names} is not finite in "
+                f"{rows_text(failing)}: correct it, or drop these rows or mask them with handlers.mask."
+            )
     raise ValueError(
         f"The {what} of {names} is not finite in {rows_text(failing)}: correct the density at these rows, or start "
         "from other parameters (init_params, or the guide's init_loc_fn)"

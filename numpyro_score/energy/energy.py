@@ -141,13 +141,18 @@ class Energy(ReadModel):
             )
         return run_compiled(_latent_probabilities, self.at(x))
 
-    def require_continuous(self, owner: str = "A score") -> None:
+    def require_continuous(
+        self,
+        owner: str = "A score",
+        instead: str = "use PseudoLikelihood(), RatioMatching() or DiscreteFisher(), with Mixed(...) beside continuous "
+        "sites",
+    ) -> None:
         """Raises TypeError if some of the data are discrete, whose density has no derivatives."""
         for a in self.arrays:
             if a.support.is_discrete:
                 raise TypeError(
-                    f"{owner} needs derivatives in the data, and site '{a.name}' is discrete ({a.support.kind}): use "
-                    "PseudoLikelihood(), RatioMatching() or DiscreteFisher(), with Mixed(...) beside continuous sites."
+                    f"{owner} needs derivatives in the data, and site '{a.name}' is discrete ({a.support.kind}): "
+                    f"{instead}."
                 )
 
     def _over_rows(self, f: Callable[[Energy, Array], Any], x: Any) -> Any:

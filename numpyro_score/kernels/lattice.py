@@ -54,7 +54,8 @@ def gibbs_chains(lattice: Lattice, scan: Literal["systematic", "random"] = "syst
     """
     if lattice.num_values is None:
         raise ValueError(
-            "Gibbs draws from all values of a number, and counts have no largest one: use GibbsWithGradients()."
+            "Gibbs draws from all values of a number, and counts have no largest one, or the model computes its "
+            "bounds: use GibbsWithGradients(), or write bounds as Python or NumPy integers."
         )
 
     def step(rng_key: Array, state: LatticeState) -> LatticeState:

@@ -197,7 +197,13 @@ def refuse_kinks(loss: Loss, energy: Energy) -> None:
 
 
 def refuse_kinks_of_score(energy: Energy, instead: str) -> None:
-    """Raises ValueError where the density's slope jumps among the data, for what needs its second derivatives."""
+    """For what needs second derivatives of the density in all of the data.
+
+    Raises:
+        TypeError: for discrete data.
+        ValueError: where its slope jumps among the data.
+    """
+    energy.require_continuous("The Hyvärinen score", "compare(...) has a score of the discrete data, and of mixed rows")
     if (kink := find_kink(energy)) is not None:
         refuse_kink(
             kink, "the Hyvärinen score would be wrong, as its second derivative leaves the jump out",

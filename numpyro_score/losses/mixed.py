@@ -68,6 +68,12 @@ class Mixed:
                     f"Mixed adds values of rows, and {type(loss).__name__} has parameters, memory or no objective of "
                     "its own: use ISM(), SSM() or DSM(...) beside a discrete loss."
                 )
+        for name, loss, discrete in (("continuous", self.continuous, False), ("discrete", self.discrete, True)):
+            if getattr(loss, "takes_discrete", False) != discrete or isinstance(loss, Mixed):
+                raise TypeError(
+                    f"Mixed got {type(loss).__name__} as its {name} loss: write Mixed(continuous, discrete), e.g. "
+                    "Mixed(ISM(), PseudoLikelihood())."
+                )
         positive("Mixed", "weight", self.weight)
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
