@@ -170,7 +170,7 @@ def experiment(s: Settings, seed: int = 0, progress_bar: bool = False) -> dict:
     return {
         "filters": filters,
         "gabors": {name: fit_gabors(f) for name, f in filters.items()},
-        "objective": float(ISM()(held_out, key).mean()) / s.dim,
+        "objective": float(jax.jit(lambda energy: ISM()(energy, key).mean())(held_out)) / s.dim,
         "gaussian": gaussian_objective(np.float64(train), np.float64(test)) / s.dim,
         "seconds": seconds,
     }

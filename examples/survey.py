@@ -170,7 +170,9 @@ def exact_children(y, z, nu=None):
         return float(value), np.asarray(slope, np.float64)
 
     t = scipy.optimize.minimize(at, start, jac=True).x
-    errors = np.sqrt(np.diag(np.linalg.inv(np.asarray(jax.hessian(loss)(jnp.asarray(t, z.dtype)), float))) / len(y))
+    errors = np.sqrt(
+        np.diag(np.linalg.inv(np.asarray(jax.jit(jax.hessian(loss))(jnp.asarray(t, z.dtype)), float))) / len(y)
+    )
     return np.append(t, [] if nu is None else nu), errors, -float(loss(jnp.asarray(t, z.dtype)))
 
 

@@ -184,5 +184,7 @@ def _equal(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, np.ndarray | np.generic):
         return a.dtype == b.dtype and np.shape(a) == np.shape(b) and a.tobytes() == b.tobytes()
+    if isinstance(a, float) and a != a:
+        return bool(b != b)  # NaN is not equal to itself
     # A float that is equal may still be another number: -0.0.
     return isinstance(a, Hashable) and not isinstance(a, jax.Array) and a == b and repr(a) == repr(b)

@@ -1,6 +1,6 @@
-"""What test_processes.py runs, as one of several processes: python process_job.py PROCESSES RANK PORT FOLDER DEVICES.
+"""What test_processes.py runs, as one of several processes: python process_job.py PROCESSES RANK PORT FOLDER.
 
-With more than two devices it does less.
+Each of two and of three processes has a device; a single one does in turn what both do together. Three do less.
 """
 
 import os
@@ -11,14 +11,8 @@ import traceback
 import warnings
 from pathlib import Path
 
-COUNT, RANK, PORT, FOLDER, DEVICES = (
-    int(sys.argv[1]),
-    int(sys.argv[2]),
-    sys.argv[3],
-    Path(sys.argv[4]),
-    int(sys.argv[5]),
-)
-OWN = DEVICES // COUNT
+COUNT, RANK, PORT, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+OWN = 3 if COUNT == 1 else 1
 # As conftest.py compiles, on as many devices as this process has.
 FLAGS = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, f"--xla_force_host_platform_device_count={OWN}"])
@@ -44,8 +38,9 @@ from numpyro.distributions import constraints  # noqa: E402
 from numpyro_score import CD, FSM, MALA, PCD, SSM, ScoreMatching, load  # noqa: E402
 from numpyro_score.inference import loop  # noqa: E402
 
-N = 200
-ROWS = NamedSharding(jax.make_mesh((DEVICES,), ("rows",)), PartitionSpec("rows"))
+N = 210
+STEPS = 400  # of a long run: those of its calls are 1, 8 and up to four times as many as in the call before
+ADAM = optax.adam(1e-3)  # one object, whose programs all fits of one loss share
 X = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
 
 
@@ -73,22 +68,23 @@ def exponential(x):
         numpyro.factor("energy", -rate * jnp.sum(x**2, axis=-1))
 
 
-def placed(x):
-    """The rows over all devices, each process giving its own."""
-    size = N // COUNT
-    return jax.make_array_from_process_local_data(ROWS, x[RANK * size : (RANK + 1) * size])
+def placed(x, devices=2):
+    """The rows over the first devices, each process giving its own."""
+    size, mesh = N // COUNT, jax.make_mesh((devices,), ("rows",), devices=jax.devices()[:devices])
+    rows = NamedSharding(mesh, PartitionSpec("rows"))
+    return jax.make_array_from_process_local_data(rows, x[RANK * size : (RANK + 1) * size])
 
 
-def with_value(row, value, x=X):
+def with_value(row, value, x=X, devices=2):
     """The data with another value in one row."""
     x = x.copy()
     x[row] = value
-    return placed(x)
+    return placed(x, devices)
 
 
 def message(model, x, loss, key=None, optim=None, **options):
     """What a fit says that fails."""
-    optim, key = optim or optax.adam(1e-2), jax.random.key(2) if key is None else key
+    optim, key = optim or ADAM, jax.random.key(2) if key is None else key
     try:
         ScoreMatching(model, optim=optim, loss=loss, num_steps=5).run(key, x, **options)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -101,13 +97,13 @@ def run(sm, x, **kwargs):
 
 
 class Stopping(tqdm.tqdm):
-    """A progress bar at which Ctrl-C is pressed, on the last process, after 500 steps."""
+    """A progress bar at which Ctrl-C is pressed, on the last process, after 60 steps."""
 
     taken = 0  # which a bar that is not shown does not count
 
     def update(self, n=1):
         before, self.taken = self.taken, self.taken + n
-        if before < 500 <= self.taken and RANK == COUNT - 1:
+        if before < 60 <= self.taken and RANK == COUNT - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -117,9 +113,9 @@ def stopped_and_resumed(sm, x):
     bar, loop.tqdm = loop.tqdm, Stopping
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        stopped = run(sm, x, num_steps=3000, checkpoint=FOLDER / "stopped")
+        stopped = run(sm, x, num_steps=STEPS, checkpoint=FOLDER / "stopped")
     loop.tqdm = bar
-    resumed = run(sm, x, num_steps=3000, checkpoint=FOLDER / "stopped")
+    resumed = run(sm, x, num_steps=STEPS, checkpoint=FOLDER / "stopped")
     return len(stopped.losses), resumed.losses, resumed.params["a"]
 
 
@@ -151,28 +147,28 @@ def batches(number, fault=None):
 def batch_message(items):
     """What a fit to batches says that fails."""
     try:
-        ScoreMatching(quartic, optim=optax.adam(1e-2), loss=SSM()).run_batches(
-            0, items, num_steps=6, progress_bar=False
-        )
+        ScoreMatching(quartic, optim=ADAM, loss=SSM()).run_batches(0, items, num_steps=6, progress_bar=False)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         return str(error)
     return "no error"
 
 
 def further():
-    """Losses with chains, standard errors, batches, Ctrl-C and data that no other process sees."""
+    """Losses with chains, standard errors, batches and Ctrl-C; of several processes what only one of them meets."""
     x, kernel = placed(X), MALA(step_size=0.05)
     found = {}
     for name, loss in (("pcd", PCD(40, kernel=kernel, restart=0.1)), ("cd", CD(2, kernel=kernel)), ("fsm", FSM())):
-        found[name] = run(ScoreMatching(quartic, optim=optax.adam(1e-2), loss=loss, num_steps=50), x).params["a"]
-    sm = ScoreMatching(quartic, optim=optax.adam(1e-3), loss=SSM())
+        found[name] = run(ScoreMatching(quartic, optim=ADAM, loss=loss, num_steps=50), x).params["a"]
+    sm = ScoreMatching(quartic, optim=ADAM, loss=SSM())
     found["stopped"], found["resumed_losses"], found["resumed_a"] = stopped_and_resumed(sm, x)
     found |= errors_of(ScoreMatching(quartic).run(0, x, progress_bar=False))
     found["batches"] = sm.run_batches(0, batches(6), num_steps=6, num_rows=1000, progress_bar=False).params["a"]
+    if COUNT == 1:
+        return found
     for fault in ("end", "raise", "missing"):
         found[f"batches_{fault}"] = batch_message(batches(6, fault))
     found["no_directory"] = message(quartic, x, SSM(), checkpoint=FOLDER.parent / "file")
-    found["other_rates"] = message(quartic, x, SSM(), optim=optax.adam(0.01 * (1 + RANK)))
+    found["other_rates"] = message(quartic, x, SSM(), optim=optax.adam(1e-3 * (1 + RANK)))
     found["other_steps"] = message(quartic, x, SSM(), num_steps=5 + RANK)
     found["other_keys"] = message(quartic, x, SSM(), key=jax.random.key(RANK))
     found["other_arguments"] = message(quartic, x, SSM(), power=4 + 2 * RANK)
@@ -181,27 +177,43 @@ def further():
     return found
 
 
-def main():
-    sm, x = ScoreMatching(quartic, optim=optax.adam(1e-3), loss=SSM(), num_steps=60), placed(X)
-    first = run(sm, x, checkpoint=FOLDER / "saved", checkpoint_every=1e-9)
-    again = run(sm, x, checkpoint=FOLDER / "saved")
-    missing = message(quartic, with_value(150, np.nan), SSM())
-    found = {"losses": first.losses, "a": first.params["a"], "saved_losses": again.losses, "saved_a": again.params["a"]}
-    if DEVICES > 2:
-        np.savez(FOLDER / f"found-{COUNT}-{RANK}.npz", **found, missing=missing)
-        return
+def saved(sm, devices):
+    """A run that is saved, the same read back, and the error at a row that is not there."""
+    x, folder = placed(X, devices), FOLDER / f"saved-{devices}"
+    first = run(sm, x, checkpoint=folder, checkpoint_every=1e-9)
+    again = run(sm, x, checkpoint=folder)
+    missing = message(quartic, with_value(150, np.nan, devices=devices), SSM())
+    return {
+        "losses": first.losses,
+        "a": first.params["a"],
+        "saved_losses": again.losses,
+        "saved_a": again.params["a"],
+        "missing": missing,
+    }
+
+
+def all_of(sm):
+    """What is compared between one process and two."""
+    found = saved(sm, 2)
     true_clock, factor = time.perf_counter, 100.0 if RANK else 1.0
     time.perf_counter = lambda: factor * true_clock()
-    long = run(sm, x, num_steps=3000)
+    long = run(sm, placed(X), num_steps=STEPS)
     time.perf_counter = true_clock
-    found |= {
+    return found | {
         "long_losses": long.losses,
         "long_a": long.params["a"],
-        "missing": missing,
         "outside": message(exponential, with_value(150, -2.0, np.abs(X)), SSM()),
         "kink": message(root, with_value(150, 0.0), SSM(allow_kinks=True)),
+        **further(),
     }
-    np.savez(FOLDER / f"found-{COUNT}-{RANK}.npz", **found, **further())
+
+
+def main():
+    sm = ScoreMatching(quartic, optim=ADAM, loss=SSM(), num_steps=60)
+    if COUNT < 3:
+        np.savez(FOLDER / f"found-2-{RANK}.npz", **all_of(sm))
+    if COUNT != 2:
+        np.savez(FOLDER / f"found-3-{RANK}.npz", **saved(sm, 3))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from numpyro_score import ISM, MALA, PCD, SSM, ScoreMatching
 from numpyro_score.uncertainty import SandwichError
 
 X = np.random.default_rng(0).normal(size=(240, 2)).astype(np.float32)
-BATCHES = [X[:100], X[100:150], X[150:]]  # no two of one size
+BATCHES = [X[:100], X[100:140], X[140:]]  # not all of one size
+EQUAL = list(X.reshape(6, 40, 2))
 
 
 def quartic(x):
@@ -87,10 +88,10 @@ def test_masked_rows_are_no_rows():
 def test_losses_that_draw(loss):
     """Each batch has random numbers of its own, so that errors agree as far as one draw of them does."""
     sm = ScoreMatching(quartic, loss=loss, optim=optax.adam(1e-2), num_steps=600)
-    fit = sm.run_batches(0, list(X.reshape(6, 40, 2)), num_rows=len(X), num_steps=600, progress_bar=False)
+    fit = sm.run_batches(0, EQUAL, num_rows=len(X), num_steps=600, progress_bar=False)
     whole = ScoreMatching(quartic, loss=loss, optim=optax.adam(1e-2), num_steps=1)
     whole = whole.run(0, X, init_state=fit.state, progress_bar=False)
-    close(fit.over_batches(BATCHES).stderr(), whole.stderr(), 0.3)
+    close(fit.over_batches(EQUAL).stderr(), whole.stderr(), 0.3)
 
 
 def test_a_fit_that_has_not_arrived(whole):
@@ -119,6 +120,6 @@ def test_what_is_refused(whole, summed):
         whole.over_batches(BATCHES, num_rows=100)
     with pytest.raises(SandwichError, match="the batches have 1"):
         whole.over_batches([X[:1]])
-    hierarchy = ScoreMatching(grouped).run(0, X, progress_bar=False)
+    hierarchy = ScoreMatching(grouped, optim=optax.adam(1e-2), num_steps=1).run(0, X, progress_bar=False)
     with pytest.raises(SandwichError, match="batches do not show whole groups"):
         hierarchy.over_batches(BATCHES)

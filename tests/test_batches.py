@@ -123,7 +123,7 @@ def test_weights_are_those_of_a_subsampled_plate():
     drawn = numpyro.handlers.trace(
         numpyro.handlers.seed(numpyro.handlers.substitute(svi.model, svi.get_params(state)), model_key)
     ).get_trace(X)["rows"]["value"]
-    new, value = svi.update(state, X)
+    new, value = jax.jit(svi.update)(state, X)
     ours = fit([X[drawn]], svi=fitter(ISM(), optax.sgd(1e-5), learning_rate=0.3), num_rows=120, init_state=state)
     np.testing.assert_allclose(ours.losses[0], value, rtol=1e-5)
     np.testing.assert_allclose(ours.params["a_auto_loc"], svi.get_params(new)["a_auto_loc"], rtol=1e-6)

@@ -1,5 +1,6 @@
 """The example of natural images, in parts and in its short setting."""
 
+import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,12 +22,19 @@ def test_experts_density_is_the_formula(images):
     u = np.abs(x @ w)
     f = -np.sum(alpha * (u + np.log1p(np.exp(-2 * u)) - np.log(2)), axis=1)
     params = {"w": jnp.asarray(w, dtype=float), "alpha": jnp.asarray(alpha, dtype=float)}
-    given, _ = log_density(images.model, (jnp.asarray(x, dtype=float), 6), {}, params)
+    rows = jnp.asarray(x, dtype=float)
+    given = jax.jit(lambda x, at: log_density(images.model, (x, 6), {}, at)[0])(rows, params)
     np.testing.assert_allclose(given, f.sum(), rtol=1e-5)
-    with handlers.seed(rng_seed=0):
-        batch, trace = log_density(images.model, (jnp.asarray(x, dtype=float), 6, 2), {}, params)
-    rows = [int(np.argmin(np.abs(x - row).sum(1))) for row in np.asarray(trace["x"]["value"])]
-    np.testing.assert_allclose(batch, 2 * f[rows].sum(), rtol=1e-5)
+
+    @jax.jit
+    def of_batch(x, at):
+        with handlers.seed(rng_seed=0):
+            batch, trace = log_density(images.model, (x, 6, 2), {}, at)
+        return batch, trace["x"]["value"]
+
+    batch, drawn = of_batch(rows, params)
+    numbers = [int(np.argmin(np.abs(x - row).sum(1))) for row in np.asarray(drawn)]
+    np.testing.assert_allclose(batch, 2 * f[numbers].sum(), rtol=1e-5)
 
 
 @pytest.mark.slow

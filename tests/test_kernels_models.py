@@ -190,8 +190,9 @@ def test_params_and_random_numbers_of_the_model(x64):
     def scores(kernel):
         state = kernel.init(KEY, 0, {"mu": jnp.array(0.0)}, (None,), {})
         found = [state.chain.score[0] + state.z["mu"]]
+        step = jax.jit(lambda state: kernel.sample(state, (None,), {}))
         for _ in range(3):
-            state = kernel.sample(state, (None,), {})
+            state = step(state)
             found.append(state.chain.score[0] + state.z["mu"])
         np.testing.assert_allclose(kernel.postprocess_fn((None,), {})(state.z)["shifted"], state.z["mu"] + 2)
         return np.array(found)

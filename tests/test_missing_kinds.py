@@ -111,13 +111,18 @@ def test_draws_of_integers_are_weighted() -> None:
     many = np.isnan(x).sum(axis=1) == 3
     expected = np.array([by_enumeration(row, DISCRETE["pseudo"][1]) for row in x])
     loss = MissingCells(PseudoLikelihood(), 6)
-    values = jax.jit(lambda k: row_losses(loss, at_truth(x), k)[0])
-    found = np.stack([values(k) for k in jax.random.split(KEY, 200)])
+    energy = at_truth(x)
+
+    @jax.jit
+    def draws(keys: Any) -> Any:
+        values = jax.lax.map(lambda k: row_losses(loss, energy, k)[0], keys)
+        return values, loss.effective_draws(energy, KEY)
+
+    found, effective = map(np.asarray, draws(jax.random.split(KEY, 200)))
     np.testing.assert_allclose(found[:, ~many], np.broadcast_to(expected[~many], found[:, ~many].shape), atol=1e-5)
     assert (found[:, many].std(axis=0) > 0.01).all()
-    large = np.asarray(row_losses(MissingCells(PseudoLikelihood(), 4000), at_truth(x), KEY)[0])
+    large = np.asarray(row_losses(MissingCells(PseudoLikelihood(), 64), energy, KEY)[0])
     np.testing.assert_allclose(large, expected, atol=1e-5)  # eight values, again all of them
-    effective = np.asarray(loss.effective_draws(at_truth(x), KEY))
     assert (effective[~many] == 6).all() and (effective[many] < 6).all() and (effective[many] > 1).all()
 
 
@@ -207,25 +212,26 @@ def test_mixed_rows_by_sums_and_integrals(x64: Any) -> None:
     found = np.asarray(row_losses(loss, energy, KEY)[0])
     precision, b = np.array([[1.0, -0.4], [-0.4, 1.0]]), np.array([1.0, -0.5])
 
-    def log_marginal(spin: float, y: Any, seen: np.ndarray) -> Any:
-        """log ∫ e^f over what of y is missing, by the normal law of y given the spin."""
-        mean, covariance = np.linalg.solve(precision, b * spin), np.linalg.inv(precision)
-        constant = 0.3 * spin + 0.5 * b @ mean * spin
-        if not seen.any():
-            return jnp.asarray(constant)
-        away, block = y[seen] - mean[seen], covariance[np.ix_(seen, seen)]
-        return constant - 0.5 * away @ np.linalg.solve(block, np.eye(len(block))) @ away
+    def normal(spin: float, y: np.ndarray, seen: np.ndarray) -> tuple[float, np.ndarray, float]:
+        """log ∫ e^f over what of y is missing, by the normal law of y given the spin; its gradient and Laplacian."""
+        mean, inverse = (
+            np.linalg.solve(precision, b * spin),
+            np.linalg.inv(np.linalg.inv(precision)[np.ix_(seen, seen)]),
+        )
+        away = y[seen] - mean[seen]
+        value = 0.3 * spin + 0.5 * b @ mean * spin - 0.5 * away @ inverse @ away
+        return value, -inverse @ away, -np.trace(inverse)
 
     for row, value in zip(rows, found, strict=True):
-        spin, y, seen = row[0], jnp.nan_to_num(row[1:]), ~np.isnan(row[1:])
-
-        def of_y(y: Any, spin: float = spin, seen: np.ndarray = seen) -> Any:
-            values = (0.0, 1.0) if np.isnan(spin) else (spin,)
-            return jax.nn.logsumexp(jnp.stack([log_marginal(v, y, seen) for v in values]))
-
-        expected = 0.5 * (0.5 * jnp.sum(jax.grad(of_y)(y) ** 2) + jnp.trace(jax.hessian(of_y)(y)))
+        spin, y, seen = row[0], row[1:], ~np.isnan(row[1:])
+        parts = [normal(v, y, seen) for v in ((0.0, 1.0) if np.isnan(spin) else (spin,))]
+        logs = np.array([log for log, _, _ in parts])
+        shares = np.exp(logs - np.logaddexp.reduce(logs))
+        score = sum(share * slope for share, (_, slope, _) in zip(shares, parts, strict=True))
+        mean_curvature = sum(w * (bend + slope @ slope) for w, (_, slope, bend) in zip(shares, parts, strict=True))
+        expected = 0.5 * (0.5 * score @ score + mean_curvature - score @ score)
         if not np.isnan(spin):
-            expected += jnp.logaddexp(0.0, log_marginal(1 - spin, y, seen) - log_marginal(spin, y, seen))
+            expected += np.logaddexp(0.0, normal(1 - spin, y, seen)[0] - logs[0])
         assert abs(value - expected) < 0.06
 
 
@@ -258,7 +264,7 @@ def test_zeros_and_bounds_of_each_row() -> None:
             x = site("x", constraints.integer_interval(0, n[:, None]), x)
             numpyro.factor("energy", numpyro.param("a", 0.1) * x.sum(-1))
 
-    filled = np.asarray(typical_rows(Energy(binomial, {"a": jnp.array(0.1)}, x, n)))
+    filled = np.asarray(jax.jit(typical_rows)(Energy(binomial, {"a": 0.1}, x, n)))
     assert (filled <= n[:, None]).all() and (filled == np.round(filled)).all()
     np.testing.assert_array_equal(filled[~np.isnan(x)], x[~np.isnan(x)])
 
@@ -268,8 +274,8 @@ def test_zeros_and_bounds_of_each_row() -> None:
             numpyro.factor("energy", -numpyro.param("a", 1.0) * jnp.sum(x, axis=-1))
 
     x = with_holes(np.where(rng.uniform(size=(400, 3)) < 0.1, 0.0, rng.exponential(2.0, (400, 3))), 0.3)
-    energy = Energy(positive, {"a": jnp.array(0.5)}, x)
-    assert all(np.isfinite(v).all() for v in moments(energy))
+    energy = Energy(positive, {"a": 0.5}, x)
+    assert all(np.isfinite(v).all() for v in jax.jit(moments)(energy))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*boundary|.*zero")
         fit = ScoreMatching(positive, loss=MissingCells(num_draws=16), num_steps=400).run(KEY, x, progress_bar=False)
@@ -287,14 +293,20 @@ def test_rows_that_do_not_count_and_cells_that_are_wrong() -> None:
             numpyro.factor("energy", x @ numpyro.param("b", jnp.zeros(4)))
 
     x, used = spin_rows(100, 0.25), np.arange(100) < 90
-    loss, params = MissingCells(num_draws=8), {"b": jnp.asarray(FIELDS)}
-    expected = np.asarray(row_losses(loss, Energy(masked, params, x, used), KEY)[0])
+    loss = MissingCells(num_draws=8)
+
+    @jax.jit
+    def of(x: Any) -> Any:
+        energy = Energy(masked, {"b": FIELDS}, x, used)
+        return typical_rows(energy), row_losses(loss, energy, KEY)[0], loss.effective_draws(energy, KEY)
+
+    typical, expected, _ = of(x)
     for other in (0.5, np.inf, -9999.0):
         odd = np.where(used[:, None], x, other).astype(np.float32)
-        energy = Energy(masked, params, odd, used)
-        np.testing.assert_array_equal(typical_rows(energy)[:90], typical_rows(Energy(masked, params, x, used))[:90])
-        np.testing.assert_allclose(row_losses(loss, energy, KEY)[0], expected, rtol=1e-5)
-        assert (loss.effective_draws(energy, KEY)[90:] == 8).all()
+        filled, found, effective = map(np.asarray, of(odd))
+        np.testing.assert_array_equal(filled[:90], typical[:90])
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert (effective[90:] == 8).all()
     ScoreMatching(masked, loss=loss, num_steps=1).run(KEY, odd, used, progress_bar=False)
     x[np.flatnonzero(~np.isnan(x[:, 0]))[3], 0] = 0.5
     with pytest.raises(ValueError, match=r"outside of the support of the site in row \d+ \(1 of 100\)"):

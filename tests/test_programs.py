@@ -135,6 +135,19 @@ def test_objects_share_programs(compiled):
     assert float(Holder(lambda x: jnp.sinh(x) @ weights[0]).run(X, 2.0, n=2)["value"]) != expected
 
 
+def test_programs_with_nan_are_shared(compiled):
+    """NaN, which is not equal to itself, is the same in two programs; another number in its place is not."""
+
+    def ends(other):
+        return np.asarray(Holder(lambda x: jnp.where(x > 1, x, other)).run(X, 1.0, n=2)["value"])
+
+    np.testing.assert_array_equal(ends(np.nan), [np.nan, 2.0, 3.0])
+    before = compiled()
+    np.testing.assert_array_equal(ends(np.nan), [np.nan, 2.0, 3.0])
+    assert compiled() == before
+    np.testing.assert_array_equal(ends(5.0), [5.0, 2.0, 3.0])
+
+
 def test_numpy_arrays_closed_over(compiled):
     """As NumPyro's distributions have them: equal ones share a program, others and large ones have their own."""
 

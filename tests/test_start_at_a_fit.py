@@ -36,9 +36,8 @@ def tilted(x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sd", [0.2, 0.5])
-def test_chains_of_a_hierarchy_that_start_at_the_fit_agree(sd):
-    x = CENTRES[GROUP] + sd * np.asarray(jax.random.normal(jax.random.key(0), GROUP.shape))
+def test_chains_of_a_hierarchy_that_start_at_the_fit_agree():
+    x = CENTRES[GROUP] + 0.2 * np.asarray(jax.random.normal(jax.random.key(0), GROUP.shape))
     fit = ScoreMatching(hierarchy, num_steps=1000).run(jax.random.key(1), x, GROUP, progress_bar=False)
     mcmc = MCMC(
         NUTS(generalized_bayes(hierarchy, ISM()), init_strategy=fit.init_strategy), num_warmup=200, num_samples=200,

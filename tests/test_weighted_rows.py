@@ -60,7 +60,7 @@ def test_values_at_given_rows(x64):
 
 
 @pytest.mark.slow
-def test_weighted_rows_stand_for_their_law():
+def test_weighted_rows_stand_for_their_law(optimised):
     """Against N(0.5, 1) the mean of MMD² is right, and its errors are; the Stein test against N(0, 1) has its level.
 
     Of 600 data sets the variance has a relative error of 6%, and shares of 0.05 one of 0.009. A ratio of means is off
@@ -71,17 +71,19 @@ def test_weighted_rows_stand_for_their_law():
     x, w = (jnp.asarray(np.stack(v), float) for v in zip(*drawn, strict=True))
     w /= w.mean(1, keepdims=True)
     y = jnp.asarray(rng.normal(size=(count, n)) + 0.5, float)
-    statistic = jax.vmap(lambda x, y, w: weighted_mmd_statistic(x, y, w, jnp.ones(n), 1.0))
+    statistic = jax.jit(jax.vmap(lambda x, y, w: weighted_mmd_statistic(x, y, w, jnp.ones(n), 1.0)))
     values, errors = map(np.asarray, statistic(x[..., None], y[..., None], w))
     exact = 2 * 3**-0.5 * (1 - np.exp(-(0.5**2) / 6))
     assert abs(values.mean() - exact) < 4 * values.std() / np.sqrt(count) + 0.04 * exact
     assert 0.8 < np.mean(errors**2) / values.var() < 1.4
 
-    def pvalues(w):
-        def one(x, w, key):
-            return weighted_stein_statistic(stein_kernel("imq"), (x, -x), w, key, 200)[2]
+    @jax.jit
+    @jax.vmap
+    def pvalue(x, w, key):
+        return weighted_stein_statistic(stein_kernel("imq"), (x, -x), w, key, 200)[2]
 
-        return np.asarray(jax.vmap(one)(x[..., None], w, jax.random.split(KEY, count)))
+    def pvalues(w):
+        return np.asarray(pvalue(x[..., None], w, jax.random.split(KEY, count)))
 
     assert abs(np.mean(pvalues(w) <= 0.05) - 0.05) < 0.03
     assert np.mean(pvalues(jnp.ones_like(w)) <= 0.05) > 0.5

@@ -22,7 +22,7 @@ from numpyro_score.losses.ism import ISM
 from numpyro_score.losses.mixed import Mixed
 from numpyro_score.losses.ssm import SSM
 from numpyro_score.placement import fetch
-from numpyro_score.programs import run_compiled
+from numpyro_score.programs import being_traced, run_compiled
 
 __all__ = ["MissingCells"]
 
@@ -166,6 +166,8 @@ class MissingCells:
 
         Few of them make the loss noisy and biased: give more draws.
         """
+        if not being_traced((energy, rng_key)):
+            return run_compiled(self.effective_draws, energy, rng_key)  # one program, not one for each operation
         energy, weights = energy.usable()
         seen, exact = self._seen(self.prepare(energy), rng_key)
         return jnp.where(exact | (weights == 0), self.num_draws, seen.effective_points())
