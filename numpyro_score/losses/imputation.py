@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from numpyro_score import random
 from numpyro_score.energy import Energy
 
 __all__ = ["Draws", "Moments", "draw", "moments", "typical_rows"]
@@ -163,8 +164,8 @@ def _draw_on_line(
     centre, root = jax.vmap(conditional)(u, missing)
     normal_key, scale_key = jax.random.split(rng_key)
     half = num_draws // 2
-    z = jax.random.normal(normal_key, (half, *u.shape), u.dtype)
-    scale = jnp.mean(jax.random.normal(scale_key, (half, len(u), _FREEDOM), u.dtype) ** 2, axis=-1, keepdims=True)
+    z = random.normal(normal_key, (half, *u.shape), u.dtype)
+    scale = jnp.mean(random.normal(scale_key, (half, len(u), _FREEDOM), u.dtype) ** 2, axis=-1, keepdims=True)
     z = jnp.where(missing, z / jnp.sqrt(scale), 0.0)
     z = jnp.concatenate([z, -z])
     log_q = -0.5 * (_FREEDOM + missing.sum(axis=1)) * jnp.log1p(jnp.sum(z**2, axis=-1) / _FREEDOM)
