@@ -166,6 +166,9 @@ class MissingCells:
 
         Few of them make the loss noisy and biased: give more draws.
         """
+        return run_compiled(self._effective_draws, energy, rng_key)  # type: ignore[no-any-return]
+
+    def _effective_draws(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         energy, weights = energy.usable()
         seen, exact = self._seen(self.prepare(energy), rng_key)
         return jnp.where(exact | (weights == 0), self.num_draws, seen.effective_points())
