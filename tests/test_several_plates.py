@@ -170,16 +170,16 @@ def test_several_sites_in_one_of_the_plates() -> None:
             numpyro.factor("f", -0.5 * t * y**2)
 
     fit = ScoreMatching(model).run(KEY, vectors, angles, Y, progress_bar=False)
-    # ½ θ² q − θ l of each row
+    # ½ θ² q − θ c of each row
     terms = {
         "k": ((vectors[keep] ** 2).sum(axis=1), np.full(50, 2.0)),
         "b": (np.sin(angles[keep]) ** 2, np.cos(angles[keep])),
         "t": (np.asarray(Y, float) ** 2, np.ones(75)),
     }
-    for site, (q, l) in terms.items():
-        estimate = l.sum() / q.sum()
+    for site, (q, c) in terms.items():
+        estimate = c.sum() / q.sum()
         np.testing.assert_allclose(fit.estimates[site], estimate, rtol=1e-4)
-        error = np.sqrt(125 / 124 * np.sum((estimate * q - l) ** 2)) / q.sum()  # of all 125 rows that count
+        error = np.sqrt(125 / 124 * np.sum((estimate * q - c) ** 2)) / q.sum()  # of all 125 rows that count
         np.testing.assert_allclose(fit.stderr()[site], error, rtol=1e-3)
     assert "60 rows, 50 of them with a weight of 3 numbers and 75 rows of 1 number" in fit.summary().lines[0]
 
