@@ -157,7 +157,8 @@ def test_beside_a_discrete_site(x64: Any) -> None:
 
 
 def matcher(points: int) -> ScoreMatching:
-    return ScoreMatching(functools.partial(one_factor, points=points), loss=ISM(), optim=optax.lbfgs(), num_steps=60)
+    adam = optax.adam(optax.cosine_decay_schedule(0.05, 200))  # half the work to compile of a search along lines
+    return ScoreMatching(functools.partial(one_factor, points=points), loss=ISM(), optim=adam, num_steps=200)
 
 
 def test_a_fit_is_that_of_the_law_without_the_factor() -> None:

@@ -47,15 +47,18 @@ def precision_model(x, parameter="tau", scale=1.0):
         numpyro.factor("energy", -0.5 * tau * x**2)
 
 
+LBFGS = optax.lbfgs()
+
+
 @functools.cache
-def score_matching(model, beta):
-    return ScoreMatching(model, optim=optax.lbfgs(), num_steps=60, learning_rate=beta)
+def score_matching(model, beta, optim):
+    return ScoreMatching(model, optim=optim, num_steps=60, learning_rate=beta)
 
 
-def fitted(model, x, *args, beta=1.0, **kwargs):
-    """A fit in double precision, with its sandwich."""
+def fitted(model, x, *args, beta=1.0, optim=None, **kwargs):
+    """A fit in double precision, with its sandwich; in closed form unless it is given an optimiser."""
     with jax.enable_x64(True):  # the fixtures of the module come before those of a test
-        sm = score_matching(model, beta)
+        sm = score_matching(model, beta, optim)
         fit = sm.run(KEY, jnp.asarray(x), *args, progress_bar=False, **kwargs)
         fit.stderr()
     return fit
@@ -92,7 +95,7 @@ def test_precision_of_a_gaussian(name, spread, request):
 
 def test_reparametrisation_changes_nothing(laplace_fit):
     """Standard errors of σ = τ^(−½), by |dσ/dτ| = ½τ^(−3/2), are those by way of log τ."""
-    fit = fitted(precision_model, quantiles(LAPLACE), "sd")
+    fit = fitted(precision_model, quantiles(LAPLACE), "sd", optim=LBFGS)
     tau, error = laplace_fit.estimates["tau"], laplace_fit.stderr()["tau"]
     np.testing.assert_allclose(fit.stderr()["sd"], 0.5 * tau**-1.5 * error, rtol=1e-5)
 
@@ -212,7 +215,7 @@ def interval_model(x):
 
 def test_draws_of_a_point_fit_are_normal_in_unconstrained_space():
     """Mean, covariance and constraints of 20,000 draws: 7 moments within 5 Monte Carlo errors, 4e-6."""
-    fit = fitted(interval_model, quantiles(GAUSSIAN, 40) + 0.85)
+    fit = fitted(interval_model, quantiles(GAUSSIAN, 40) + 0.85, optim=LBFGS)
     draws, estimates = fit.sample_posterior(jax.random.key(1), 20_000), fit.estimates
     mu, tau = np.asarray(draws["mu"]), np.asarray(draws["tau"])
     assert mu.shape == tau.shape == (20_000,)
@@ -241,7 +244,7 @@ def test_stderr_agrees_with_draws_on_a_simplex():
             numpyro.factor("energy", -0.5 * jnp.sum((x - weights) ** 2, axis=-1))
 
     x = np.random.default_rng(0).normal([0.2, 0.5, 0.3], 0.3, size=(2000, 3))
-    fit = fitted(model, x)
+    fit = fitted(model, x, optim=LBFGS)
     draws, error = fit.sample_posterior(jax.random.key(1), 20_000)["weights"], fit.stderr()["weights"]
     assert draws.shape == (20_000, 3)
     np.testing.assert_allclose(draws.sum(-1), 1.0, rtol=1e-6)
@@ -294,7 +297,7 @@ def test_flat_objective_has_no_sandwich():
             numpyro.factor("energy", constant - 0.5 * tau * x**2)
 
     with pytest.raises(SandwichError, match=r"not curved upwards .* 2 parameters"):
-        fitted(model, quantiles(GAUSSIAN, 20))
+        fitted(model, quantiles(GAUSSIAN, 20), optim=LBFGS)
 
 
 @pytest.mark.parametrize("size", [2000, 2001])
