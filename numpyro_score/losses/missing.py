@@ -166,7 +166,7 @@ class MissingCells:
 
         Few of them make the loss noisy and biased: give more draws.
         """
-        return run_compiled(self._effective_draws, energy, rng_key)  # type: ignore[no-any-return]
+        return run_compiled(self._effective_draws, energy, rng_key)
 
     def _effective_draws(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         energy, weights = energy.usable()
