@@ -61,7 +61,8 @@ def assert_is_posterior(draws, mean, sd):
         assert abs(moment.mean() - expected) < 5 * error
 
 
-def run_nuts(model, *args, chains=2, **kwargs):
+def run_nuts(model, *args, chains=2):
+    """Draws and potential energies (chains, n)."""
     mcmc = MCMC(
         NUTS(model),
         num_warmup=300,
@@ -70,8 +71,8 @@ def run_nuts(model, *args, chains=2, **kwargs):
         chain_method="vectorized",
         progress_bar=False,
     )
-    mcmc.run(jax.random.key(1), *args, extra_fields=("potential_energy",), **kwargs)
-    return mcmc
+    mcmc.run(jax.random.key(1), *args, extra_fields=("potential_energy",))
+    return mcmc.get_samples(group_by_chain=True), mcmc.get_extra_fields(group_by_chain=True)["potential_energy"]
 
 
 # -- posteriors in closed form ----------------------------------------------------------------------
@@ -89,7 +90,8 @@ def with_param(x):
 
 @pytest.fixture(scope="module")
 def nuts():
-    return run_nuts(generalized_bayes(with_param, ISM(), SIGMA**2), X)
+    # As one program: what NUTS does before it samples would be compiled operation by operation.
+    return jax.jit(lambda: run_nuts(generalized_bayes(with_param, ISM(), SIGMA**2), X)[0])()
 
 
 @pytest.mark.slow
@@ -101,16 +103,15 @@ def test_ordinary_posterior_by_nuts(nuts):
     mean, sd = posterior(X, SIGMA**2)
     ordinary = 1 / (PRIOR_SD**-2 + N / SIGMA**2)
     np.testing.assert_allclose(sd**2, ordinary, rtol=1e-6)
-    draws = nuts.get_samples(group_by_chain=True)["mu"]
+    draws = nuts["mu"]
     assert draws.shape == (2, 1000)
     assert_is_posterior(draws, mean, sd)
 
 
 def test_deterministic_sites_are_kept(nuts):
     """Deterministic sites of the model are in the draws; its data, factors and param sites are not."""
-    draws = nuts.get_samples()
-    assert set(draws) == {"mu", "twice"}
-    np.testing.assert_allclose(draws["twice"], 2 * draws["mu"], rtol=1e-6)
+    assert set(nuts) == {"mu", "twice"}
+    np.testing.assert_allclose(nuts["twice"], 2 * nuts["mu"], rtol=1e-6)
 
 
 def test_mean_field_guide():
@@ -121,10 +122,11 @@ def test_mean_field_guide():
     model = generalized_bayes(conjugate, ISM(), 0.6)
     guide = AutoNormal(model, init_scale=0.5)
     optim = optax.adam(optax.cosine_decay_schedule(0.05, 800))
-    fit = SVI(model, guide, optim, Trace_ELBO(100)).run(KEY, 800, X, progress_bar=False)
+    svi = SVI(model, guide, optim, Trace_ELBO(100))
+    params = jax.jit(lambda: svi.run(KEY, 800, X, progress_bar=False).params)()
     mean, sd = posterior(X, 0.6)
-    assert abs(fit.params["mu_auto_loc"] - mean) < 0.05 * sd
-    assert abs(fit.params["mu_auto_scale"] / sd - 1) < 0.05
+    assert abs(params["mu_auto_loc"] - mean) < 0.05 * sd
+    assert abs(params["mu_auto_scale"] / sd - 1) < 0.05
 
 
 def regression(y, z):
@@ -145,12 +147,17 @@ def test_correlated_posterior():
     guide = AutoMultivariateNormal(model, init_scale=0.5)
     optim = optax.adam(optax.cosine_decay_schedule(0.05, 800))
     svi = SVI(model, guide, optim, Trace_ELBO(50))
-    fit = svi.run(KEY, 800, X, z, progress_bar=False)
-    law = guide.get_posterior(fit.params)
+
+    @jax.jit
+    def moments():
+        law = guide.get_posterior(svi.run(KEY, 800, X, z, progress_bar=False).params)
+        return law.mean, law.covariance_matrix
+
+    found, spread = map(np.asarray, moments())
     root = np.linalg.cholesky(precision)
-    error = root.T @ (np.asarray(law.mean) - covariance @ (0.6 * z.T @ X / SIGMA**4))
+    error = root.T @ (found - covariance @ (0.6 * z.T @ X / SIGMA**4))
     assert np.abs(error).max() < 0.05
-    whitened = root.T @ np.asarray(law.covariance_matrix) @ root
+    whitened = root.T @ spread @ root
     np.testing.assert_allclose(whitened, np.eye(2), atol=0.1)
 
 
@@ -166,7 +173,7 @@ def test_stein_particles_find_the_mean():
         num_stein_particles=5,
         num_elbo_particles=1,
     )
-    particles = stein.run(KEY, 300, X, progress_bar=False).params["mu_auto_loc"]
+    particles = jax.jit(lambda: stein.run(KEY, 300, X, progress_bar=False).params["mu_auto_loc"])()
     mean, sd = posterior(X, SIGMA**2)
     assert particles.shape == (5,)
     assert abs(particles.mean() - mean) < 0.1 * sd
@@ -356,8 +363,8 @@ def test_stochastic_loss_is_one_density_for_the_whole_run():
     at = {"mu": jnp.array([0.2, -0.1])}
     potential_fn = initialize_model(KEY, generalized, model_args=(ROWS,)).potential_fn
     assert potential_fn(at) == potential_fn(at)
-    mcmc = run_nuts(generalized, ROWS)
-    draws, potential = mcmc.get_samples()["mu"], mcmc.get_extra_fields()["potential_energy"]
+    draws, potential = jax.jit(lambda: run_nuts(generalized, ROWS))()
+    draws, potential = np.reshape(draws["mu"], (-1, 2)), np.reshape(potential, -1)
     # One set of projections makes the potential a quadratic of mu, with no residual.
     design = [np.ones(len(draws)), *draws.T, draws[:, 0] ** 2, draws[:, 0] * draws[:, 1]]
     design = np.stack([*design, draws[:, 1] ** 2], axis=1).astype(np.float64)

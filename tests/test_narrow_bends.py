@@ -92,8 +92,8 @@ def test_sums_over_rows() -> None:
 
     objective = ScoreMatching(model, num_steps=300).run(jax.random.key(0), draws(1), progress_bar=False)._objective
     bends = sums_of_bends(derivatives(objective)[-1])
-    g = np.asarray(jax.jacfwd(objective.rows)(objective.position), np.float64)[weights]
-    h = np.asarray(jax.hessian(objective.rows)(objective.position), np.float64)[weights]
+    g, h = jax.jit(lambda p: (jax.jacfwd(objective.rows)(p), jax.hessian(objective.rows)(p)))(objective.position)
+    g, h = (np.asarray(v, np.float64)[weights] for v in (g, h))
     h = np.stack([h[:, 0, 0], h[:, 1, 1]], axis=1)
     expected = [np.full(2, weights.sum()), h.sum(0), g.sum(0), (h**2).sum(0), (h * g).sum(0), (g**2).sum(0)]
     np.testing.assert_allclose(bends, expected, rtol=2e-3, atol=2e-2)

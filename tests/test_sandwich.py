@@ -47,15 +47,18 @@ def precision_model(x, parameter="tau", scale=1.0):
         numpyro.factor("energy", -0.5 * tau * x**2)
 
 
+LBFGS = optax.lbfgs()
+
+
 @functools.cache
-def score_matching(model, beta):
-    return ScoreMatching(model, optim=optax.lbfgs(), num_steps=60, learning_rate=beta)
+def score_matching(model, beta, optim):
+    return ScoreMatching(model, optim=optim, num_steps=60, learning_rate=beta)
 
 
-def fitted(model, x, *args, beta=1.0, **kwargs):
-    """A fit in double precision, with its sandwich."""
+def fitted(model, x, *args, beta=1.0, optim=None, **kwargs):
+    """A fit in double precision, with its sandwich; in closed form unless it is given an optimiser."""
     with jax.enable_x64(True):  # the fixtures of the module come before those of a test
-        sm = score_matching(model, beta)
+        sm = score_matching(model, beta, optim)
         fit = sm.run(KEY, jnp.asarray(x), *args, progress_bar=False, **kwargs)
         fit.stderr()
     return fit
@@ -63,12 +66,12 @@ def fitted(model, x, *args, beta=1.0, **kwargs):
 
 @pytest.fixture(scope="module")
 def gaussian_fit():
-    return fitted(precision_model, quantiles(GAUSSIAN))
+    return fitted(precision_model, quantiles(GAUSSIAN), scale=np.ones(N))
 
 
 @pytest.fixture(scope="module")
 def laplace_fit():
-    return fitted(precision_model, quantiles(LAPLACE))
+    return fitted(precision_model, quantiles(LAPLACE), scale=np.ones(N))
 
 
 @pytest.mark.parametrize(("name", "spread"), [("gaussian_fit", 2.0), ("laplace_fit", 5.0)])
@@ -92,7 +95,7 @@ def test_precision_of_a_gaussian(name, spread, request):
 
 def test_reparametrisation_changes_nothing(laplace_fit):
     """Standard errors of σ = τ^(−½), by |dσ/dτ| = ½τ^(−3/2), are those by way of log τ."""
-    fit = fitted(precision_model, quantiles(LAPLACE), "sd")
+    fit = fitted(precision_model, quantiles(LAPLACE), "sd", optim=LBFGS)
     tau, error = laplace_fit.estimates["tau"], laplace_fit.stderr()["tau"]
     np.testing.assert_allclose(fit.stderr()["sd"], 0.5 * tau**-1.5 * error, rtol=1e-5)
 
@@ -103,10 +106,10 @@ def test_weights_enter_gradients_not_counts(laplace_fit):
     A weight of 2 on all rows cancels, as it does not say that there are more independent rows.
     """
     x = quantiles(LAPLACE)
-    double = fitted(precision_model, x, scale=jnp.full(N, 2.0))
+    double = fitted(precision_model, x, scale=np.full(N, 2.0))
     np.testing.assert_allclose(double.covariance(), laplace_fit.covariance(), rtol=1e-5)
     weight = 1.5 + np.cos(np.arange(N))
-    fit = fitted(precision_model, x, scale=jnp.asarray(weight))
+    fit = fitted(precision_model, x, scale=weight)
     tau = weight.sum() / (weight @ x**2)
     spread = np.var(weight * (tau * x**2 - 1), ddof=1)
     np.testing.assert_allclose(fit.estimates["tau"], tau, rtol=1e-6)
@@ -212,7 +215,7 @@ def interval_model(x):
 
 def test_draws_of_a_point_fit_are_normal_in_unconstrained_space():
     """Mean, covariance and constraints of 20,000 draws: 7 moments within 5 Monte Carlo errors, 4e-6."""
-    fit = fitted(interval_model, quantiles(GAUSSIAN, 40) + 0.85)
+    fit = fitted(interval_model, quantiles(GAUSSIAN, 40) + 0.85, optim=LBFGS)
     draws, estimates = fit.sample_posterior(jax.random.key(1), 20_000), fit.estimates
     mu, tau = np.asarray(draws["mu"]), np.asarray(draws["tau"])
     assert mu.shape == tau.shape == (20_000,)
@@ -241,7 +244,7 @@ def test_stderr_agrees_with_draws_on_a_simplex():
             numpyro.factor("energy", -0.5 * jnp.sum((x - weights) ** 2, axis=-1))
 
     x = np.random.default_rng(0).normal([0.2, 0.5, 0.3], 0.3, size=(2000, 3))
-    fit = fitted(model, x)
+    fit = fitted(model, x, optim=LBFGS)
     draws, error = fit.sample_posterior(jax.random.key(1), 20_000)["weights"], fit.stderr()["weights"]
     assert draws.shape == (20_000, 3)
     np.testing.assert_allclose(draws.sum(-1), 1.0, rtol=1e-6)
@@ -249,27 +252,29 @@ def test_stderr_agrees_with_draws_on_a_simplex():
 
 
 @pytest.mark.slow
-def test_network_with_priors_is_that_of_plain_sites():
-    """Flax's module under a prior keeps shapes in place of its parameters, at a param site without numbers."""
+def test_network_with_priors_has_its_closed_form():
+    """Flax's module under a prior keeps shapes in place of its parameters, at a param site without numbers.
 
-    def model(x, flax):
-        if flax:
-            net = random_flax_module("net", nn.Dense(1), dist.Normal(0.0, 1.0), input_shape=(2,))
-        else:
-            kernel = numpyro.sample("net/kernel", dist.Normal(0.0, 1.0).expand([2, 1]))
-            bias = numpyro.sample("net/bias", dist.Normal(0.0, 1.0).expand([1]))
-            net = lambda h: h @ kernel + bias  # noqa: E731
+    The score of a number is w c − x with c = 1 − tanh² x, so H = Σ c² + 1; no row sees the bias.
+    """
+
+    def model(x):
+        net = random_flax_module("net", nn.Dense(1), dist.Normal(0.0, 1.0), input_shape=(2,))
         with numpyro.plate("rows", len(x)):
             x = numpyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (2,)), obs=x)
             numpyro.factor("energy", net(jnp.tanh(x))[:, 0] - 0.5 * jnp.sum(x**2, -1))
 
     x = np.random.default_rng(0).normal(size=(200, 2))
-    module, plain = (ScoreMatching(model).run(KEY, x, flax=flax, progress_bar=False) for flax in (True, False))
-    errors = plain.stderr()
-    assert (errors["net/kernel"] > 0.05).all()
-    for name in ("net/kernel", "net/bias"):
-        np.testing.assert_allclose(module.estimates[name], plain.estimates[name], rtol=1e-6)
-        np.testing.assert_allclose(module.stderr()[name], errors[name], rtol=1e-6)
+    fit = ScoreMatching(model).run(KEY, x, progress_bar=False)
+    c = 1 - np.tanh(x) ** 2
+    bend, hessian = -2 * np.tanh(x) * c, np.sum(c**2, axis=0) + 1
+    kernel = np.sum(c * x - bend, axis=0) / hessian
+    rows = c * (kernel * c - x) + bend
+    errors = np.sqrt(len(x) * rows.var(axis=0, ddof=1)) / hessian
+    assert (errors > 0.05).all()
+    np.testing.assert_allclose(fit.estimates["net/kernel"][:, 0], kernel, rtol=1e-6)
+    np.testing.assert_allclose(fit.stderr()["net/kernel"][:, 0], errors, rtol=1e-6)
+    np.testing.assert_allclose([*fit.estimates["net/bias"], *fit.stderr()["net/bias"]], 0.0, atol=1e-12)
 
 
 # -- what has no sandwich -------------------------------------------------------------------------------
@@ -292,7 +297,7 @@ def test_flat_objective_has_no_sandwich():
             numpyro.factor("energy", constant - 0.5 * tau * x**2)
 
     with pytest.raises(SandwichError, match=r"not curved upwards .* 2 parameters"):
-        fitted(model, quantiles(GAUSSIAN, 20))
+        fitted(model, quantiles(GAUSSIAN, 20), optim=LBFGS)
 
 
 @pytest.mark.parametrize("size", [2000, 2001])
@@ -327,22 +332,25 @@ def shrunk(x, mask=True):
 def test_masked_rows_are_no_rows():
     """With a prior the mean gradient is not zero, so rows without one, of NaN here, would look like spread."""
     x = np.random.default_rng(0).normal(5.0, 1.0, 100)
-    alone = fitted(shrunk, x)
+    h, s = 100 / 81, 100 * np.var(x, ddof=1) / 81**2  # of the rows alone
+    whole = h + 0.3**-2
+    error = s**0.5 / whole
     mask = np.arange(400) % 4 == 0
     padded = np.full(400, np.nan)
     padded[mask] = x
     fit = fitted(shrunk, padded, jnp.asarray(mask))
-    np.testing.assert_allclose(fit.stderr()["mu"], alone.stderr()["mu"], rtol=1e-9)
-    np.testing.assert_allclose(fit.calibrated_learning_rate(), alone.calibrated_learning_rate(), rtol=1e-9)
+    np.testing.assert_allclose(fit.estimates["mu"], x.sum() / 81 / whole, rtol=1e-9)
+    np.testing.assert_allclose(fit.stderr()["mu"], error, rtol=1e-9)
+    np.testing.assert_allclose(fit.calibrated_learning_rate(), h / s, rtol=1e-9)
     influence = fit.influence()["mu"]
-    np.testing.assert_allclose(influence[mask], alone.influence()["mu"], rtol=1e-9)
+    np.testing.assert_allclose(influence[mask], (100 / 99) ** 0.5 * (x - x.mean()) / 81 / whole, rtol=1e-9)
     np.testing.assert_array_equal(influence[~mask], np.zeros(300))
-    np.testing.assert_allclose(fit.stderr(diagonal=True)["mu"], alone.stderr(diagonal=True)["mu"], rtol=1e-9)
+    np.testing.assert_allclose(fit.stderr(diagonal=True)["mu"], error, rtol=1e-9)
     target = generalized_bayes(shrunk, ISM())
     batch = QuadraticLoss.of(target, KEY, jnp.asarray(padded), jnp.asarray(mask))
     spread = GradientSpread.of(target, batch.solve().estimates, KEY, jnp.asarray(padded), jnp.asarray(mask))
     assert batch.num_rows == spread.num_rows == 100
-    np.testing.assert_allclose(batch.stderr(spread)["mu"], alone.stderr()["mu"], rtol=1e-9)
+    np.testing.assert_allclose(batch.stderr(spread)["mu"], error, rtol=1e-9)
     with pytest.raises(SandwichError, match="1 of 400 rows have a weight"):
         fitted(shrunk, padded, jnp.asarray(np.arange(400) == 0))
 

@@ -13,6 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+import scipy.stats
 from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
@@ -117,10 +118,10 @@ def test_sums_are_over_the_plates() -> None:
 
 
 @pytest.mark.parametrize("loss", [SSM(), DSM(0.3), CD(kernel=MALA(step_size=0.3))], ids=lambda v: type(v).__name__)
-def test_losses_that_draw(loss: Any) -> None:
+def test_losses_that_draw(loss: Any, both: Any) -> None:
     """In one dimension SSM is ISM; the others are near it. Keys of the plates differ, which the sums do not see."""
-    mu, other = fitted(loss=loss, optim=optax.adam(0.03), num_steps=800).estimates["mu"], fitted().estimates["mu"]
-    assert abs(mu - other) < 0.1  # a standard error is 0.085
+    fit = fitted(loss=loss, optim=optax.adam(0.03), num_steps=800)
+    assert abs(fit.estimates["mu"] - both[0].estimates["mu"]) < 0.1  # a standard error is 0.085
 
 
 def test_columns_in_a_loop() -> None:
@@ -145,43 +146,41 @@ def test_columns_in_a_loop() -> None:
 def test_a_subsampled_plate_counts_for_all_its_rows() -> None:
     """Of a hundred steps with 20 of 120 rows the mean loss is that of all, within four standard errors."""
     sm = ScoreMatching(two, optim=optax.sgd(0.0), num_steps=200)
-    losses = sm.run(KEY, X, Y, size=20, progress_bar=False).losses
-    whole = sm.run(KEY, X, Y, progress_bar=False).losses[0]
+    fit = sm.run(KEY, X, Y, size=20, progress_bar=False)
+    losses, (mu, *taus) = fit.losses, (float(fit.estimates[site]) for site in ("mu", "tau_x", "tau_y"))
+    rows = sum(np.sum(0.5 * tau**2 * (np.asarray(v) - mu) ** 2 - tau) for v, tau in zip((X, Y), taus, strict=True))
+    whole = rows - scipy.stats.norm.logpdf(mu, 0, 3) - scipy.stats.lognorm.logpdf(taus, 1.0).sum()
     assert abs(losses.mean() - whole) < 4 * losses.std() / 200**0.5 and losses.std() > 0
 
 
 def test_several_sites_in_one_of_the_plates() -> None:
-    """Vectors and angles in a plate beside another, with a mask: as two fits that share nothing."""
-    angles = jnp.asarray(RNG.vonmises(0.5, 2.0, size=60), jnp.float32)
-    vectors = jnp.asarray(RNG.normal(size=(60, 2)), jnp.float32)
-    keep = jnp.arange(60) < 50
+    """Vectors and angles in a plate beside another, with a mask: as three objectives by hand that share nothing."""
+    angles = RNG.vonmises(0.5, 2.0, size=60)
+    vectors = RNG.normal(size=(60, 2))
+    keep = np.arange(60) < 50
 
-    def of_rows(v: Any, a: Any) -> None:
-        k, b = numpyro.param("k", 1.0), numpyro.param("b", 0.1)
+    def model(v: Any, a: Any, y: Any) -> None:
+        k, b, t = numpyro.param("k", 1.0), numpyro.param("b", 0.1), numpyro.param("t", 1.0)
         with numpyro.plate("rows", len(v)), handlers.mask(mask=keep):
             v = numpyro.sample("v", dist.ImproperUniform(constraints.real_vector, (), (2,)), obs=v)
             a = numpyro.sample("a", dist.ImproperUniform(constraints.circular, (), ()), obs=a)
             numpyro.factor("e", -0.5 * k * (v**2).sum(-1) + b * jnp.cos(a))
-
-    def of_y(y: Any) -> None:
-        t = numpyro.param("t", 1.0)
         with numpyro.plate("ys", len(y)):
             y = numpyro.sample("y", FLAT, obs=y)
             numpyro.factor("f", -0.5 * t * y**2)
 
-    def model(v: Any, a: Any, y: Any) -> None:
-        of_rows(v, a)
-        of_y(y)
-
     fit = ScoreMatching(model).run(KEY, vectors, angles, Y, progress_bar=False)
-    apart = ScoreMatching(of_rows).run(KEY, vectors, angles, progress_bar=False)
-    other = ScoreMatching(of_y).run(KEY, Y, progress_bar=False)
-    for site, value in {**apart.estimates, **other.estimates}.items():
-        np.testing.assert_allclose(fit.estimates[site], value, rtol=1e-4)
-        rows = 50 if site in apart.estimates else 75  # N/(N − 1) is of all 125 that count
-        factor = (125 / 124 * (rows - 1) / rows) ** 0.5
-        expected = factor * {**apart.stderr(), **other.stderr()}[site]
-        np.testing.assert_allclose(fit.stderr()[site], expected, rtol=1e-3)
+    # ½ θ² q − θ c of each row
+    terms = {
+        "k": ((vectors[keep] ** 2).sum(axis=1), np.full(50, 2.0)),
+        "b": (np.sin(angles[keep]) ** 2, np.cos(angles[keep])),
+        "t": (np.asarray(Y, float) ** 2, np.ones(75)),
+    }
+    for site, (q, c) in terms.items():
+        estimate = c.sum() / q.sum()
+        np.testing.assert_allclose(fit.estimates[site], estimate, rtol=1e-4)
+        error = np.sqrt(125 / 124 * np.sum((estimate * q - c) ** 2)) / q.sum()  # of all 125 rows that count
+        np.testing.assert_allclose(fit.stderr()[site], error, rtol=1e-3)
     assert "60 rows, 50 of them with a weight of 3 numbers and 75 rows of 1 number" in fit.summary().lines[0]
 
 

@@ -157,7 +157,7 @@ def expand(
     Raises:
         ClosedFormError: if it is not quadratic in the parameters, or they are more than MAX_PARAMETERS.
     """
-    if hasattr(target.loss, "no_posterior"):
+    if hasattr(target.loss, "no_posterior") or hasattr(target.loss, "no_closed_form"):
         raise ClosedFormError(f"{type(target.loss).__name__} has no closed form: use ScoreMatching with its optimiser.")
     size = coordinates.size
     if not 0 < size <= MAX_PARAMETERS:

@@ -75,7 +75,8 @@ class Loss(Protocol):
     jump whose place depends on the parameters makes wrong in `no_moving_kinks`; :func:`check_settings` then looks for
     one. It does not if the attribute `allow_kinks` is true.
 
-    A loss for discrete data, which have no score, sets the attribute `takes_discrete` to true.
+    A loss for discrete data, which have no score, sets the attribute `takes_discrete` to true, and one that is a
+    quadratic of the parameters for no model `no_closed_form`, for which none is then looked for.
 
     Five attributes hold text for error messages: `no_objective`, why its value is not what its gradient descends;
     `no_posterior`, why there is no posterior to sample from and no closed form; `no_curvature`, why its second

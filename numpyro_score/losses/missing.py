@@ -22,7 +22,7 @@ from numpyro_score.losses.ism import ISM
 from numpyro_score.losses.mixed import Mixed
 from numpyro_score.losses.ssm import SSM
 from numpyro_score.placement import fetch
-from numpyro_score.programs import being_traced, run_compiled
+from numpyro_score.programs import run_compiled
 
 __all__ = ["MissingCells"]
 
@@ -87,6 +87,7 @@ class MissingCells:
 
     takes_missing: ClassVar[bool] = True
     takes_discrete: ClassVar[bool] = True
+    no_closed_form: ClassVar[bool] = True  # draws have weights by the density, which are no sums over the data
     allow_kinks: ClassVar[bool] = True  # the loss inside looks for them
 
     def __post_init__(self) -> None:
@@ -166,8 +167,9 @@ class MissingCells:
 
         Few of them make the loss noisy and biased: give more draws.
         """
-        if not being_traced((energy, rng_key)):
-            return run_compiled(self.effective_draws, energy, rng_key)  # one program, not one for each operation
+        return run_compiled(self._effective_draws, energy, rng_key)  # one program, not one for each operation
+
+    def _effective_draws(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         energy, weights = energy.usable()
         seen, exact = self._seen(self.prepare(energy), rng_key)
         return jnp.where(exact | (weights == 0), self.num_draws, seen.effective_points())
