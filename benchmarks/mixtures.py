@@ -11,6 +11,14 @@ from numpyro.distributions import constraints
 from numpyro_score import Energy, score_factor
 
 
+@jax.jit  # traced once, and not at each of the places where a flow or a sampler runs the model
+def _log_density(x, sigma, weights, means, variances, axes):
+    spread = variances + sigma[:, None, None] ** 2
+    away = jnp.einsum("nkd,kde->nke", x[:, None] - means, axes)
+    normal = -0.5 * jnp.sum(away**2 / spread + jnp.log(2 * jnp.pi * spread), axis=-1)
+    return logsumexp(jnp.log(weights) + normal, axis=-1)
+
+
 class Mixture:
     """K normal laws in D dimensions, of total mean zero and unit variance on average."""
 
@@ -28,11 +36,8 @@ class Mixture:
     def log_density(self, x, sigma):
         """With noise of standard deviation sigma, (N, D) to (N,)."""
         variances, axes = np.linalg.eigh(self.covariances)
-        weights, means, variances, axes = (jnp.asarray(v, x.dtype) for v in (self.weights, self.means, variances, axes))
-        spread = variances + jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1])[:, None, None] ** 2
-        away = jnp.einsum("nkd,kde->nke", x[:, None] - means, axes)
-        normal = -0.5 * jnp.sum(away**2 / spread + jnp.log(2 * jnp.pi * spread), axis=-1)
-        return logsumexp(jnp.log(weights) + normal, axis=-1)
+        law = (jnp.asarray(v, x.dtype) for v in (self.weights, self.means, variances, axes))
+        return _log_density(x, jnp.broadcast_to(jnp.asarray(sigma, x.dtype), x.shape[:1]), *law)
 
     def draw(self, n, seed):
         rng = np.random.default_rng(seed)

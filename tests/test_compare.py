@@ -56,7 +56,8 @@ def bimodal(x):
 
 
 def at(mu, tau):
-    return Energy(gaussian, {"mu": jnp.asarray(mu), "tau": jnp.asarray(tau)}, TRAIN)
+    """In the dtype of a fit, whose programs it shares then."""
+    return Energy(gaussian, {"mu": jnp.float32(mu), "tau": jnp.float32(tau)}, TRAIN)
 
 
 @functools.cache

@@ -123,8 +123,9 @@ def test_prior_and_likelihood_in_another_model(normal):
 
 
 @pytest.mark.slow
-def test_draws(normal, optimised):
+def test_draws(normal):
     """Compiled, as an argument, over a batch of keys: independent chains, one for each draw, give independent draws."""
+    normal = EnergyDistribution(normal.energy, normal.log_partition, num_warmup=100)  # enough for a normal law
     draw = jax.jit(jax.vmap(lambda p, key: p.sample(key, (2, 2)), in_axes=(None, 0)))
     x = draw(normal, jax.random.split(KEY, 100))
     assert x.shape == (100, 2, 2, 2)

@@ -36,7 +36,8 @@ def normal(x, variance, sigma=1.0):
 
 
 def energy(variance=1.0):
-    return Energy(normal, {}, jnp.array([-1.0, 1.0]) * variance**0.5, variance)
+    """Of the normal law with this variance, an array, so that all variances share programs."""
+    return Energy(normal, {}, jnp.array([-1.0, 1.0]) * variance**0.5, jnp.asarray(variance, float))
 
 
 @pytest.fixture(scope="module")

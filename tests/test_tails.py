@@ -156,5 +156,10 @@ def test_a_suspicion_is_a_warning():
 )
 def test_log_z_of_a_funnel(method, settings):
     """exp(−½(x₀/s)² − ½x₁² e^(−x₀)) has ∫ dx₁ = √(2π) e^(x₀/2), and so Z = 2πs exp(s²/8)."""
-    result = log_partition(funnel(0.8, False), method, KEY, **settings)
+
+    def alone(s, x):  # the terms of `plane` that are not zero: all of them take long to compile
+        return -0.5 * (x[:, 0] / s) ** 2 - 0.5 * x[:, 1] ** 2 * jnp.exp(-x[:, 0])
+
+    energy = energy_of(alone, 0.8, funnel(0.8, False).data)
+    result = log_partition(energy, method, KEY, **settings)
     assert abs(result.value - math.log(2 * math.pi * 0.8) - 0.08) < 5 * result.stderr < 0.25

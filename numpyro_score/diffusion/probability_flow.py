@@ -146,6 +146,8 @@ def flow_log_prob(
     require_finite("flow_log_prob", rows)
     if num_probes >= rows.shape[1]:
         key = None
+    if key is None:
+        num_probes = 1  # of none, so that all exact divergences are one program
     found, arrived = _values_and_errors(settings, flow, rows, key, num_probes)
     require_solved("flow_log_prob", arrived)
     return found
