@@ -117,6 +117,16 @@ def test_end_law_of_many_coordinates():
     np.testing.assert_allclose(law.from_code(law.code(u, 2.0), 2.0), u, atol=1e-3)
 
 
+def test_end_law_of_few_rows_of_many_coordinates():
+    """No axis seems to have more variance than the others, as that between the means of two halves would."""
+    x = np.random.default_rng(0).normal(size=(64, 1500))
+    law = end_law(x, np.ones(64))
+    assert law.largest < 3
+    assert law.per_coordinate == pytest.approx(1.0, abs=0.02)
+    for n in (1, 2, 3):
+        assert np.isfinite(end_law(x[:n], np.ones(n)).log_prob(x, 1.0)).all()
+
+
 @pytest.mark.parametrize("sde", [LinearSDE(jnp.ones_like, jnp.sqrt, 1e4), EDM(1e5), VP()], ids=["root", "EDM", "VP"])
 def test_small_levels_have_times_of_their_own(sde):
     """To the last digits of the noise, also where it is a tiny part of the largest."""

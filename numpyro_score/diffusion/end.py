@@ -119,24 +119,28 @@ def end_law(x: Any, weights: Any, dtype: Any = jnp.float32) -> NoisyNormal:
         return x[of].astype(np.float64) if xp is np else x[of]
 
     weights = weights.astype(np.float64) if xp is np else weights
-    total = weights.sum()
-    mean = sum(weights[b] @ rows(b) for b in blocks) / total
+    mean = sum(weights[b] @ rows(b) for b in blocks) / weights.sum()
 
-    def roots(of: slice) -> Any:  # whose products in pairs sum to the covariance of these rows
+    def spread_of(of: slice, mean: Any) -> Any:
+        """Roots, whose products in pairs sum to the covariance of these rows about a mean."""
         share = weights[of] / weights[of].sum()
         return (rows(of) - mean) * xp.sqrt(share)[:, None]
 
     if dim <= _MOST_AXES:
-        covariance = sum(weights[b].sum() / total * (r := roots(b)).T @ r for b in blocks)
-        variances, axes = xp.linalg.eigh(covariance)
+        parts = [(weights[b].sum() / weights.sum(), spread_of(b, mean)) for b in blocks]
+        variances, axes = xp.linalg.eigh(sum(share * (root.T @ root) for share, root in parts))
         rest = xp.zeros(())
     else:
         step = 2 * max(1, n // (2 * _MOST_AXES))
-        sought = roots(slice(0, step * _MOST_AXES, step))
-        held_out = roots(slice(step // 2, step * _MOST_AXES, step)) if n > 1 else sought
+        halves = [slice(first, step * _MOST_AXES, step) for first in ((0, step // 2) if n > 3 else (0, 0))]
+        # Each about its own mean: about that of all, the two halves are as far apart along one axis as their noise is
+        # long, which where rows are fewer than coordinates is many times any standard deviation.
+        sought, held_out = (spread_of(h, weights[h] @ rows(h) / weights[h].sum()) for h in halves)
         axes = xp.linalg.eigh(sought @ sought.T)[1][:, -_PRINCIPAL:]
         axes = xp.linalg.qr(sought.T @ axes)[0]
-        variances = xp.sum((held_out @ axes) ** 2, axis=0)
-        rest = (xp.sum(held_out**2) - variances.sum()) / (dim - axes.shape[1])
+        share = weights[halves[1]] / weights[halves[1]].sum()
+        unbiased = 1 / xp.maximum(1 - xp.sum(share**2), 1e-3)  # of the mean that was taken from these rows
+        variances = unbiased * xp.sum((held_out @ axes) ** 2, axis=0)
+        rest = (unbiased * xp.sum(held_out**2) - variances.sum()) / (dim - axes.shape[1])
     variances, rest = (xp.maximum(v, 0.0) for v in (variances, rest))
     return NoisyNormal(*(jnp.asarray(v, dtype) for v in (mean, axes, variances, rest)))
