@@ -346,6 +346,25 @@ def test_second_run_compiles_nothing(default):
     assert_sites_close(fit.estimates, closed_form(new), rtol=1e-3)
 
 
+def test_a_second_run_of_other_shapes():
+    """Other rows are fine; other latent numbers are not, as the guide's would be indexed past their end."""
+
+    def model(x, group, num_groups):
+        with numpyro.plate("groups", num_groups):
+            mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(constraints.real, (), ()), obs=x)
+            numpyro.factor("energy", -0.5 * (x - mu[group]) ** 2)
+
+    fitter = ScoreMatching(model)
+    for each in (2, 3):
+        x = np.random.default_rng(0).normal(size=each * 4)
+        fit = fitter.run(None, x, np.repeat(np.arange(4), each), 4, progress_bar=False)
+        assert fit.estimates["mu"].shape == (4,)
+    with pytest.raises(ValueError, match=r"Site 'mu' has shape \(6,\) and had shape \(4,\) in the first run"):
+        fitter.run(None, x, np.repeat(np.arange(6), 2), 6, progress_bar=False)
+
+
 def test_loss_changes_from_exact_to_sliced_above_64_dimensions():
     """f = −½τ(Σx)² has ½τ²D(Σx)² − τD as its ISM loss; SSM sees its trace with noise."""
 

@@ -41,6 +41,7 @@ class CompiledStart:
     def __init__(self, model: Callable[..., Any], data: str | None, loss: Loss, guide: AutoDelta, optim: Any) -> None:
         self.model, self.data, self.loss, self.guide, self.optim = model, data, loss, guide, optim
         self._init = jit_once(self._run_init, static_argnames=("static",))
+        self._last: Any = None  # shapes that the guide's are known to fit
 
     def __call__(
         self, rng_key: Array, init_params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -50,8 +51,11 @@ class CompiledStart:
         None if no start is found at which penalties and priors are finite; NumPyro then says why.
         """
         arrays, static = split_arrays((args, kwargs), self.model)
-        if self.guide.prototype_trace is None and not self._set_up(rng_key, arrays, static):
-            return None
+        if self.guide.prototype_trace is None:
+            if not self._set_up(rng_key, arrays, static):
+                return None
+        else:
+            self._refuse_other_shapes(rng_key, arrays, static)
         state, transforms, held = self._init(rng_key, arrays, self.guide._init_locs, init_params, static=static)
         params, plates, run_key = held
         return state, transforms, bind(self.model, params, plates, run_key, self.data, args, kwargs)
@@ -75,6 +79,28 @@ class CompiledStart:
         # These hold traced values, and nothing asks for them after the first run.
         self.guide.__dict__.update(dict.fromkeys(("_potential_fn_gen", "_potential_fn", "_postprocess_fn")))
         return True
+
+    def _refuse_other_shapes(self, rng_key: Array, arrays: list[Any], static: Any) -> None:
+        """A guide keeps the shapes of its first run; JAX would clip indices into them, and say nothing."""
+        now = [(v.shape, v.dtype) for v in arrays], static[:2]
+        if now == self._last:
+            return
+        twin = point_guide(self.model, self.data)
+
+        def run(rng_key: Array, arrays: list[Any]) -> Any:
+            args, kwargs = join_arrays(arrays, static)
+            handlers.seed(twin, rng_key)(*args, **kwargs)
+            return twin._init_locs
+
+        for name, loc in jax.eval_shape(run, rng_key, arrays).items():
+            first = jnp.shape(self.guide._init_locs[name]) if name in self.guide._init_locs else None
+            if loc.shape != first:
+                seen = f"had shape {first}" if first is not None else "was not there"
+                raise ValueError(
+                    f"Site '{name}' has shape {loc.shape} and {seen} in the first run of this ScoreMatching, whose "
+                    "guide keeps that: write a new ScoreMatching for these data."
+                )
+        self._last = now
 
     def _run_init(
         self, rng_key: Array, arrays: list[Any], locs: Any, init_params: Any, *, static: Any
