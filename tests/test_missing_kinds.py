@@ -17,6 +17,7 @@ import pytest
 from numpyro.distributions import constraints
 
 from numpyro_score import (
+    DSM,
     ISM,
     DiscreteFisher,
     Energy,
@@ -364,3 +365,25 @@ def test_what_cannot_be_is_refused(case: str) -> None:
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("inner", [DSM(0.3), RatioMatching(), PseudoLikelihood()])
+def test_a_call_outside_of_programs(inner: Loss) -> None:
+    """The same as inside of one, and so are derivatives."""
+    support = constraints.real if isinstance(inner, DSM) else constraints.boolean
+
+    def model(x: Any) -> None:
+        a = numpyro.param("a", 0.2)
+        with numpyro.plate("rows", len(x)):
+            x = numpyro.sample("x", dist.ImproperUniform(constraints.independent(support, 1), (), (2,)), obs=x)
+            numpyro.factor("energy", a * x[:, 0] * x[:, 1] - jnp.sum(1.0 * x**2, axis=-1))
+
+    x = np.random.default_rng(0).integers(0, 2, (12, 2)).astype(np.float32)
+    x[:3, 0] = np.nan
+    loss, key = MissingCells(inner, 8), jax.random.key(1)
+
+    def total(a: Any) -> Any:
+        return loss(Energy(model, {"a": a}, jnp.asarray(x)), key).sum()
+
+    for f in (total, jax.grad(total)):
+        np.testing.assert_allclose(f(0.2), jax.jit(f)(0.2), rtol=1e-5)

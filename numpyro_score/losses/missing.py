@@ -100,6 +100,9 @@ class MissingCells:
 
     def __call__(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         """One value per row of the energy's data, (N,)."""
+        return run_compiled(self._values, energy, rng_key)  # the density of seen cells lives inside of a program
+
+    def _values(self, energy: Energy, rng_key: Array) -> Float[Array, "n"]:
         draw_key, loss_key = jax.random.split(rng_key)
         return loss_for(self.loss, energy)(self._seen(energy, draw_key)[0], loss_key)
 
