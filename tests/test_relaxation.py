@@ -94,3 +94,17 @@ def test_what_needs_derivatives_is_named():
     for losses in ((PseudoLikelihood(), ISM()), (ISM(), ISM()), (PseudoLikelihood(), PseudoLikelihood())):
         with pytest.raises(TypeError, match=r"as its (continuous|discrete) loss: write Mixed\(continuous, discrete\)"):
             Mixed(*losses)
+
+
+def test_a_covariate_named_as_the_first_argument_of_at():
+    """Any name of an argument will do."""
+
+    def model(y, x):
+        with numpyro.plate("rows", len(y)):
+            y = numpyro.sample("y", discrete(constraints.boolean), obs=y)
+            numpyro.factor("energy", x * y)
+
+    energy = Energy(model, {}, jnp.array([0, 1]), x=jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(
+        energy.at(jnp.array([[1], [1]]), x=jnp.array([3.0, 4.0])).log_density([[1], [1]]), [3, 4]
+    )

@@ -81,13 +81,15 @@ def noisy_model(owner: str, source: Source) -> NoisyModel:
         source: a fit, or an energy; its model takes the noise level of each row as the keyword `sigma`.
 
     Raises:
-        TypeError: if the source is neither, its model takes no `sigma`, or its arguments give one already.
+        TypeError: if the source is neither, its data are discrete, its model takes no `sigma`, or its arguments give
+            one already.
         ValueError: if rows have densities of their own.
         NotImplementedError: if the data have bounds.
     """
     energy = one_plate(source if isinstance(source, Energy) else getattr(source, "energy", None))
     if not isinstance(energy, Energy):
         raise TypeError(f"{owner} needs a fit or an Energy, got {type(source).__name__}.")
+    energy.require_continuous(owner, "draw by sample(fit, rng_key, kernel=GibbsWithGradients())")
     if not takes_keyword(energy.model, "sigma"):
         raise TypeError(
             f"{owner} needs a model of every noise level, and this one takes no keyword 'sigma': write "

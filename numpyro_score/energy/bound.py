@@ -278,7 +278,7 @@ class BoundModel(ModelAtValues):
         """
         return rebound(self, kwargs)
 
-    def at(self: M, x: Float[AnyArray, "n d"] | Table, **arguments: Any) -> M:
+    def at(self: M, x: Float[AnyArray, "n d"] | Table, /, **arguments: Any) -> M:
         """The same density with `x` as its data; another number of rows needs :attr:`resizable`.
 
         Rows with covariates go with theirs: `energy.at(x, z=z)` for a model of x and z, in any number.

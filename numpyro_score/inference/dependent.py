@@ -122,6 +122,11 @@ def dependent_rows(
 def _parts_of_a_point(fit: ScoreMatchingResult) -> tuple[int, scipy.sparse.csr_array]:
     """The length T of the first axis of data that are one point, and which of its D numbers are where, (T, D)."""
     energy, loss = fit.energy, loss_for(fit.svi.score_loss, fit.energy)
+    if discrete := [a.name for a in energy.arrays if a.support.is_discrete]:
+        raise SandwichError(
+            f"The data are one point, and errors by lags are for real numbers, where site '{discrete[0]}' is discrete: "
+            "make rows of its numbers, each given those before it, as in model(x, past)."
+        )
     if not (hasattr(loss, "by_coordinate") and getattr(loss, "variance_reduced", True)):
         raise SandwichError(
             f"The data are one point, whose errors need the loss as a sum over its numbers, and {type(loss).__name__} "

@@ -94,7 +94,8 @@ def windham(fit: ScoreMatchingResult, c: float) -> ScoreMatchingResult:
         estimates. `row_losses` of its loss are the weighted ones.
 
     Raises:
-        TypeError: for a guide that is no point, a loss that is no score matching's, and a model without a density.
+        TypeError: for a guide that is no point, a loss without a posterior or with parameters of its own, rows in
+            several plates or with missing cells, and a model without a density.
         SandwichError: as `fit.covariance`; for hierarchies; if the fixed point is not reached.
 
     Example:
@@ -119,7 +120,9 @@ def windham(fit: ScoreMatchingResult, c: float) -> ScoreMatchingResult:
         raise TypeError("windham weighs whole rows by their density, and this fit has rows with missing cells.")
     if not fit.is_point or hasattr(loss, "no_posterior") or hasattr(loss, "declare"):
         what = type(fit.svi.guide if not fit.is_point else loss).__name__
-        raise TypeError(f"windham takes a point fit by ISM, SSM, DSM or FSM, and this one is by {what}.")
+        raise TypeError(
+            f"windham takes a point fit by a loss of rows alone, such as ISM or SSM, and this one is by {what}."
+        )
     if not fit.energy.has_density:
         raise TypeError(
             "windham weighs rows by the density, and the model has a score_factor, whose density is unknown."

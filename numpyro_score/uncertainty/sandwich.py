@@ -223,7 +223,10 @@ def check_rows(objective: Objective) -> np.ndarray:
     used = used_rows(objective)
     if used.sum() < 2:
         what = "the data are one row" if len(used) == 1 else f"{used.sum()} of {len(used)} rows have a weight"
-        raise SandwichError(f"The sandwich covariance needs the spread over rows, and {what}: use NUTS instead.")
+        series = ", or dependent_rows(fit, lags=...) if it is a series of real numbers" if len(used) == 1 else ""
+        raise SandwichError(
+            f"The sandwich covariance needs the spread over rows, and {what}: use NUTS instead{series}."
+        )
     return used
 
 
