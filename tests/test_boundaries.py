@@ -69,6 +69,7 @@ def test_the_weights_own_order_counts(power, seen):
         assert bool(says(energy, lambda d: jnp.minimum(d, 1.0) ** power)) == seen
         product = RowWeight(lambda d, x: (jnp.minimum(d, 1.0) ** power).prod(-1))
         assert bool(says(energy, product)) == seen
+        assert not says(energy, RowWeight(lambda d, x: (jnp.minimum(x, 1.0) ** power).prod(-1)))  # it cannot be told
 
 
 def test_compositions_and_regions():

@@ -195,7 +195,11 @@ def plain(x):
         (lambda: energy(normal_energy), {"grid": ["a", "b"]}, r"diffuse needs numbers as grid"),
         (lambda: energy(normal_energy), {"grid": [[3.0, 2.0], [1.0]]}, r"diffuse needs one array of numbers as grid"),
         (lambda: energy(normal_energy), {"grid": [3.0, 2.0, 1.0]}, r"num_steps=4 and a grid of 3 levels.*leave num_st"),
-        (lambda: energy(normal_energy), {"num_steps": 1}, r"'dpm\+\+2m' extrapolates from 1 step .*is 1 step in all"),
+        (
+            lambda: energy(normal_energy),
+            {"num_steps": 1, "method": "dpm++2m"},
+            r"'dpm\+\+2m' extrapolates from 1 step .*is 1 step in all",
+        ),
         (lambda: energy(normal_energy), {"num_steps": 2, "method": "exp_ab3"}, r"take 3 or more, or .* 'ddim'"),
         (lambda: energy(normal_energy), {"denoise": "no"}, r"needs True or False as denoise, got 'no'"),
         (lambda: energy(normal_energy), {"trajectory": 3}, r"needs True or False as trajectory, got 3"),
@@ -212,7 +216,7 @@ def plain(x):
         (lambda: energy(normal_energy), {"rng_key": None}, r"write diffuse\(fit, jax.random.key\(0\), 1000\)"),
         (
             lambda: energy(normal_energy),
-            {"grid": "uniform", "sde": VP(), "num_steps": 32},
+            {"grid": "uniform", "sde": VP(), "num_steps": 32, "method": "dpm++2m"},
             r"'dpm\+\+2m' extrapolates from the steps before, and step 31 .* write grid='karras' or 'log_snr'",
         ),
         (lambda: energy(normal_energy, np.full((3, 2), np.nan)), {}, r"Data 'x' have NaN or infinity in rows 0, 1, 2"),

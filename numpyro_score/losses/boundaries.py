@@ -137,6 +137,8 @@ def _warn_of_poles(owner: str, energy: Energy, weight: BoundaryWeight | None) ->
             continue
         row = order[0]
         q = float(order_of_weight(weight, jnp.asarray(d[row], x.dtype), x[row])[k])
+        if isinstance(weight, RowWeight) and q < _UNTOLD:
+            continue  # a function of the points, whose distances do not tell how it falls
         if q >= 2 or not (
             stats.gamma.sf((2 - q) * hill[many], many) < _SIGNIFICANT / d.shape[1]
             and stats.gamma.sf((2 - q) * hill[few], few) < _CONSISTENT
@@ -162,3 +164,4 @@ def _which(energy: Energy, k: int, num: int) -> str:
 _FEWEST = 10  # distances, of 100 rows
 _SIGNIFICANT = 1e-3  # over all distances
 _CONSISTENT = 0.05
+_UNTOLD = 0.1
