@@ -49,12 +49,12 @@ class NoisyNormal(NamedTuple):
         """Draws u, (N, D), with noise of standard deviation ρ."""
         return self.from_code(jax.random.normal(rng_key, (n, len(self.mean)), self.mean.dtype), rho)
 
-    def from_code(self, z: Float[Array, "n d"], rho: Any) -> Float[Array, "n d"]:
+    def from_code(self, z: Float[AnyArray, "n d"], rho: Any) -> Float[Array, "n d"]:
         """Points from independent standard normal numbers, those along the axes if all are known."""
         root = jnp.sqrt(self.spread(rho))
         return self.mean + (self.scaled(root, z) if self._num_others else _product(root * z, self.axes.T))
 
-    def code(self, u: Float[Array, "n d"], rho: Any) -> Float[Array, "n d"]:
+    def code(self, u: Float[AnyArray, "n d"], rho: Any) -> Float[Array, "n d"]:
         """The other way."""
         root, away = jnp.sqrt(self.spread(rho)), u - self.mean
         return self.scaled(1 / root, away) if self._num_others else _product(away, self.axes) / root
