@@ -159,9 +159,9 @@ def test_a_parameter_of_one_group_is_told() -> None:
     np.testing.assert_allclose(clustered.stderr()["a"], np.sqrt((len(groups) - 1) * groups.var()), rtol=0.03)
 
 
-def share_of_mean(lags: int) -> float:
-    """Of the spread of N rows, by Bartlett's weights of all pairs of them."""
-    return sum((1 - abs(k) / (lags + 1)) * (N - abs(k)) for k in range(-lags, lags + 1)) / N**2
+def share_of_mean(lags: int, n: int = N) -> float:
+    """Of the spread of n rows, by Bartlett's weights of all pairs of them."""
+    return sum((1 - abs(k) / (lags + 1)) * (n - abs(k)) for k in range(-lags, lags + 1)) / n**2
 
 
 @pytest.mark.parametrize("lags", [1, 4])
@@ -319,8 +319,7 @@ def test_a_series_of_one_point(model: Any) -> None:
     for k in range(-3, 4):
         spread += (1 - abs(k) / 4) * g[max(k, 0) : n + min(k, 0)].T @ g[max(-k, 0) : n + min(-k, 0)]
     inverse = np.linalg.inv(np.array(hessian) / 4e-8)
-    share = sum((1 - abs(k) / 4) * (n - abs(k)) for k in range(-3, 4)) / n**2
-    expected = np.sqrt(np.diag(inverse @ spread @ inverse) / (1 - share))
+    expected = np.sqrt(np.diag(inverse @ spread @ inverse) / (1 - share_of_mean(3, n)))
     errors = dependent_rows(fit, lags=3).stderr()
     np.testing.assert_allclose([errors["a"], errors["tau"]], expected, rtol=2e-3)
 

@@ -72,14 +72,13 @@ class Domain(constraints.Constraint):
         """To each part of the boundary, (..., d) to (..., k)."""
         found = [jnp.asarray(part(x)) for part in self.parts]
         for part, value in zip(self.parts, found, strict=True):
+            name = getattr(part, "__name__", repr(part))
             if value.shape != x.shape[:-1]:
-                name = getattr(part, "__name__", repr(part))
                 raise ValueError(
                     f"The function {name} of a Domain gave shape {value.shape} for points of shape {x.shape}: return "
                     f"one number for each point, {x.shape[:-1]}, as by summing over axis -1."
                 )
             if not jnp.issubdtype(value.dtype, jnp.floating):
-                name = getattr(part, "__name__", repr(part))
                 raise ValueError(
                     f"The function {name} of a Domain gave values of type {value.dtype}: return numbers that fall to "
                     "zero towards the boundary, like the distance, e.g. 1 - jnp.linalg.norm(x, axis=-1)."

@@ -51,11 +51,13 @@ class CompiledStart:
         None if no start is found at which penalties and priors are finite; NumPyro then says why.
         """
         arrays, static = split_arrays((args, kwargs), self.model)
+        now = [(v.shape, v.dtype) for v in arrays], static[:2]
         if self.guide.prototype_trace is None:
             if not self._set_up(rng_key, arrays, static):
                 return None
-        else:
+        elif now != self._last:
             self._refuse_other_shapes(rng_key, arrays, static)
+        self._last = now
         state, transforms, held = self._init(rng_key, arrays, self.guide._init_locs, init_params, static=static)
         params, plates, run_key = held
         return state, transforms, bind(self.model, params, plates, run_key, self.data, args, kwargs)
@@ -82,9 +84,6 @@ class CompiledStart:
 
     def _refuse_other_shapes(self, rng_key: Array, arrays: list[Any], static: Any) -> None:
         """A guide keeps the shapes of its first run; JAX would clip indices into them, and say nothing."""
-        now = [(v.shape, v.dtype) for v in arrays], static[:2]
-        if now == self._last:
-            return
         twin = point_guide(self.model, self.data)
 
         def run(rng_key: Array, arrays: list[Any]) -> Any:
@@ -100,7 +99,6 @@ class CompiledStart:
                     f"Site '{name}' has shape {loc.shape} and {seen} in the first run of this ScoreMatching, whose "
                     "guide keeps that: write a new ScoreMatching for these data."
                 )
-        self._last = now
 
     def _run_init(
         self, rng_key: Array, arrays: list[Any], locs: Any, init_params: Any, *, static: Any

@@ -70,26 +70,28 @@ def check_boundary(owner: str, energy: Energy, weight: BoundaryWeight | None) ->
     """
     if energy.flat:
         return
-    _check_domains(energy)
-    if isinstance(weight, RowWeight):
-        _check_row_weight(owner, energy, weight)
-    _warn_of_poles(owner, energy, weight)
-
-
-def _some_rows(energy: Energy, most: int) -> tuple[Array, Array, Array]:
-    """Rows that count, spread over the data, and their bounds."""
     usable, weights = energy.usable()
-    rows = np.flatnonzero(fetch(weights) != 0)
-    rows = rows[:: -(-len(rows) // most)]
-    lower, upper = energy.bounds(usable.num_rows)
-    return usable.data[rows], lower[rows], upper[rows]
+    rows = _spread(np.flatnonzero(fetch(weights) != 0), _MANY)
+    seen = tuple(v[rows] for v in (usable.data, *energy.bounds(usable.num_rows)))
+    _check_domains(energy, seen[0])
+    if isinstance(weight, RowWeight):
+        few = _spread(np.arange(len(rows)), _LOOKED_AT)
+        _check_row_weight(owner, energy, weight, tuple(v[few] for v in seen))
+    _warn_of_poles(owner, energy, weight, seen)
 
 
-def _check_domains(energy: Energy) -> None:
+Seen = tuple[Array, ...]
+"""Rows, and their lower and upper bounds."""
+
+
+def _spread(rows: np.ndarray, most: int) -> np.ndarray:
+    return rows[:: -(-len(rows) // most)]
+
+
+def _check_domains(energy: Energy, x: Array) -> None:
     sites = [(a.name, b, s) for a, b, s in zip(energy.arrays, energy.blocks, energy.supports.values(), strict=True)]
     if not any(b.kind == "domain" for _, b, _ in sites):
         return
-    x = _some_rows(energy, _MANY)[0]
     for name, slopes in fetch(run_compiled(partial(slopes_of_domains, sites), x)).items():
         if (flat := np.flatnonzero(slopes == 0)).size:
             raise ValueError(
@@ -99,10 +101,9 @@ def _check_domains(energy: Energy) -> None:
             )
 
 
-def _check_row_weight(owner: str, energy: Energy, weight: RowWeight) -> None:
-    x, *bounds = _some_rows(energy, _LOOKED_AT)
+def _check_row_weight(owner: str, energy: Energy, weight: RowWeight, seen: Seen) -> None:
     looked = partial(weight_at_boundary, energy.blocks, tuple(energy.supports.values()), weight)
-    highest, mean = fetch(run_compiled(looked, x, *bounds))
+    highest, mean = fetch(run_compiled(looked, *seen))
     if not highest <= _VANISHES * mean:
         raise ValueError(
             f"{owner}'s RowWeight is {highest:.3g} at the boundary and {mean:.3g} at the data, on average: it must be "
@@ -115,16 +116,15 @@ _VANISHES = 1e-2  # of the mean weight of the data; rows are moved to the bounda
 _MANY = 2**16
 
 
-def _warn_of_poles(owner: str, energy: Energy, weight: BoundaryWeight | None) -> None:
+def _warn_of_poles(owner: str, energy: Energy, weight: BoundaryWeight | None, seen: Seen) -> None:
     """Warns if h ~ d^q, where d is the distance, and a density p ~ d^(κ−1) of κ + q < 2 is plain from the data.
 
     There h p ∂f ~ d^(q+κ−2) goes to infinity. Of the m smallest of N distances d, Σ log(d_m / d_i) is Gamma distributed
     with shape m and rate κ [Hill 1975]. A law that is narrow and wide in turn may seem to have a pole down to where it
     is flat, so that few distances must say the same as many.
     """
-    x, *bounds = _some_rows(energy, _MANY)
-    blocks, supports = energy.blocks, tuple(energy.supports.values())
-    d = np.asarray(fetch(run_compiled(partial(distances_to_boundary, blocks, supports), x, *bounds)), float)
+    x, blocks, supports = seen[0], energy.blocks, tuple(energy.supports.values())
+    d = np.asarray(fetch(run_compiled(partial(distances_to_boundary, blocks, supports), *seen)), float)
     weight = capped_distance if weight is None else weight
     for k in range(d.shape[1]):
         inside = (d[:, k] > 0) & np.isfinite(d[:, k])
@@ -136,7 +136,7 @@ def _warn_of_poles(owner: str, energy: Energy, weight: BoundaryWeight | None) ->
         if hill[many] < many:
             continue
         row = order[0]
-        q = float(order_of_weight(weight, jnp.asarray(d[row], x.dtype), x[row])[k])
+        q = float(order_of_weight(weight, jnp.asarray(d[row], x.dtype), x[row], k))
         if isinstance(weight, RowWeight) and q < _UNTOLD:
             continue  # a function of the points, whose distances do not tell how it falls
         if q >= 2 or not (
